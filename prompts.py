@@ -1,0 +1,161 @@
+"""What the model reads and writes: control tokens, the two prompts, targets, parsing.
+
+One model does two tasks, told apart by a control token (paper 3.1, Table 2):
+
+    APA  automatic pronunciation assessment            four scores, integers 0-10
+    MDD  mispronunciation detection and diagnosis      the words, and the phones as they were heard
+
+A sequence (paper, Figure 3) is
+
+    <|user|><|APA|><|audio_1|>PROMPT<|end|><|assistant|>ANSWER<|end|>
+
+The prompts are the paper's, word for word (Appendix 7.1 and 7.2). They print their output format with single quotes,
+which is not JSON, and the MDD example holds an apostrophe; the answers trained on are real JSON with the same keys in
+the same order (our choice), and the parser reads both.
+"""
+
+import json
+import re
+
+TASKS = ("APA", "MDD")
+CONTROL_TOKENS = {"APA": "<|APA|>", "MDD": "<|MDD|>"}  # paper 4.2
+AUDIO = "<|audio_1|>"  # where the audio embeddings go; never tokenised
+END = "<|end|>"
+
+SCORES = ("accuracy", "fluency", "prosodic", "total")  # paper 4.1; completeness is left out
+SCORE_RANGE = (0, 10)
+TRANSCRIPTS = ("word_transcript", "phoneme_transcript")
+
+# Paper, Appendix 7.1
+APA_PROMPT = """\
+Rate the pronunciation of the audio.
+
+**Accuracy**
+Score range: 0 - 10
+* 9-10: The overall pronunciation of the sentence is excellent, with accurate phonology and no obvious pronunciation mistakes
+* 7-8: The overall pronunciation of the sentence is good, with a few pronunciation mistakes
+* 5-6: The overall pronunciation of the sentence is understandable, with many pronunciation mistakes and accent, but it does not affect the understanding of basic meanings
+* 3-4: Poor, clumsy and rigid pronunciation of the sentence as a whole, with serious pronunciation mistakes
+* 0-2: Extremely poor pronunciation and only one or two words are recognizable
+
+**Fluency**
+Score range: 0 - 10
+* 8-10: Fluent without noticeable pauses or stammering
+* 6-7: Fluent in general, with a few pauses, repetition, and stammering
+* 4-5: The speech is a little disfluent, with many pauses, repetition, and stammering
+* 0-3: Intermittent, very disfluent speech, with lots of pauses, repetition, and stammering
+
+**Prosodic**
+Score range: 0 - 10
+* 9-10: Correct intonation at a stable speaking speed, speak with cadence, and can speak like a native
+* 7-8: Nearly correct intonation at a stable speaking speed, nearly smooth and coherent, but with little stammering and few pauses
+* 5-6: Unstable speech speed, many stammering and pauses with a poor sense of rhythm
+* 3-4: Unstable speech speed, speak too fast or too slow, without the sense of rhythm
+* 0-2: Poor intonation and lots of stammering and pauses, unable to read a complete sentence
+
+**Total**
+Score range: 0 - 10
+Provide an overall assessment of the pronunciation quality considering all aspects of the speech. This should reflect your holistic evaluation of the speaker's pronunciation abilities based on the entire audio sample.
+* 9-10: Excellent overall pronunciation that sounds nearly native-like
+* 7-8: Good pronunciation with minor issues that don't affect comprehension
+* 5-6: Fair pronunciation with noticeable non-native features but generally understandable
+* 3-4: Poor pronunciation that requires effort to understand
+* 0-2: Very poor pronunciation that is largely incomprehensible
+
+Provide the results in the following JSON format:
+{'accuracy': ACCURACY_SCORE, 'fluency': FLUENCY_SCORE, 'prosodic': PROSODIC_SCORE, 'total': TOTAL_SCORE}"""
+
+# Paper, Appendix 7.2
+MDD_PROMPT = """\
+Transcribe the audio utterance, providing both a word-level transcript and phoneme-level breakdown.
+
+For the phoneme breakdown, use the CMU Pronouncing Dictionary format (e.g., AA, IH).
+If a word or phoneme is unclear, mark it with '<unk>'.
+
+Provide the results in the following JSON format:
+{'word_transcript': 'That's an interesting observation.', 'phoneme_transcript': 'DH EH S AX N IH N T AX R EH S T IH NG AA B Z AX R V EY IH SH AX N'}"""
+
+PROMPTS = {"APA": APA_PROMPT, "MDD": MDD_PROMPT}
+
+
+def build_prompt(task, control_token=True):
+    """The text before the answer, up to and including `<|assistant|>` (paper, Figure 3).
+
+    Without `control_token` it is the prompt of the unmodified model, the paper's epoch 0 (paper 3.1).
+    """
+    token = CONTROL_TOKENS[task] if control_token else ""
+    return f"<|user|>{token}{AUDIO}{PROMPTS[task]}{END}<|assistant|>"
+
+
+def apa_target(scores):
+    """The APA answer: JSON with the four scores in fixed order. `scores`: mapping with the names in SCORES."""
+    return json.dumps({name: scores[name] for name in SCORES})
+
+
+def mdd_target(text, heard):
+    """The MDD answer: JSON with the sentence and the phones as they were heard, separated by spaces."""
+    return json.dumps(dict(zip(TRANSCRIPTS, (text, " ".join(heard)))), ensure_ascii=False)
+
+
+def parse_output(task, text):
+    """What an output says, or None.
+
+    Accepts double or single quotes, text around the object, apostrophes inside single quotes, scores written as
+    strings or floats. Anything that would need a guess is None: a missing key, a score outside 0-10, an answer that
+    was cut off inside a value, two answers that differ.
+
+    Returns {"accuracy", "fluency", "prosodic", "total"} of numbers for APA,
+    {"word_transcript", "phoneme_transcript"} of strings for MDD.
+    """
+    keys, convert = (SCORES, _score) if task == "APA" else (TRANSCRIPTS, _transcript)
+    candidates = [found for found in _json_objects(text) if found.keys() >= set(keys)]
+    if not candidates:
+        candidates = [_quoted_values(text, keys)]
+    answers = [{key: convert(found.get(key)) for key in keys} for found in candidates]
+    first = answers[0]
+    return first if None not in first.values() and all(answer == first for answer in answers) else None
+
+
+def _score(value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    low, high = SCORE_RANGE
+    return value if low <= value <= high else None
+
+
+def _transcript(value):
+    return value if isinstance(value, str) else None
+
+
+def _json_objects(text):
+    """Every JSON object that starts somewhere in the text. A key that is given two values counts as None."""
+
+    def unambiguous(pairs):
+        return {key: value if all(other == value for name, other in pairs if name == key) else None
+                for key, value in pairs}  # fmt: skip
+
+    decoder = json.JSONDecoder(object_pairs_hook=unambiguous)
+    for match in re.finditer(r"\{", text):
+        try:
+            yield decoder.raw_decode(text, match.start())[0]
+        except (ValueError, RecursionError):
+            continue
+
+
+def _quoted_values(text, keys):
+    """Values of an object that is not JSON (single quotes, no closing brace), by key.
+
+    A string ends at its quote only where another key or the closing brace follows, so apostrophes stay inside; a
+    number must be followed by something, because "1" at the very end may have been about to become "10".
+    """
+    values = {}
+    for key in keys:
+        string = r"(?P<quote>['\"])(?P<string>.*?)(?P=quote)(?=\s*(?:,\s*['\"]\w+['\"]\s*:|\}))"
+        number = r"(?P<number>\d+(?:\.\d+)?)(?=[,}\s])"
+        matches = re.finditer(rf"(['\"]){key}\1\s*:\s*(?:{string}|{number})", text, re.DOTALL)
+        found = {match["string"] if match["number"] is None else match["number"] for match in matches}
+        if len(found) == 1:
+            values[key] = found.pop()
+    return values

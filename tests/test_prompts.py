@@ -1,0 +1,95 @@
+import hashlib
+import json
+
+import pytest
+
+import prompts
+
+SCORES = {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8}
+WORDS = {"word_transcript": "THAT'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}
+
+
+@pytest.mark.parametrize("task, digest", [
+    ("APA", "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842"),
+    ("MDD", "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5"),
+])  # fmt: skip
+def test_the_prompts_are_the_papers_to_the_letter(task, digest):
+    assert hashlib.sha256(prompts.PROMPTS[task].encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
+def test_a_prompt_has_the_order_of_figure_3(task):
+    assert prompts.build_prompt(task) == f"<|user|><|{task}|><|audio_1|>{prompts.PROMPTS[task]}<|end|><|assistant|>"
+
+
+def test_the_baseline_prompt_lacks_only_the_control_token():
+    assert prompts.build_prompt("APA", control_token=False) == prompts.build_prompt("APA").replace("<|APA|>", "")
+
+
+def test_targets_are_json_with_keys_in_the_papers_order():
+    assert prompts.apa_target(dict(reversed(SCORES.items()))) == json.dumps(SCORES)
+    target = prompts.mdd_target("THAT'S IT", "DH AE T S IH <unk>".split())
+    assert target == '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}'
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(SCORES),
+    str(SCORES),
+    f"Here are the results:\n```json\n{json.dumps(SCORES, indent=2)}\n``` I hope {{this}} helps.",
+    '{"accuracy": "8", "fluency": "9.0", "prosodic": 9.0, "total": 8}',
+    "{'accuracy': '8', 'fluency': 9, 'prosodic': 9.0, 'total': 8}",
+    '{"results": {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8, "comment": "good"}}',
+    json.dumps(SCORES) * 2,
+    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
+])  # fmt: skip
+def test_scores_are_read_as_a_model_really_writes_them(text):
+    assert prompts.parse_output("APA", text) == SCORES
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    "The pronunciation is good.",
+    '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
+    '{"accuracy": 11, "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": -1, "fluency": 9, "prosodic": 9, "total": 8}',
+    "{'accuracy': -1, 'fluency': 9, 'prosodic': 9, 'total': 8}",
+    '{"accuracy": NaN, "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": true, "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": null, "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": "8/10", "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": 8, "accuracy": 3, "fluency": 9, "prosodic": 9, "total": 8}',
+    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 1',
+    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": "1',
+    json.dumps(SCORES) + json.dumps(SCORES | {"total": 3}),
+    prompts.APA_PROMPT,
+    '{"accuracy":' * 5000,
+])  # fmt: skip
+def test_what_would_need_a_guess_about_scores_is_unparsed(text):
+    assert prompts.parse_output("APA", text) is None
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(WORDS),
+    "{'word_transcript': 'THAT'S IT', 'phoneme_transcript': 'DH AE T S IH <unk>'}",
+    "Sure: {'phoneme_transcript': 'DH AE T S IH <unk>', 'word_transcript': 'THAT'S IT'} done",
+    '{"word_transcript": "THAT\\u0027S IT", "phoneme_transcript": "DH AE T S IH <unk>"}',
+])  # fmt: skip
+def test_transcripts_are_read_as_a_model_really_writes_them(text):
+    assert prompts.parse_output("MDD", text) == WORDS
+
+
+@pytest.mark.parametrize("text", [
+    '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T',
+    '{"word_transcript": "THAT\'S IT"}',
+    '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
+    "DH AE T S IH",
+])  # fmt: skip
+def test_a_cut_off_or_incomplete_transcript_is_unparsed(text):
+    assert prompts.parse_output("MDD", text) is None
+
+
+@pytest.mark.parametrize("task, target", [("APA", prompts.apa_target(SCORES)), ("MDD", json.dumps(WORDS))])
+def test_every_cut_of_a_target_is_unparsed_until_its_last_value_is_complete(task, target):
+    for length in range(len(target)):
+        assert prompts.parse_output(task, target[:length]) is None
+    assert prompts.parse_output(task, target) is not None
