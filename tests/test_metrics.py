@@ -1,0 +1,254 @@
+import functools
+import math
+import random
+
+import jiwer
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import precision_recall_fscore_support
+
+import metrics
+
+
+def strings(seed, number, alphabet="ABCDE", longest=9):
+    draw = random.Random(seed)
+    return [[draw.choice(alphabet) for _ in range(draw.randint(0, longest))] for _ in range(number)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment
+
+
+def distance(first, second):
+    """Levenshtein distance by its recursive definition."""
+
+    @functools.cache
+    def from_(i, j):
+        if i == len(first) or j == len(second):
+            return len(first) - i + len(second) - j
+        return min(from_(i + 1, j + 1) + (first[i] != second[j]), from_(i + 1, j) + 1, from_(i, j + 1) + 1)
+
+    return from_(0, 0)
+
+
+def test_an_alignment_holds_both_sequences_and_costs_their_distance():
+    for first, second in zip(strings(1, 200), strings(2, 200)):
+        pairs = metrics.align(first, second)
+        assert [a for a, _ in pairs if a is not None] == first
+        assert [b for _, b in pairs if b is not None] == second
+        assert sum(a != b for a, b in pairs) == distance(first, second)
+
+
+def test_ties_are_broken_from_the_end_substitution_first_then_deletion():
+    assert metrics.align("A", "BA") == [(None, "B"), ("A", "A")]
+    assert metrics.align("AB", "C") == [("A", None), ("B", "C")]
+    assert metrics.align("A", "BC") == [(None, "B"), ("A", "C")]
+    # cost 2 also as two substitutions of a shifted string: a match at the end wins over either
+    assert metrics.align("ABC", "BCC") == [("A", "B"), ("B", "C"), ("C", "C")]
+    # deletion before insertion, read from the end
+    assert metrics.align("XAY", "AYX") == [("X", None), ("A", "A"), ("Y", "Y"), (None, "X")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Error rates
+
+
+def test_error_rates_are_pooled_over_the_corpus_not_averaged():
+    references, hypotheses = [["A"], ["A", "B", "C"]], [["X"], ["A", "B", "C"]]
+    assert metrics.error_rate(references, hypotheses) == 1 / 4
+
+
+def test_an_empty_transcript_counts_every_reference_phone_as_an_error():
+    assert metrics.error_rate([["A", "B"], ["C"]], [[], ["C"]]) == 2 / 3
+
+
+def test_error_rate_equals_the_alignment():
+    references, hypotheses = strings(3, 100), strings(4, 100)
+    errors = sum(a != b for r, h in zip(references, hypotheses) for a, b in metrics.align(r, h))
+    assert metrics.error_rate(references, hypotheses) == pytest.approx(errors / sum(map(len, references)))
+
+
+def test_error_rate_of_nothing_is_nan():
+    assert math.isnan(metrics.error_rate([[]], [["A"]]))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("That's an interesting observation.", ["THAT'S", "AN", "INTERESTING", "OBSERVATION"]),
+    ("  'Hello,' she said -- well-known ", ["HELLO", "SHE", "SAID", "WELL", "KNOWN"]),
+    ("that’s", ["THAT'S"]),
+    ("?!", []),
+])  # fmt: skip
+def test_words_are_compared_in_upper_case_without_punctuation(text, words):
+    assert metrics.normalise_words(text) == words
+
+
+def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
+    assert metrics.normalise_phones("dh AH0 <unk> <UNK> r* EY2 1") == ["DH", "AH", "<unk>", "<unk>", "R*", "EY"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection
+
+
+def operations(first, second):
+    """Per item of `first`: C, S or D and what it became; and per item of `second`: C, S or I and what it was."""
+    of_first, of_second = [], []
+    for a, b in metrics.align(first, second):
+        operation = "I" if a is None else "D" if b is None else "C" if a == b else "S"
+        if a is not None:
+            of_first.append((operation, b))
+        if b is not None:
+            of_second.append((operation, a))
+    return of_first, of_second
+
+
+def counts_by_the_published_rules(canonical, heard, predicted):
+    """The rules as the Kaldi-style script states them, on operation letters."""
+    count = dict.fromkeys(("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error"), 0)
+    a1_canonical, a1_heard = operations(canonical, heard)
+    a2_heard, _ = operations(heard, predicted)
+    a3_canonical, _ = operations(canonical, predicted)
+    for (a1, _), (a3, _) in zip(a1_canonical, a3_canonical):
+        if a1 == "D":
+            count[{"D": "correct_diagnosis", "S": "diagnosis_error", "C": "false_accept"}[a3]] += 1
+    for (a1, phone), (a2, written) in zip(a1_heard, a2_heard):
+        if a1 == "C":
+            count["true_accept" if a2 == "C" else "false_reject"] += 1
+        elif a1 == "S":
+            if a2 == "C":
+                count["correct_diagnosis"] += 1
+            else:
+                count["false_accept" if written == phone else "diagnosis_error"] += 1
+        else:
+            count[{"C": "correct_diagnosis", "S": "diagnosis_error", "D": "false_accept"}[a2]] += 1
+    return count
+
+
+def test_detection_follows_the_published_rules_on_random_strings():
+    for canonical, heard, predicted in zip(strings(5, 500), strings(6, 500), strings(7, 500)):
+        expected = counts_by_the_published_rules(canonical, heard, predicted)
+        assert metrics.detection_counts([canonical], [heard], [predicted]) == expected
+
+
+@pytest.mark.parametrize("canonical, heard, predicted, expected", [
+    ("A B C", "A B C", "A B C", {"true_accept": 3}),
+    ("A B C", "A X C", "A X C", {"true_accept": 2, "correct_diagnosis": 1}),
+    ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
+    ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
+    ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
+    ("A B C", "A B C", "A X C", {"true_accept": 2, "false_reject": 1}),
+    ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
+    ("A B C", "A C", "A C", {"true_accept": 2, "correct_diagnosis": 1}),
+    ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
+    ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
+    ("A C", "A B C", "A B C", {"true_accept": 2, "correct_diagnosis": 1}),
+    ("A C", "A B C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
+    ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
+    ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
+    ("DH AH K AE T", "D AH K AE", "D AH G AE T",
+     {"true_accept": 2, "false_reject": 1, "correct_diagnosis": 1, "false_accept": 1}),
+    ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
+    ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
+])  # fmt: skip
+def test_detection_of_worked_cases(canonical, heard, predicted, expected):
+    counts = metrics.detection_counts([canonical.split()], [heard.split()], [predicted.split()])
+    assert {key: value for key, value in counts.items() if value} == expected
+
+
+def test_detection_counts_are_pooled_over_utterances():
+    canonical, heard, predicted = strings(8, 20), strings(9, 20), strings(10, 20)
+    single = [metrics.detection_counts([c], [h], [p]) for c, h, p in zip(canonical, heard, predicted)]
+    pooled = metrics.detection_counts(canonical, heard, predicted)
+    assert pooled == {key: sum(count[key] for count in single) for key in pooled}
+
+
+def test_a_wrong_diagnosis_is_still_a_detection():
+    counts = dict(true_accept=90, false_reject=2, false_accept=4, correct_diagnosis=3, diagnosis_error=3)
+    assert metrics.detection_scores(counts) == {"precision": 6 / 8, "recall": 6 / 10, "f1": 12 / 18}
+
+
+def test_copying_the_canonical_phones_has_recall_0_and_no_precision():
+    canonical, heard = strings(11, 30), strings(12, 30)
+    scores = metrics.detection_scores(metrics.detection_counts(canonical, heard, canonical))
+    assert scores["recall"] == 0 and scores["f1"] == 0 and math.isnan(scores["precision"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phone agreement
+
+
+def test_phone_agreement_equals_sklearns_weighted_scores_by_position():
+    heard, predicted = strings(13, 50), strings(14, 50)
+    pairs = []
+    for h, p in zip(heard, predicted):
+        length = max(len(h), len(p))
+        pairs += zip(h + ["-"] * (length - len(h)), p + ["-"] * (length - len(p)))
+    labels = sorted({phone for utterance in heard for phone in utterance})
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        *zip(*pairs), labels=labels, average="weighted", zero_division=0
+    )
+    assert metrics.phone_agreement(heard, predicted) == pytest.approx({"precision": precision, "recall": recall, "f1": f1})
+
+
+def test_one_inserted_phone_shifts_all_that_follows_in_agreement_but_costs_one_error():
+    heard, predicted = [list("ABCDEFGH")], [list("XABCDEFGH")]
+    assert metrics.phone_agreement(heard, predicted)["recall"] == 0
+    assert metrics.error_rate(heard, predicted) == 1 / 8
+
+
+def test_agreement_of_equal_strings_is_1():
+    assert metrics.phone_agreement(strings(15, 5), strings(15, 5)) == {"precision": 1, "recall": 1, "f1": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Correlation and summary
+
+
+def test_correlation_and_error_equal_scipy_and_numpy():
+    rng = np.random.default_rng(0)
+    human = rng.integers(0, 11, 50).tolist()
+    predicted = (np.array(human) + rng.integers(-2, 3, 50)).tolist()
+    pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
+    assert (pcc, pvalue) == tuple(stats.pearsonr(predicted, human))
+    assert pcc == pytest.approx(np.corrcoef(predicted, human)[0, 1])
+    assert mae == np.mean(np.abs(np.subtract(predicted, human))) and reason is None
+
+
+@pytest.mark.parametrize("predicted, human, reason", [
+    ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
+    ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
+    ([7, 8], [8, 9], "only 2 utterances"),
+    ([], [], "no output could be parsed"),
+])  # fmt: skip
+def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, human, reason):
+    pcc, pvalue, mae, why = metrics.correlation(predicted, human)
+    assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
+    assert math.isnan(mae) == (not predicted)
+
+
+def human(score):
+    return dict.fromkeys(metrics.SCORES, score)
+
+
+def test_an_unparsed_score_leaves_the_correlation_and_is_counted():
+    apa = [(human(2), human(2)), (human(5), human(5)), (human(9), human(9)), (None, human(1))]
+    numbers, reasons = metrics.summarise(apa, [])
+    assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["apa_unparsed"] == 1 / 4
+    assert not reasons
+
+
+def test_an_unparsed_transcript_counts_as_empty():
+    reference = {"word_transcript": "WE SEE", "canonical": ["W", "IY"], "heard": ["W", "IY"]}
+    output = {"word_transcript": "we see.", "phoneme_transcript": "W IY1"}
+    numbers, _ = metrics.summarise([], [(output, reference), (None, reference)])
+    assert numbers["wer"] == numbers["per"] == numbers["mdd_unparsed"] == 1 / 2
+    assert numbers["true_accept"] == numbers["false_reject"] == 2
+
+
+def test_word_error_rate_is_jiwers():
+    references = ["WE SEE NINE", "IT"]
+    outputs = ["WE NINE NINE", ""]
+    pairs = [({"word_transcript": o, "phoneme_transcript": ""}, {"word_transcript": r, "canonical": [], "heard": []})
+             for o, r in zip(outputs, references)]  # fmt: skip
+    assert metrics.summarise([], pairs)[0]["wer"] == jiwer.wer(references, outputs)
