@@ -1,0 +1,365 @@
+"""What is one utterance, one example, one batch.
+
+A speechocean762 record (paper 4.1), shortened:
+
+    000010113  "THEME PARK"  accuracy 6, fluency 9, prosodic 8, total 5
+        THEME  phones TH IY0 M    accuracy 2   mispronunciations: index 1, IY heard as IH
+        PARK   phones P AA0 R K   accuracy 10
+
+gives two examples, one a task (Table 2). The phone transcript is what was *heard*, not the dictionary's:
+
+    APA  {"accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5}
+    MDD  {"word_transcript": "THEME PARK", "phoneme_transcript": "TH IH M P AA R K"}
+
+Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
+"""
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import prompts
+
+SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
+FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
+HOP = 160  # samples (10 ms) between windows
+FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
+IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
+
+HUB_CORPUS = "mispeech/speechocean762"
+# The labels the paper used (2025). The corrected ones of 2026-04-30 are 06385584fad212b26134c656fdd3ccf9f093f33e.
+HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
+
+
+class InputError(Exception):
+    """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    canonical: tuple[str, ...]  # phones that should be said, no stress digits
+    heard: tuple[str, ...]  # phones that raters heard
+    accuracy: float  # 0-10
+    mispronounced: int  # how many canonical phones were labelled as mispronounced
+
+
+@dataclass(frozen=True)
+class Utterance:
+    id: str
+    recording: Callable[[], bytes]  # the sound file's content, read when it is needed
+    samples: int  # length at SAMPLE_RATE
+    text: str
+    scores: dict[str, int]  # the four of prompts.SCORES, 0-10
+    words: tuple[Word, ...]
+    speaker: str
+    age: int
+    gender: str
+
+    @property
+    def canonical(self):
+        return [phone for word in self.words for phone in word.canonical]
+
+    @property
+    def heard(self):
+        return [phone for word in self.words for phone in word.heard]
+
+    @property
+    def audio_tokens(self):
+        """How many embeddings the audio encoder makes of the recording."""
+        frames = (self.samples - FRAME) // HOP + 1
+        return math.ceil(frames / FRAMES_PER_TOKEN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The corpus
+
+
+def read_corpus(source, split, revision=None, limit=None):
+    """The utterances of one split, all of them checked.
+
+    source: folder in the layout of the public release, or a hub id; revision: of the hub id; limit: only the first N.
+    Raises InputError with one line for every bad record or recording.
+    """
+    if Path(source).is_dir():
+        rows = _read_folder(Path(source), split)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir():
+        rows = read_hub(source, split, revision)
+    else:
+        raise InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
+    utterances, problems = [], []
+    for row in rows[:limit]:
+        try:
+            utterances.append(_utterance(**row))
+        except InputError as error:
+            problems.append(f"{row['id']}: {error}")
+    if problems:
+        raise InputError(f"{len(problems)} of {len(rows[:limit])} utterances of {source} ({split}) cannot be used; "
+                         f"repair or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+    repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
+    if repeated:
+        raise InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
+    if not utterances:
+        raise InputError(f"{source} has no utterances in split {split!r}")
+    return utterances
+
+
+def _read_folder(root, split):
+    """Rows of the public release: WAVE/, resource/scores.json and, per split, wav.scp, utt2spk, spk2age, spk2gender."""
+    needed = [root / "resource" / "scores.json"]
+    needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
+    missing = [str(path) for path in needed if not path.is_file()]
+    if missing:
+        raise InputError(f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing")
+    try:
+        records = json.loads(needed[0].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{needed[0]} is not valid JSON: {error}") from error
+    recordings, speakers, ages, genders = (
+        dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        for path in needed[1:]
+    )
+    rows = []
+    for id, path in recordings.items():
+        speaker = speakers.get(id, "").strip()
+        rows.append({
+            "id": id,
+            "recording": (root / path.strip()).read_bytes,
+            "record": records.get(id),
+            "speaker": speaker,
+            "age": ages.get(speaker),
+            "gender": genders.get(speaker, "").strip(),
+        })  # fmt: skip
+    return rows
+
+
+def read_hub(name, split, revision):
+    """Rows of the hub dataset. Audio stays encoded: decoding is soundfile's work, not torchcodec's."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"corpus {name!r} (revision {revision}, split {split!r}) cannot be loaded: {reason}") from error
+    dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
+    rows = []
+    for i, record in enumerate(dataset):
+        # The hub has no id column: the name of the sound file is the release's utterance id.
+        name = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
+        rows.append({
+            "id": name,
+            "recording": partial(_hub_recording, dataset, i),
+            "record": record,
+            "speaker": record["speaker"],
+            "age": record["age"],
+            "gender": record["gender"],
+        })  # fmt: skip
+    return rows
+
+
+def _hub_recording(dataset, index):
+    return dataset[index]["audio"]["bytes"]
+
+
+def _utterance(id, recording, record, speaker, age, gender):
+    if record is None:
+        raise InputError("no entry in resource/scores.json")
+    try:
+        return Utterance(
+            id=id,
+            recording=recording,
+            samples=len(read_audio(recording)),
+            text=record["text"],
+            scores={name: _score(record, name) for name in prompts.SCORES},
+            words=tuple(_word(word) for word in record["words"]),
+            speaker=speaker,
+            age=int(age),
+            gender=gender,
+        )
+    except KeyError as error:
+        raise InputError(f"no {error.args[0]!r} in its record") from error
+    except TypeError as error:
+        raise InputError(f"a field of its record has the wrong type: {error}") from error
+
+
+def _score(record, name):
+    score, (low, high) = record[name], prompts.SCORE_RANGE
+    if not isinstance(score, (int, float)) or score != int(score) or not low <= score <= high:
+        raise InputError(f"{name} score {score!r} is not a whole number from {low} to {high}")
+    return int(score)
+
+
+def _word(record):
+    """One word with its realised phones: each mispronunciation replaces the phone at its index within the word.
+
+    Stress digits go; `<DEL>` means nothing was heard; `<unk>` and starred phones (close to the phone, but not it) are
+    labels of their own.
+    """
+    phones = record["phones"]
+    canonical = [_strip_stress(phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
+    heard = list(canonical)
+    for label in record["mispronunciations"]:
+        index = label["index"]
+        if not 0 <= index < len(canonical):
+            raise InputError(f"mispronunciation index {index} is outside {record['text']} ({len(canonical)} phones)")
+        heard[index] = _strip_stress(label["pronounced-phone"])
+    return Word(
+        text=record["text"],
+        canonical=tuple(canonical),
+        heard=tuple(phone for phone in heard if phone != "<DEL>"),
+        accuracy=record["accuracy"],
+        mispronounced=len({label["index"] for label in record["mispronunciations"]}),
+    )
+
+
+def _strip_stress(phone):
+    return re.sub(r"\d", "", phone)
+
+
+def read_audio(recording):
+    """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
+
+    recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
+    Raises InputError for what is missing, unreadable, empty, shorter than one frame, or not finite.
+    """
+    import soundfile
+    from scipy.signal import resample_poly
+
+    try:
+        audio, rate = soundfile.read(io.BytesIO(recording()), dtype="float32", always_2d=True)  # (S, channels)
+    except OSError as error:
+        raise InputError(f"recording {error.filename} cannot be read: {error.strerror}") from error
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"recording is not a readable sound file: {error.error_string}") from error
+    audio = audio.mean(axis=1)  # (S,)
+    if not len(audio):
+        raise InputError("recording is empty")
+    if not np.isfinite(audio).all():
+        raise InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
+    if rate != SAMPLE_RATE:
+        common = math.gcd(rate, SAMPLE_RATE)
+        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
+    if len(audio) < FRAME:
+        raise InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
+    return audio
+
+
+def log_mel(utterance, extractor):
+    """Log-mel features (F, 80) of one utterance, by the model's own feature extractor.
+
+    One recording at a time: the extractor's batched path fails on some sets of lengths.
+    """
+    features = extractor(read_audio(utterance.recording), sampling_rate=SAMPLE_RATE)
+    return features["audio_input_features"][0]
+
+
+def describe(utterances):
+    """One line about a list of utterances; the phone inventory tells which version of the labels was read."""
+    inventory = Counter(phone for utterance in utterances for phone in utterance.heard)
+    canonical = sum(len(utterance.canonical) for utterance in utterances)
+    mispronounced = sum(word.mispronounced for utterance in utterances for word in utterance.words)
+    hours = sum(utterance.samples for utterance in utterances) / SAMPLE_RATE / 3600
+    return (f"{len(utterances):,} utterances of {len({u.speaker for u in utterances})} speakers, {hours:.2f} hours; "
+            f"{canonical:,} canonical phones, {mispronounced:,} mispronounced; "
+            f"{len(inventory)} phone labels heard: {' '.join(sorted(inventory))}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples and batches
+
+
+@dataclass(frozen=True)
+class Example:
+    utterance: Utterance
+    task: str
+    prompt_ids: list[int]  # with one audio placeholder for each audio embedding
+    answer_ids: list[int]  # ends with <|end|>
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
+    """Token ids of a prompt, up to and including <|assistant|>; the audio placeholder repeated for every embedding."""
+    before, after = prompts.build_prompt(task, control_token).split(prompts.AUDIO)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    return encode(before) + [audio_id] * utterance.audio_tokens + encode(after)
+
+
+def make_examples(utterance, tokenizer, audio_id):
+    """The utterance's two examples, one for each task (paper 4.2)."""
+    answers = {
+        "APA": prompts.apa_target(utterance.scores),
+        "MDD": prompts.mdd_target(utterance.text, utterance.heard),
+    }
+    return [
+        Example(
+            utterance,
+            task,
+            encode_prompt(utterance, task, tokenizer, audio_id),
+            tokenizer.encode(answers[task] + prompts.END, add_special_tokens=False),
+        )
+        for task in prompts.TASKS
+    ]
+
+
+def collate(examples, pad_id):
+    """Examples as one batch, padded on the right so that a row's positions are those it has alone.
+
+    Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including <|assistant|> and on
+    padding; the answer and its <|end|> are supervised.
+    Returns int64 arrays input_ids, labels, attention_mask, each (B, T).
+    """
+    longest = max(len(example) for example in examples)
+    input_ids = np.full((len(examples), longest), pad_id, dtype=np.int64)  # (B, T)
+    labels = np.full_like(input_ids, IGNORE)  # (B, T)
+    attention_mask = np.zeros_like(input_ids)  # (B, T)
+    for row, example in enumerate(examples):
+        start, end = len(example.prompt_ids), len(example)
+        input_ids[row, :end] = example.prompt_ids + example.answer_ids
+        labels[row, start:end] = example.answer_ids
+        attention_mask[row, :end] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def collate_prompts(prompt_ids, pad_id):
+    """Prompts as one batch, padded on the left so that every answer starts at the same column.
+
+    Returns int64 arrays input_ids and attention_mask, each (B, T).
+    """
+    longest = max(len(ids) for ids in prompt_ids)
+    input_ids = np.full((len(prompt_ids), longest), pad_id, dtype=np.int64)  # (B, T)
+    attention_mask = np.zeros_like(input_ids)  # (B, T)
+    for row, ids in enumerate(prompt_ids):
+        input_ids[row, longest - len(ids) :] = ids
+        attention_mask[row, longest - len(ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def epoch_steps(examples, step_size, seed, epoch):
+    """The steps of one epoch: lists of `step_size` examples drawn at random without replacement.
+
+    The order depends on seed and epoch alone. What does not fill a step is left out of this epoch, a different
+    remainder each time; a corpus smaller than one step is one step.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+    count = max(1, len(examples) // step_size)
+    return [[examples[i] for i in order[s * step_size : (s + 1) * step_size]] for s in range(count)]
+
+
+def micro_batches(step, size):
+    """One step cut into micro-batches of similar length, longest first: little padding, and memory peaks at once.
+
+    The gradient of a step does not depend on the cut, so this changes nothing but the time.
+    """
+    ordered = sorted(step, key=len, reverse=True)
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -1,0 +1,289 @@
+import io
+import json
+import shutil
+from functools import partial
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from transformers import Phi4MultimodalFeatureExtractor
+
+import data
+import prompts
+import tiny
+
+
+def sound(wave, rate=data.SAMPLE_RATE, subtype="FLOAT"):
+    """A recording: callable that returns the bytes of a WAV file."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype=subtype)
+    return file.getvalue
+
+
+def tone(seconds, rate, frequency=440.0):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words and phones
+
+
+def word(phones, *labels):
+    return data._word({"text": "WORD", "phones": phones, "accuracy": 10, "mispronunciations": [
+        {"canonical-phone": phones[0], "index": index, "pronounced-phone": phone} for index, phone in labels
+    ]})  # fmt: skip
+
+
+@pytest.mark.parametrize("labels, heard", [
+    ([], "TH IY M"),
+    ([(1, "IH")], "TH IH M"),
+    ([(0, "S"), (2, "N")], "S IY N"),
+    ([(0, "<DEL>")], "IY M"),
+    ([(0, "<DEL>"), (1, "IH0")], "IH M"),  # the index is the canonical one, also after a deletion
+    ([(1, "<unk>")], "TH <unk> M"),
+    ([(1, "IY*")], "TH IY* M"),
+])  # fmt: skip
+def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_index(labels, heard):
+    result = word(["TH", "IY0", "M"], *labels)
+    assert result.canonical == ("TH", "IY", "M")
+    assert result.heard == tuple(heard.split())
+    assert result.mispronounced == len(labels)
+
+
+@pytest.mark.parametrize("index", [3, -1])
+def test_an_index_outside_its_word_is_an_error_that_names_it(index):
+    with pytest.raises(data.InputError, match=f"index {index} is outside WORD"):
+        word(["TH", "IY0", "M"], (index, "S"))
+
+
+def test_phones_written_as_one_string_are_read_like_a_list():
+    assert data._word({"text": "WE", "phones": "W IY0", "accuracy": 10, "mispronunciations": []}).canonical == ("W", "IY")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audio
+
+
+def test_16_khz_mono_is_read_as_it_is():
+    wave = tone(0.5, 16_000)
+    audio = data.read_audio(sound(wave))
+    assert audio.dtype == np.float32 and np.array_equal(audio, wave)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_other_rates_are_resampled_to_the_same_tone(rate):
+    audio = data.read_audio(sound(tone(1.0, rate), rate))
+    assert audio.dtype == np.float32 and abs(len(audio) - 16_000) <= 1
+    inner = slice(800, 15_200)  # away from the filter's edges
+    assert np.abs(audio[inner] - tone(1.0, 16_000)[: len(audio)][inner]).max() < 0.01
+
+
+def test_channels_are_averaged():
+    left, right = tone(0.2, 16_000), tone(0.2, 16_000, 880.0)
+    assert np.allclose(data.read_audio(sound(np.stack([left, right], axis=1))), (left + right) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("recording, message", [
+    (sound(np.zeros(0, np.float32)), "empty"),
+    (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
+    (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
+    (lambda: b"not a sound file", "not a readable sound file"),
+])  # fmt: skip
+def test_bad_audio_is_named(recording, message):
+    with pytest.raises(data.InputError, match=message):
+        data.read_audio(recording)
+
+
+@pytest.mark.parametrize("samples", [400, 559, 560, 1_600, 1_839, 1_840, 16_000, 23_457])
+def test_the_number_of_audio_tokens_is_the_feature_extractors(samples):
+    wave = np.zeros(samples, np.float32)
+    utterance = data.Utterance("u", sound(wave), samples, "", {}, (), "", 0, "")
+    features = Phi4MultimodalFeatureExtractor()(wave, sampling_rate=16_000)
+    assert utterance.audio_tokens == int(features["audio_embed_sizes"][0])
+
+
+def test_lengths_that_crash_the_extractors_batched_path_pass_one_by_one():
+    extractor = Phi4MultimodalFeatureExtractor()
+    waves = [tone(samples / 16_000, 16_000) for samples in (16_000, 16_010, 12_000)]
+    with pytest.raises(RuntimeError, match="must match"):
+        extractor(waves, sampling_rate=16_000)
+    for wave in waves:
+        utterance = data.Utterance("u", sound(wave), len(wave), "", {}, (), "", 0, "")
+        assert data.log_mel(utterance, extractor).shape == ((len(wave) - 400) // 160 + 1, 80)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+def test_a_folder_is_read_in_the_order_of_its_list(corpus):
+    utterances = data.read_corpus(corpus, "train")
+    listed = [line.split()[0] for line in (corpus / "train" / "wav.scp").read_text().splitlines()]
+    records = json.loads((corpus / "resource" / "scores.json").read_text())
+    assert [utterance.id for utterance in utterances] == listed
+    for utterance in utterances:
+        record = records[utterance.id]
+        assert utterance.text == record["text"]
+        assert utterance.scores == {name: record[name] for name in prompts.SCORES}
+        assert utterance.canonical == [phone for w in record["words"] for phone in w["phones"]]
+        assert utterance.speaker == utterance.id[:4] and utterance.age > 0 and utterance.gender in "fm"
+        assert utterance.samples == len(data.read_audio(utterance.recording))
+
+
+def test_limit_takes_the_first_utterances(corpus):
+    ids = [utterance.id for utterance in data.read_corpus(corpus, "test")]
+    assert [utterance.id for utterance in data.read_corpus(corpus, "test", limit=3)] == ids[:3]
+
+
+def test_train_and_test_of_the_synthetic_corpus_share_no_speaker(corpus):
+    train, test = ({u.speaker for u in data.read_corpus(corpus, split)} for split in ("train", "test"))
+    assert train and test and not train & test
+
+
+def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_path):
+    """A dataset on disk with the hub's columns: parquet, encoded audio, no id column."""
+    folder = data.read_corpus(corpus, "test")
+    records = json.loads((corpus / "resource" / "scores.json").read_text())
+    rows = [
+        records[u.id] | {"speaker": u.speaker, "gender": u.gender, "age": u.age,
+                         "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
+        for u in folder
+    ]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+    table.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+
+    hub = [data._utterance(**row) for row in data.read_hub(str(tmp_path), "test", None)]
+    for ours, theirs in zip(hub, folder, strict=True):
+        assert vars(ours) | {"recording": None} == vars(theirs) | {"recording": None}
+        assert np.array_equal(data.read_audio(ours.recording), data.read_audio(theirs.recording))
+
+
+def copy(corpus, tmp_path):
+    return shutil.copytree(corpus, tmp_path / "copy")
+
+
+def test_every_bad_file_is_listed_and_none_is_skipped(corpus, tmp_path):
+    root = copy(corpus, tmp_path)
+    ids = [line.split()[0] for line in (root / "test" / "wav.scp").read_text().splitlines()]
+    paths = [root / "WAVE" / f"SPEAKER{id[:4]}" / f"{id}.WAV" for id in ids]
+    paths[0].unlink()
+    paths[1].write_bytes(b"RIFF but no more")
+    soundfile.write(paths[2], np.zeros(10, np.float32), 16_000)
+    paths[3].write_bytes(b"")
+    scores = root / "resource" / "scores.json"
+    records = json.loads(scores.read_text())
+    del records[ids[4]]
+    del records[ids[5]]["fluency"]
+    records[ids[6]]["total"] = 12
+    records[ids[7]]["words"][0]["mispronunciations"] = [{"canonical-phone": "X", "index": 99, "pronounced-phone": "Y"}]
+    records[ids[8]]["accuracy"] = None
+    scores.write_text(json.dumps(records))
+    with pytest.raises(data.InputError) as error:
+        data.read_corpus(root, "test")
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("9 of 20 utterances") and len(lines) == 10
+    for id, line, reason in zip(ids, lines[1:], ("No such file", "not a readable", "less than one frame", "not a readable",
+                                                 "no entry in resource/scores.json", "no 'fluency'", "total score 12",
+                                                 "index 99 is outside", "accuracy score None")):  # fmt: skip
+        assert line.strip().startswith(f"{id}: ") and reason in line
+    assert str(paths[0]) in lines[1]
+
+
+def test_a_missing_corpus_says_what_to_give():
+    with pytest.raises(data.InputError, match="folder no/such/corpus does not exist: give a folder or a hub id"):
+        data.read_corpus("no/such/corpus", "test")
+
+
+def test_a_folder_that_is_no_corpus_names_what_is_missing(tmp_path):
+    with pytest.raises(data.InputError, match="scores.json.*wav.scp.*missing"):
+        data.read_corpus(tmp_path, "test")
+
+
+def test_a_split_that_does_not_exist_is_named(corpus):
+    with pytest.raises(data.InputError, match="split 'dev'"):
+        data.read_corpus(corpus, "dev")
+
+
+def test_an_unreachable_hub_corpus_is_an_input_error():
+    with pytest.raises(data.InputError, match="corpus 'nobody/nothing' .* cannot be loaded"):
+        data.read_corpus("nobody/nothing", "test", "main")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples and batches
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = tiny.new_tokenizer()
+    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
+    return tokenizer
+
+
+AUDIO = tiny.SPECIAL_TOKENS[2]
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer, utterances):
+    return [data.make_examples(u, tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)) for u in utterances]
+
+
+def test_each_utterance_gives_one_example_a_task(pairs):
+    assert [[example.task for example in pair] for pair in pairs] == [["APA", "MDD"]] * len(pairs)
+
+
+def test_an_example_reads_as_figure_3_with_a_placeholder_for_every_audio_embedding(tokenizer, pairs):
+    for example in (example for pair in pairs for example in pair):
+        text = prompts.build_prompt(example.task).replace(prompts.AUDIO, AUDIO * example.utterance.audio_tokens)
+        assert tokenizer.decode(example.prompt_ids) == text
+
+
+def test_exactly_the_answer_and_its_end_token_are_supervised(tokenizer, pairs):
+    for apa, mdd in pairs:
+        batch = data.collate([apa, mdd], tokenizer.pad_token_id)
+        scores, (u, labels) = apa.utterance.scores, (mdd.utterance, batch["labels"])
+        supervised = [tokenizer.decode(row[row != data.IGNORE]) for row in labels]
+        assert supervised == [
+            f'{{"accuracy": {scores["accuracy"]}, "fluency": {scores["fluency"]}, '
+            f'"prosodic": {scores["prosodic"]}, "total": {scores["total"]}}}<|end|>',
+            f'{{"word_transcript": "{u.text}", "phoneme_transcript": "{" ".join(u.heard)}"}}<|end|>',
+        ]
+        for ids, row, mask in zip(batch["input_ids"], labels, batch["attention_mask"]):
+            first = np.flatnonzero(row != data.IGNORE)[0]
+            assert tokenizer.decode(ids[:first]).endswith("<|end|><|assistant|>")
+            assert np.array_equal(row[row != data.IGNORE], ids[row != data.IGNORE])
+            assert (row[mask == 0] == data.IGNORE).all() and (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_a_genuine_pad_token_in_an_answer_would_still_be_supervised():
+    example = data.Example(None, "APA", [5, 6], [7, 0, 8])
+    assert data.collate([example], pad_id=0)["labels"].tolist() == [[-100, -100, 7, 0, 8]]
+
+
+def test_prompts_are_padded_on_the_left():
+    batch = data.collate_prompts([[1, 2, 3], [4]], pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_an_epoch_visits_each_example_once_in_an_order_of_seed_and_epoch():
+    steps = partial(data.epoch_steps, list(range(40)), 8)
+    assert sorted(sum(steps(0, 1), [])) == list(range(40)) and [len(step) for step in steps(0, 1)] == [8] * 5
+    assert steps(0, 1) == steps(0, 1) != steps(0, 2) and steps(0, 1) != steps(1, 1)
+
+
+def test_what_does_not_fill_a_step_is_left_out_of_an_epoch_and_differs():
+    left = [set(range(43)) - set(sum(data.epoch_steps(list(range(43)), 8, 0, epoch), [])) for epoch in (1, 2)]
+    assert [len(rest) for rest in left] == [3, 3] and left[0] != left[1]
+
+
+def test_a_corpus_smaller_than_a_step_is_one_step():
+    assert [len(step) for step in data.epoch_steps(list(range(5)), 8, 0, 1)] == [5]
+
+
+def test_micro_batches_hold_the_step_sorted_by_length():
+    step = [data.Example(None, "APA", [0] * n, [0]) for n in (3, 9, 1, 7, 5)]
+    cut = data.micro_batches(step, 2)
+    assert [[len(example) for example in micro_batch] for micro_batch in cut] == [[10, 8], [6, 4], [2]]
