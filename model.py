@@ -1,0 +1,396 @@
+"""What the model is, what trains, what the loss is, and what is saved.
+
+    waveform -> log-mel -> audio encoder -> projector ─┐
+                                                       ├─> language model (+ LoRA) -> logits -> answer
+    <|user|><|APA|> ...prompt... -> embedding rows ────┘
+
+The language model of Phi-4-multimodal never heard speech by itself: it hears through a speech LoRA that the checkpoint
+ships in `speech-lora/` (rank 320). There are three ways to use it (`--speech-adapter`):
+
+    continue  train that adapter itself; the paper's wording "the (speech) LoRA layers" (3.2)
+    merge     fold it into the frozen weights and train a fresh LoRA on top
+    none      leave it out
+
+and two strategies (paper 3.2): "lora" trains LoRA alone, "unfreeze" also audio encoder and projector. Under both, the
+embedding rows of the two control tokens train (our choice: the paper does not say how they enter the tokenizer).
+
+Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature frames, D hidden size, N supervised
+positions, V vocabulary.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+# Messages on import and loading that no user of these scripts can act on.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import data
+import prompts
+
+transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
+transformers_logging.disable_progress_bar()
+
+HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
+HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
+SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
+SPEECH_ADAPTERS = ("merge", "continue", "none")
+
+# A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
+LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
+
+PARAMETER_GROUPS = {  # what a parameter's name contains
+    "LoRA": r"\.lora_[AB]\.",
+    "control tokens": r"\.trainable_tokens_delta\.",
+    "audio encoder": r"\.audio_embed\.encoder\.",
+    "audio projector": r"\.audio_embed\.(up|down)_proj_for_speech\.",
+}
+AUDIO_GROUPS = ("audio encoder", "audio projector")
+STRATEGIES = {  # paper 3.2
+    "lora": ("LoRA", "control tokens"),
+    "unfreeze": ("LoRA", "control tokens", *AUDIO_GROUPS),
+}
+
+MAX_ENCODER_TOKENS = 500  # 40 s; the encoder cuts what is longer into chunks of this length
+LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
+
+
+class SpeechModel(nn.Module):
+    """The network with its tokenizer and feature extractor: embeds audio, gives the loss, writes answers."""
+
+    def __init__(self, network, tokenizer, extractor):
+        super().__init__()
+        self.network = network  # Phi4MultimodalForCausalLM, or a PeftModel around it
+        self.tokenizer = tokenizer
+        self.extractor = extractor
+        self.audio_cache = {}  # utterance id -> (A, D) on the CPU, while encoder and projector are frozen
+
+    @property
+    def core(self):
+        """The Phi4MultimodalForCausalLM, adapter layers included."""
+        return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+
+    @property
+    def device(self):
+        return self.core.device
+
+    @property
+    def audio_id(self):
+        return self.core.config.audio_config.audio_token_id
+
+    @property
+    def pad_id(self):
+        return self.core.config.pad_token_id
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Audio
+
+    def audio_embeddings(self, utterances):
+        """Embeddings of each recording, a list of (A, D); computed once per utterance while nothing there trains."""
+        projector = self.core.model.embed_tokens_extend.audio_embed.up_proj_for_speech
+        if projector.weight.requires_grad:
+            return self.embed_audio([data.log_mel(utterance, self.extractor) for utterance in utterances])
+        new = {u.id: u for u in utterances if u.id not in self.audio_cache}
+        if new:
+            with torch.no_grad():
+                embeddings = self.embed_audio([data.log_mel(utterance, self.extractor) for utterance in new.values()])
+            self.audio_cache |= {id: embedding.cpu() for id, embedding in zip(new, embeddings)}
+        return [self.audio_cache[utterance.id].to(self.device) for utterance in utterances]
+
+    def embed_audio(self, features):
+        """Audio encoder and projector, so that a recording's embeddings do not depend on what it is batched with.
+
+        transformers' own padded path does not give that: it adds a boolean mask to the attention bias, so padding is
+        attended to, and the subsampling convolutions look past a recording's end. Here the convolutions run on each
+        recording alone, and the conformer blocks, whose own convolutions are causal, on the padded batch with a
+        0 / -inf mask. The few longer than 40 s, which the encoder cuts into chunks, go through it one by one.
+
+        features: list of log-mel features, each (F, 80). Returns a tuple of (A, D), A = ceil(F / 8).
+        """
+        audio = self.core.model.embed_tokens_extend.audio_embed
+        weight = audio.up_proj_for_speech.weight
+        features = [feature.to(weight.device, weight.dtype)[None] for feature in features]  # each (1, F, 80)
+        tokens = [-(-feature.shape[1] // data.FRAMES_PER_TOKEN) for feature in features]
+
+        short = [i for i, count in enumerate(tokens) if count <= MAX_ENCODER_TOKENS]
+        hidden = {i: audio.encoder(features[i], None)[0] for i in range(len(features)) if i not in short}  # (A, H)
+        if short:
+            batch = self._encode_together([features[i] for i in short])  # (B, longest A, H)
+            hidden |= {i: batch[row, : tokens[i]] for row, i in enumerate(short)}
+        hidden = torch.cat([hidden[i] for i in range(len(features))])  # (sum of A, H)
+        return audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden))).split(tokens)
+
+    def _encode_together(self, features):
+        encoder = self.core.model.embed_tokens_extend.audio_embed.encoder
+        parts = [encoder.embed(encoder.encoder_embedding(feature), None)[0][0] for feature in features]  # (A, H)
+        hidden = pad_sequence(parts, batch_first=True)  # (B, longest A, H)
+        lengths = torch.tensor([len(part) for part in parts], device=hidden.device)
+        padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, A)
+        mask = hidden.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]  # (B, 1, 1, A)
+        attention_mask = mask + encoder.relative_attention_bias_layer(hidden)  # (B, heads, A, A)
+        for layer in encoder.encoders:
+            hidden = layer(hidden, attention_mask)
+        return hidden
+
+    def _inputs_embeds(self, input_ids, audio):
+        """Token embeddings with the audio embeddings in the place of their placeholders, (B, T, D)."""
+        embeds = self.core.get_input_embeddings()(input_ids)  # (B, T, D)
+        audio = torch.cat(audio).to(embeds.dtype)  # (sum of A, D)
+        placeholders = input_ids == self.audio_id  # (B, T)
+        if placeholders.sum() != len(audio):
+            raise ValueError(f"{placeholders.sum()} audio placeholders for {len(audio)} audio embeddings")
+        return embeds.masked_scatter(placeholders[..., None], audio)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Loss and answers
+
+    def forward(self, examples):
+        """Summed loss of a micro-batch of data.Example; see `loss`."""
+        return self.loss(
+            data.collate(examples, self.pad_id), self.audio_embeddings([example.utterance for example in examples])
+        )
+
+    def loss(self, batch, audio):
+        """Cross-entropy summed over the supervised tokens of a micro-batch.
+
+        The caller divides by the supervised tokens of the whole step, so that every token counts alike however the
+        step is cut. Logits exist at supervised positions only: with a vocabulary of 200,064 they are the largest
+        tensor of a step, and most positions hold prompt or audio.
+
+        batch: arrays of data.collate; audio: list of (A, D), one for each row.
+        """
+        input_ids, labels, attention_mask = self._tensors(batch, "input_ids", "labels", "attention_mask")  # (B, T)
+        hidden = self.core.model(
+            inputs_embeds=self._inputs_embeds(input_ids, audio), attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (B, T, D)
+        targets = labels[:, 1:]  # (B, T-1): position t predicts token t+1
+        supervised = targets != data.IGNORE
+        logits = self.core.lm_head(hidden[:, :-1][supervised])  # (N, V)
+        return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+    def _tensors(self, batch, *keys):
+        return [torch.as_tensor(batch[key], device=self.device) for key in keys]
+
+    @torch.inference_mode()
+    def generate(self, utterances, task, max_new_tokens, control_token=True):
+        """Greedy answers for a batch of utterances.
+
+        Returns a list of (text, number of tokens, truncated); truncated: the limit came before <|end|>.
+        """
+        ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]
+        batch = data.collate_prompts(ids, self.pad_id)
+        input_ids, attention_mask = self._tensors(batch, "input_ids", "attention_mask")  # (B, T)
+        stop = {self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id}
+        sequences = self.core.generate(
+            inputs_embeds=self._inputs_embeds(input_ids, self.audio_embeddings(utterances)),
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=sorted(stop),
+            pad_token_id=self.pad_id,
+        )  # (B, new tokens): with inputs_embeds, generate returns the answer alone
+        answers = []
+        for sequence in sequences.tolist():
+            length = next((i for i, token in enumerate(sequence) if token in stop), None)
+            text = self.tokenizer.decode(sequence[:length], skip_special_tokens=False)
+            answers.append((text, len(sequence) if length is None else length + 1, length is None))
+        return answers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def check_hardware(name):
+    """Stop before anything slow has started when the 5.6-billion-parameter model meets a machine without a GPU."""
+    folder = Path(name)
+    if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
+        return
+    if not torch.cuda.is_available():
+        raise data.InputError(
+            f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), or "
+            f"use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
+        )
+
+
+def default_dtype():
+    """Type of frozen weights where none is asked for."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def autocast(device):
+    """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def load_base(name, revision, dtype, attention, merge_speech_adapter):
+    """The pretrained model, with the control tokens in its tokenizer and, if asked, the speech adapter folded in.
+
+    name: checkpoint folder or hub id (`revision` of the hub id); dtype: "float32" or "bfloat16"; attention: "sdpa",
+    "eager" or "flash_attention_2". Raises InputError when the checkpoint cannot be loaded.
+    """
+    source = {"revision": revision} if not Path(name).is_dir() else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
+        network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True, **source
+        )
+        if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
+            raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        if merge_speech_adapter:
+            network = _with_speech_adapter(network, name, revision).merge_and_unload()
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise data.InputError(f"model {name!r} (revision {revision}) cannot be loaded: {reason}") from error
+
+    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
+    rows = network.get_input_embeddings().weight.shape[0]
+    if max(control_token_ids(tokenizer)) >= rows:
+        raise data.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
+    network.requires_grad_(False)
+    # generate() would otherwise mix our greedy settings with sampling settings of the checkpoint
+    network.generation_config = type(network.generation_config)()
+    return SpeechModel(network, tokenizer, extractor)
+
+
+def control_token_ids(tokenizer):
+    """Ids of the control tokens, in the order of prompts.TASKS. They lie in spare rows of the embedding matrix."""
+    return tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
+
+
+def _with_speech_adapter(network, name, revision, **changes):
+    """The network with the shipped speech adapter; `changes` replace values of its configuration."""
+    source = {"subfolder": SPEECH_ADAPTER} | ({"revision": revision} if not Path(name).is_dir() else {})
+    config = LoraConfig.from_pretrained(name, **source)
+    config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
+    for key, value in changes.items():
+        setattr(config, key, value)
+    network = get_peft_model(network, config)
+    _load_exactly(network, load_peft_weights(name, device="cpu", **source), new=r"trainable_tokens_delta")
+    return network
+
+
+def _load_exactly(network, weights, new=None):
+    """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
+    own = get_peft_model_state_dict(network)
+    kept = {key: value for key, value in own.items() if new and re.search(new, key)}
+    difference = sorted(weights.keys() ^ (own.keys() - kept.keys()))
+    if difference:
+        raise ValueError(f"adapter does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
+    set_peft_model_state_dict(network, weights | kept)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training: the adapter, and what of the model trains
+
+
+def add_adapter(model, name, revision, speech_adapter, rank, alpha, dropout):
+    """Put the LoRA that is to be trained into the model: a fresh one, or the shipped one with `continue`.
+
+    rank, alpha and dropout are the fresh one's. Returns the configuration of the adapter, PEFT's LoraConfig.
+    """
+    tokens = {"embed_tokens": control_token_ids(model.tokenizer)}
+    if speech_adapter == "continue":
+        model.network = _with_speech_adapter(
+            model.network, name, revision, trainable_token_indices=tokens, inference_mode=False
+        )
+    else:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=LORA_TARGETS,
+            trainable_token_indices=tokens,
+            task_type="CAUSAL_LM",
+            revision=revision,
+        )
+        model.network = get_peft_model(model.network, config)
+    return model.network.peft_config["default"]
+
+
+def set_trainable(model, strategy):
+    """Freeze everything, then open the parameter groups of the strategy.
+
+    Trained parameters are kept in float32: a step of 2e-5 is lost in bfloat16's 8 bits of precision.
+    Returns {group: number of parameters}. Raises ValueError when a group matches nothing.
+    """
+    model.requires_grad_(False)
+    counts = {}
+    for group in STRATEGIES[strategy]:
+        chosen = [p for name, p in model.named_parameters() if re.search(PARAMETER_GROUPS[group], name)]
+        if not chosen:
+            raise ValueError(f"strategy {strategy!r}: no parameter belongs to group {group!r}")
+        for parameter in chosen:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        counts[group] = sum(parameter.numel() for parameter in chosen)
+    return counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_adapter(model, folder, settings):
+    """Write the trained weights in PEFT's format, with the exact settings beside them.
+
+    With "unfreeze", encoder and projector go to audio.safetensors. The folder appears whole or not at all.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.network.save_pretrained(temporary)
+    audio = _audio_parameters(model) if settings["strategy"] == "unfreeze" else {}
+    if audio:
+        save_file({key: value.detach().cpu().contiguous() for key, value in audio.items()}, temporary / "audio.safetensors")
+    (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load_adapter(model, folder):
+    """Put a trained adapter into a base model loaded with the same settings. Raises InputError when it does not fit."""
+    folder = Path(folder)
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = True
+        network = get_peft_model(model.network, config)
+        _load_exactly(network, load_peft_weights(str(folder), device="cpu"))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise data.InputError(f"adapter {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if config.trainable_token_indices["embed_tokens"] != control_token_ids(model.tokenizer):
+        raise data.InputError(f"adapter {folder} was trained with other control token ids: use its own base model")
+    model.network = network
+    model.audio_cache.clear()
+    if (folder / "audio.safetensors").exists():
+        weights, parameters = load_file(folder / "audio.safetensors"), _audio_parameters(model)
+        if weights.keys() != parameters.keys():
+            raise data.InputError(f"{folder / 'audio.safetensors'} does not fit the model's audio encoder and projector")
+        for key, parameter in parameters.items():
+            parameter.data = weights[key].to(parameter.device)
+    model.eval()
+
+
+def _audio_parameters(model):
+    """Parameters of audio encoder and projector, by their name in the unwrapped network."""
+    patterns = [PARAMETER_GROUPS[group] for group in AUDIO_GROUPS]
+    return {name: p for name, p in model.core.named_parameters() if any(re.search(q, name) for q in patterns)}

@@ -1,0 +1,53 @@
+"""A tiny model with barely trained weights and a small corpus, in the real formats, made once for all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+
+import data
+import model as models
+import tiny
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    tiny.write_corpus(root, {"train": 4, "test": 2}, per_speaker=10, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.write_model(folder, steps=30, seed=0, clips=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def utterances(corpus):
+    return data.read_corpus(corpus, "train")
+
+
+@pytest.fixture
+def new_model(checkpoint):
+    """Makes a model as train.py does: speech adapter merged, fresh LoRA without dropout, chosen groups trainable."""
+
+    def make(strategy="lora", speech_adapter="merge", rank=4):
+        model = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter == "merge")
+        models.add_adapter(model, str(checkpoint), None, speech_adapter, rank, 2 * rank, dropout=0.0)
+        model.counts = models.set_trainable(model, strategy)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def examples(new_model, utterances):
+    model = new_model()
+    return [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]

@@ -1,0 +1,315 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import data
+import model as models
+import prompts
+
+SETTINGS = {"strategy": "lora"}
+
+
+def gradients(model, micro_batches):
+    """Summed loss, and the gradient of every trained parameter, as the training loop makes them."""
+    supervised = sum(len(example.answer_ids) for micro_batch in micro_batches for example in micro_batch)
+    model.zero_grad()
+    total = 0.0
+    for micro_batch in micro_batches:
+        loss = model(micro_batch) / supervised
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_one_step(model, examples, rate=1e-3):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        gradients(model, [examples])
+        optimiser.step()
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def logits(model, examples):
+    """Logits at every position of a batch, by transformers' own forward."""
+    batch = data.collate(examples, model.pad_id)
+    with torch.no_grad():
+        audio = model.audio_embeddings([example.utterance for example in examples])
+        return model.core(
+            inputs_embeds=model._inputs_embeds(torch.as_tensor(batch["input_ids"]), audio),
+            attention_mask=torch.as_tensor(batch["attention_mask"]),
+        ).logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_the_loss_of_a_padded_batch_equals_that_of_its_rows_alone(new_model, examples):
+    model, batch = new_model(), examples[:8]
+    assert len({len(example) for example in batch}) > 2
+    with torch.no_grad():
+        together, alone = model(batch), sum(model([example]) for example in batch)
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_eight_micro_batches_of_one_and_one_of_eight_give_equal_gradients(new_model, examples):
+    model, batch = new_model(), examples[:8]
+    loss, one = gradients(model, [batch])
+    other_loss, eight = gradients(model, [[example] for example in batch])
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert one.keys() == eight.keys() and any(gradient.norm() > 0 for gradient in one.values())
+    for name in one:
+        assert relative(eight[name], one[name]) < 1e-5 or one[name].norm() == 0, name
+
+
+def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples):
+    model, batch = new_model(), examples[:4]
+    arrays = data.collate(batch, model.pad_id)
+    audio = model.audio_embeddings([example.utterance for example in batch])
+    with torch.no_grad():
+        mean = model.core(
+            inputs_embeds=model._inputs_embeds(torch.as_tensor(arrays["input_ids"]), audio),
+            attention_mask=torch.as_tensor(arrays["attention_mask"]),
+            labels=torch.as_tensor(arrays["labels"]),
+        ).loss
+        ours = model(batch) / sum(len(example.answer_ids) for example in batch)
+    assert ours.item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_only_the_answer_changes_the_loss(new_model, examples):
+    """A label in the prompt or in padding would show here: the sum over single supervised tokens is the loss."""
+    model, example = new_model(), examples[0]
+    scores = torch.log_softmax(logits(model, [example])[0], dim=-1)
+    start = len(example.prompt_ids)
+    expected = -sum(scores[start - 1 + i, token] for i, token in enumerate(example.answer_ids))
+    with torch.no_grad():
+        assert model([example]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audio
+
+
+def test_a_clip_has_the_same_embeddings_alone_and_batched_with_longer_clips(new_model, utterances):
+    model = new_model()
+    ordered = sorted(utterances, key=lambda utterance: utterance.samples)
+    batch = [data.log_mel(utterance, model.extractor) for utterance in (ordered[0], ordered[-1], ordered[-2])]
+    with torch.no_grad():
+        together = model.embed_audio(batch)
+        for features, embedding in zip(batch, together):
+            alone = model.embed_audio([features])[0]
+            assert relative(embedding, alone) < 1e-5
+
+
+def test_embeddings_of_one_clip_are_transformers_own(new_model, utterances):
+    model, utterance = new_model(), utterances[0]
+    features = data.log_mel(utterance, model.extractor)
+    audio = model.core.model.embed_tokens_extend.audio_embed
+    ids = torch.full((1, utterance.audio_tokens), model.audio_id)
+    with torch.no_grad():
+        theirs = audio(ids, torch.zeros(1, utterance.audio_tokens, model.core.config.hidden_size), features[None],
+                       audio_embed_sizes=torch.tensor([utterance.audio_tokens]))  # fmt: skip
+        ours = model.embed_audio([features])[0]
+    assert relative(ours, theirs[0]) < 1e-5
+
+
+def test_a_clip_above_forty_seconds_keeps_its_embeddings_in_a_batch(new_model):
+    model = new_model()
+    rng = np.random.default_rng(0)
+    long, short = (torch.as_tensor(rng.normal(8, 3, (frames, 80)), dtype=torch.float32) for frames in (4100, 50))
+    with torch.no_grad():
+        together = model.embed_audio([short, long])
+        assert [len(embedding) for embedding in together] == [7, 513]
+        for features, embedding in zip((short, long), together):
+            assert relative(embedding, model.embed_audio([features])[0]) < 1e-5
+
+
+def test_embeddings_are_computed_once_while_encoder_and_projector_are_frozen(new_model, examples, monkeypatch):
+    model, calls = new_model(), []
+    embed = model.embed_audio
+    monkeypatch.setattr(model, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
+    for _ in range(2):
+        model(examples[:6])  # three utterances, two tasks each
+    assert calls == [3]
+    unfrozen = new_model("unfreeze")
+    monkeypatch.setattr(unfrozen, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
+    for _ in range(2):
+        unfrozen(examples[:6])
+    assert calls == [3, 6, 6]
+
+
+def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, examples):
+    model = new_model()
+    audio = model.audio_embeddings([examples[0].utterance])
+    with pytest.raises(ValueError, match="audio placeholders for"):
+        model.loss(data.collate([examples[0]], model.pad_id), [audio[0][1:]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
+def test_the_text_of_an_utterance_does_not_depend_on_its_batch(new_model, utterances, task):
+    model = new_model().eval()
+    train_one_step(model, data.make_examples(utterances[0], model.tokenizer, model.audio_id), 1e-2)
+    chosen = utterances[:9]
+    texts = [[model.generate(chosen[i : i + size], task, 40) for i in range(0, 9, size)] for size in (1, 3, 9)]
+    one, three, nine = ([answer for batch in batches for answer in batch] for batches in texts)
+    assert one == three == nine and len({text for text, _, _ in one}) > 1
+
+
+def test_generation_stops_at_the_end_token_and_says_when_it_did_not(new_model, utterances):
+    model = new_model().eval()
+    end = model.tokenizer.convert_tokens_to_ids(prompts.END)
+    with torch.no_grad():  # an output bias of sorts: the end token's row becomes every hidden state's favourite
+        answers = model.generate(utterances[:2], "MDD", 3)
+        assert all(tokens <= 3 and truncated == (tokens == 3) for _, tokens, truncated in answers)
+        model.core.lm_head.forward = lambda hidden: torch.nn.functional.one_hot(
+            torch.full(hidden.shape[:-1], end), model.core.config.vocab_size
+        ).float()
+        assert model.generate(utterances[:2], "MDD", 3) == [("", 1, False)] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What trains
+
+
+@pytest.mark.parametrize("speech_adapter", models.SPEECH_ADAPTERS)
+@pytest.mark.parametrize("strategy", models.STRATEGIES)
+def test_a_step_changes_exactly_the_chosen_groups(new_model, examples, strategy, speech_adapter):
+    model = new_model(strategy, speech_adapter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_one_step(model, examples[:8])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    groups = {group: {name for name in changed if models.re.search(pattern, name)}
+              for group, pattern in models.PARAMETER_GROUPS.items()}  # fmt: skip
+    assert {group for group, names in groups.items() if names} == set(models.STRATEGIES[strategy])
+    assert changed == set().union(*groups.values())
+    assert not any("audio_embed" in name and "lora" in name for name in before)
+
+
+def test_counts_are_those_of_the_groups(new_model):
+    model = new_model("unfreeze", rank=4)
+    hidden, mlp, qkv = 128, 256, 128 + 2 * 64
+    per_layer = 4 * ((hidden + qkv) + (hidden + hidden) + (hidden + 2 * mlp) + (mlp + hidden))
+    assert model.counts["LoRA"] == 3 * per_layer
+    assert model.counts["control tokens"] == 2 * hidden
+    audio = model.core.model.embed_tokens_extend.audio_embed
+    assert model.counts["audio encoder"] == sum(p.numel() for p in audio.encoder.parameters())
+    assert model.counts["audio projector"] == 96 * hidden + hidden + hidden * hidden + hidden
+
+
+def test_of_the_embedding_only_the_rows_of_the_control_tokens_train(new_model, examples):
+    model = new_model()
+    before = model.core.get_input_embeddings().weight.detach().clone()
+    train_one_step(model, examples[:8])
+    changed = (model.core.get_input_embeddings().weight != before).any(dim=1)
+    assert torch.nonzero(changed).flatten().tolist() == models.control_token_ids(model.tokenizer)
+
+
+def test_a_group_that_matches_nothing_is_an_error(new_model, monkeypatch):
+    monkeypatch.setitem(models.PARAMETER_GROUPS, "audio encoder", "no_such_module")
+    with pytest.raises(ValueError, match="no parameter belongs to group 'audio encoder'"):
+        new_model("unfreeze")
+
+
+def test_continue_trains_the_shipped_adapter_at_its_own_rank(new_model, checkpoint):
+    config = json.loads((checkpoint / models.SPEECH_ADAPTER / "adapter_config.json").read_text())
+    model = new_model(speech_adapter="continue", rank=4)
+    assert model.network.peft_config["default"].r == config["r"] != 4
+    shipped = load_file(checkpoint / models.SPEECH_ADAPTER / "adapter_model.safetensors")
+    ours = get_peft_model_state_dict(model.network)
+    assert all(torch.equal(ours[key], value) for key, value in shipped.items())
+
+
+def test_merge_and_continue_start_from_the_same_function_and_none_does_not(new_model, examples):
+    outputs = {way: logits(new_model(speech_adapter=way).eval(), examples[:2]) for way in models.SPEECH_ADAPTERS}
+    assert torch.allclose(outputs["merge"], outputs["continue"], atol=1e-4)
+    assert not torch.allclose(outputs["merge"], outputs["none"], atol=1e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+def reload(checkpoint, folder, speech_adapter):
+    model = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter == "merge")
+    models.load_adapter(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("speech_adapter", models.SPEECH_ADAPTERS)
+@pytest.mark.parametrize("strategy", models.STRATEGIES)
+def test_a_reloaded_adapter_gives_the_same_logits_and_differs_from_the_base(
+    new_model, checkpoint, examples, tmp_path, strategy, speech_adapter
+):
+    model = new_model(strategy, speech_adapter)
+    untrained = logits(model.eval(), examples[:1])
+    train_one_step(model, examples[:8])
+    expected = logits(model.eval(), examples[:1])
+    models.save_adapter(model, tmp_path / "epoch-1", {"strategy": strategy})
+    again = logits(reload(checkpoint, tmp_path / "epoch-1", speech_adapter), examples[:1])
+    assert torch.equal(again, expected)
+    assert not torch.allclose(again, untrained, atol=1e-3)
+    assert json.loads((tmp_path / "epoch-1" / "settings.json").read_text()) == {"strategy": strategy}
+    assert (tmp_path / "epoch-1" / "audio.safetensors").exists() == (strategy == "unfreeze")
+
+
+@pytest.fixture
+def saved(new_model, tmp_path):
+    models.save_adapter(new_model(), tmp_path / "adapter", SETTINGS)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("change", [
+    lambda weights: weights.pop(next(iter(weights))),
+    lambda weights: weights.update({"base_model.model.model.layers.9.lora_A.weight": torch.zeros(2)}),
+])  # fmt: skip
+def test_an_adapter_with_missing_or_foreign_keys_is_refused(checkpoint, saved, change):
+    weights = load_file(saved / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, saved / "adapter_model.safetensors")
+    with pytest.raises(data.InputError, match="1 keys differ"):
+        reload(checkpoint, saved, "merge")
+
+
+def test_a_truncated_adapter_file_is_refused(checkpoint, saved):
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        reload(checkpoint, saved, "merge")
+
+
+def test_saving_again_replaces_the_folder_and_leaves_no_temporary_one(new_model, saved):
+    (saved / "stale").touch()
+    models.save_adapter(new_model(), saved, SETTINGS)
+    assert not (saved / "stale").exists() and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_a_missing_checkpoint_is_an_input_error(tmp_path):
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        models.load_base(str(tmp_path), None, "float32", "sdpa", True)
+
+
+def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    shutil.rmtree(folder / models.SPEECH_ADAPTER)
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        models.load_base(str(folder), None, "float32", "sdpa", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
+    with pytest.raises(data.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
+        models.check_hardware(models.HUB_MODEL)
+    assert "\n" not in str(error.value)
