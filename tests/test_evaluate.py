@@ -1,0 +1,166 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import metrics
+import prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+METRIC_KEYS = {f"{name}_{kind}" for name in prompts.SCORES for kind in ("pcc", "pvalue", "mae")} | {
+    "wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_precision",
+    "phone_agreement_recall", "phone_agreement_f1", "apa_unparsed", "mdd_unparsed", "apa_truncated", "mdd_truncated",
+}  # fmt: skip
+
+
+def script(*arguments, cwd):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def records(count=6):
+    """Predictions of a system that is one point off in accuracy and misses the last phone."""
+    lines = []
+    for i in range(count):
+        scores = {"accuracy": i, "fluency": 9 - i, "prosodic": 5, "total": i % 3}
+        output = prompts.apa_target(scores | {"accuracy": i + 1})
+        lines.append({"id": f"u{i}", "task": "APA", "output": output, "reference": scores, "truncated": False})
+        reference = {"word_transcript": "WE SEE", "canonical": ["W", "IY", "S", "IY"], "heard": ["W", "IH", "S", "IY"]}
+        output = prompts.mdd_target("WE SEE", ["W", "IH", "S"])
+        lines.append({"id": f"u{i}", "task": "MDD", "output": output, "reference": reference, "truncated": i == 0})
+    return lines
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_papers_table_is_typed_as_printed():
+    assert evaluate.PAPER["lora", 3] == (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721)
+    assert len(evaluate.PAPER) == 9 and {len(row) for row in evaluate.PAPER.values()} == {len(evaluate.TABLE_3)}
+
+
+def test_scoring_counts_what_was_unparsed_and_cut_off():
+    lines = records()
+    lines[0]["output"] = "no scores today"
+    lines[3]["output"] = '{"word_transcript": "WE SE'
+    numbers, reasons = evaluate.score(lines)
+    assert METRIC_KEYS <= numbers.keys()
+    assert numbers["apa_unparsed"] == numbers["mdd_unparsed"] == numbers["mdd_truncated"] == 1 / 6
+    assert numbers["apa_truncated"] == 0
+    assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["accuracy_mae"] == 1
+    assert numbers["fluency_pcc"] == pytest.approx(1) and numbers["fluency_mae"] == 0
+    assert math.isnan(numbers["prosodic_pcc"]) and reasons == {"prosodic_pcc": "all 5 predicted scores are 5"}
+    assert numbers["per"] == (5 * 1 + 4) / 24 and numbers["wer"] == 2 / 12
+    assert numbers["detection_recall"] == 1 and numbers["detection_precision"] == 6 / 14
+
+
+def test_the_floor_is_what_copying_the_canonical_phones_gives():
+    floor = evaluate.canonical_floor(records())
+    assert floor["per"] == 1 / 4 and floor["detection_recall"] == 0 and floor["wer"] == 0
+
+
+def test_a_number_is_marked_when_within_005_of_the_papers(capsys):
+    numbers = dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3])) | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}
+    evaluate.print_row("x", numbers, evaluate.TABLE_3, near=dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3])))
+    cells = capsys.readouterr().out.split()[1:]
+    assert cells[0] == "0.656*" and cells[4] == "0.091*" and cells[5] == "0.165"
+
+
+@pytest.mark.parametrize("label, strategy, row", [
+    ("base", "lora", ("base", 0)), ("epoch-2", "lora", ("lora", 2)), ("epoch-4", "unfreeze", ("unfreeze", 4)),
+    ("epoch-9", "lora", ("lora", 3)), ("predictions", "lora", ("lora", 3)),
+])  # fmt: skip
+def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, strategy, row):
+    assert evaluate.paper_row(label, strategy) == row
+
+
+def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
+    write(tmp_path / "predictions.jsonl", records())
+    code = (
+        "import runpy, sys; sys.argv = ['evaluate.py', '--predictions', 'predictions.jsonl'];"
+        f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'evaluate.py')!r}, run_name='__main__');"
+        "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    result = script("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert METRIC_KEYS <= saved.keys() and saved["prosodic_pcc"] is None and saved["per"] == 1 / 4
+    assert (tmp_path / "figure5.png").read_bytes().startswith(b"\x89PNG")
+    assert "no prosodic_pcc: all 6 predicted scores are 5" in result.stdout
+    assert "this run, predictions" in result.stdout and "paper, lora, epoch 3" in result.stdout
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "is empty"),
+    ('{"id": "u", "task": "APA"', "line 1 of"),
+    ('{"id": "u", "task": "ASR", "output": "", "reference": {}}', "line 1 of"),
+    ('{"id": "u", "task": "APA", "output": null, "reference": {"accuracy": 1}}', "line 1 of"),
+    ("[]", "line 1 of"),
+])  # fmt: skip
+def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(data.InputError, match=message):
+        evaluate.read_predictions(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "nothing to evaluate"),
+    (["--predictions", "missing.jsonl"], "missing.jsonl cannot be read"),
+    (["--adapter", "nowhere"], "nowhere holds no adapter"),
+    (["--adapter", "nowhere", "--predictions", "x"], "leave out --adapter"),
+    (["--base", "--batch-size", "0"], "--batch-size 0 is not a number from 1 up"),
+    (["--base", "--model", "nowhere"], "needs a CUDA GPU"),
+])  # fmt: skip
+def test_a_users_mistake_ends_with_2_and_one_line(tmp_path, arguments, message):
+    result = script(ROOT / "evaluate.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if "error:" in line]) == 1
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = script(ROOT / "train.py", "--model", checkpoint, "--data", corpus, "--limit", 8, "--epochs", 2, "--rank", 4,
+                    "--batch-size", 4, "--accumulation", 2, cwd=folder)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
+    result = script(ROOT / "evaluate.py", "--adapter", "out/", "--epochs", "all", "--base", "--limit", 5,
+                    "--batch-size", 2, "--max-new-tokens", 30, cwd=run)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for label in ("base", "epoch-1", "epoch-2"):
+        assert f"this run, {label}" in result.stdout
+        lines = evaluate.read_predictions(run / "out" / label / "predictions.jsonl")
+        utterances = data.read_corpus(corpus, "test", limit=5)
+        for utterance in utterances:
+            (apa,) = (line for line in lines if line["id"] == utterance.id and line["task"] == "APA")
+            (mdd,) = (line for line in lines if line["id"] == utterance.id and line["task"] == "MDD")
+            assert apa["reference"] == utterance.scores and apa["tokens"] <= 30
+            assert mdd["reference"] == {
+                "word_transcript": utterance.text, "canonical": utterance.canonical, "heard": utterance.heard
+            }  # fmt: skip
+        assert len(lines) == 10
+        saved = json.loads((run / "out" / label / "metrics.json").read_text())
+        again = evaluate.score(lines)[0]
+        assert saved == {"evaluated": label} | {k: None if math.isnan(v) else v for k, v in again.items()}
+
+
+def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
+    (folder, settings), = evaluate.adapter_folders(run / "out" / "epoch-1", "last")
+    assert folder.name == "epoch-1" and settings["epoch"] == 1
+    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "last")] == ["epoch-2"]
+    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "1")] == ["epoch-1"]
+    with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
+        evaluate.adapter_folders(run / "out", "7")
+
+
+def test_words_and_scores_named_in_metrics_are_those_of_prompts():
+    assert metrics.SCORES == prompts.SCORES
