@@ -149,7 +149,8 @@ def read_hub(name, split, revision):
         dataset = datasets.load_dataset(name, split=split, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"corpus {name!r} (revision {revision}, split {split!r}) cannot be loaded: {reason}") from error
+        raise InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
+                         f"(revision {revision}, split {split!r}): {reason}") from error  # fmt: skip
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     rows = []
     for i, record in enumerate(dataset):

@@ -224,9 +224,10 @@ def check_hardware(name):
     if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
         return
     if not torch.cuda.is_available():
+        kind = "" if folder.is_dir() or name == HUB_MODEL else " (not a folder here, so one from the hub)"
         raise data.InputError(
-            f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), or "
-            f"use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
+            f"{name}{kind} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
+            f"or use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
         )
 
 
@@ -359,6 +360,7 @@ def save_adapter(model, folder, settings):
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.network.save_pretrained(temporary)
+    (temporary / "README.md").unlink()  # PEFT's model card, an empty form
     audio = _audio_parameters(model) if settings["strategy"] == "unfreeze" else {}
     if audio:
         save_file({key: value.detach().cpu().contiguous() for key, value in audio.items()}, temporary / "audio.safetensors")

@@ -8,9 +8,9 @@ Writes into --output: settings.json, log.jsonl (one line a step) and an adapter 
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
-import platform
 import random
 import resource
 import sys
@@ -18,9 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import peft
 import torch
-import transformers
 from tqdm import tqdm
 
 import data
@@ -212,8 +210,7 @@ def record_settings(settings):
     """Print the settings as they will be used, and write them to settings.json."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
-    values["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
-                          "transformers": transformers.__version__, "peft": peft.__version__}  # fmt: skip
+    values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
     return values

@@ -207,7 +207,7 @@ def test_a_split_that_does_not_exist_is_named(corpus):
 
 
 def test_an_unreachable_hub_corpus_is_an_input_error():
-    with pytest.raises(data.InputError, match="corpus 'nobody/nothing' .* cannot be loaded"):
+    with pytest.raises(data.InputError, match="corpus 'nobody/nothing' is not a folder here, and cannot be loaded"):
         data.read_corpus("nobody/nothing", "test", "main")
 
 

@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     (["--dropout", "1.5"], "1.5 is not a fraction"),
     (["--learning-rate", "-1"], "-1 is not a positive number"),
     (["--speech-adapter", "continue", "--rank", "64"], "leave out --rank"),
-    (["--model", "nowhere"], "needs a CUDA GPU"),
+    (["--model", "tiny/nowhere"], "tiny/nowhere (not a folder here, so one from the hub) needs a CUDA GPU"),
 ])  # fmt: skip
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(arguments, message, checkpoint, corpus, tmp_path):
     base = ["--model", checkpoint, "--data", corpus]
