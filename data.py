@@ -120,25 +120,33 @@ def _read_folder(root, split):
     if missing:
         raise InputError(f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing")
     try:
-        records = json.loads(needed[0].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{needed[0]} is not valid JSON: {error}") from error
-    recordings, speakers, ages, genders = (
-        dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        for path in needed[1:]
-    )
-    rows = []
-    for id, path in recordings.items():
-        speaker = speakers.get(id, "").strip()
-        rows.append({
+        records = dict(json.loads(needed[0].read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{needed[0]} is not a JSON object of utterances: {error}") from error
+    recordings, speakers, ages, genders = map(_read_list, needed[1:])
+    return [
+        {
             "id": id,
-            "recording": (root / path.strip()).read_bytes,
+            "recording": (root / path).read_bytes,
             "record": records.get(id),
-            "speaker": speaker,
-            "age": ages.get(speaker),
-            "gender": genders.get(speaker, "").strip(),
-        })  # fmt: skip
-    return rows
+            "speaker": speakers.get(id),
+            "age": ages.get(speakers.get(id)),
+            "gender": genders.get(speakers.get(id)),
+        }
+        for id, path in recordings.items()
+    ]
+
+
+def _read_list(path):
+    """A Kaldi list, one `key value` a line, as a dict."""
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split(maxsplit=1)
+        if len(fields) != 2 or fields[0] in values:
+            fault = "repeats a key" if len(fields) == 2 else "is not a key and a value"
+            raise InputError(f"line {number} of {path} {fault}: {line!r}")
+        values[fields[0]] = fields[1].strip()
+    return values
 
 
 def read_hub(name, split, revision):
@@ -155,9 +163,9 @@ def read_hub(name, split, revision):
     rows = []
     for i, record in enumerate(dataset):
         # The hub has no id column: the name of the sound file is the release's utterance id.
-        name = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
+        id = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
         rows.append({
-            "id": name,
+            "id": id,
             "recording": partial(_hub_recording, dataset, i),
             "record": record,
             "speaker": record["speaker"],
@@ -174,7 +182,11 @@ def _hub_recording(dataset, index):
 def _utterance(id, recording, record, speaker, age, gender):
     if record is None:
         raise InputError("no entry in resource/scores.json")
+    if speaker is None or age is None or gender is None:
+        raise InputError(f"no speaker, or none with age and gender (speaker {speaker}, age {age}, gender {gender})")
     try:
+        if not isinstance(record["text"], str) or not record["text"].strip():
+            raise InputError(f"text {record['text']!r} is not a sentence")
         return Utterance(
             id=id,
             recording=recording,
@@ -188,13 +200,13 @@ def _utterance(id, recording, record, speaker, age, gender):
         )
     except KeyError as error:
         raise InputError(f"no {error.args[0]!r} in its record") from error
-    except TypeError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"a field of its record has the wrong type: {error}") from error
 
 
 def _score(record, name):
     score, (low, high) = record[name], prompts.SCORE_RANGE
-    if not isinstance(score, (int, float)) or score != int(score) or not low <= score <= high:
+    if not isinstance(score, (int, float)) or not low <= score <= high or score != int(score):
         raise InputError(f"{name} score {score!r} is not a whole number from {low} to {high}")
     return int(score)
 

@@ -9,10 +9,13 @@ Every number can be computed again from predictions.jsonl.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
+import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,15 +46,18 @@ PAPER = {
     ("unfreeze", 3): (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
     ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
 }
+PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
 CLOSE = 0.05  # a number this near to the paper's is marked
 
+
 def parse_arguments():
+    """The command line as a namespace; exits with 2 when a value is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="python evaluate.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--adapter", type=Path, help="run folder of train.py, or one of its epoch-N folders")
-    add("--epochs", default="last", help="of a run folder: last (default), all, or a number")
+    add("--epochs", help="of a run folder: last (default), all, or a number")
     add("--base", action="store_true", help="the model before fine-tuning, with its shipped speech adapter and "
         "prompts without control tokens (the paper's epoch 0)")
     add("--predictions", type=Path, help="score this file instead of generating")
@@ -69,10 +75,13 @@ def parse_arguments():
     add("--output", type=Path, help="folder for predictions.jsonl, metrics.json, figure5.png")
 
     args = parser.parse_args()
-    if args.predictions and (args.adapter or args.base):
-        parser.error("--predictions scores a saved file: leave out --adapter and --base")
     if not (args.predictions or args.adapter or args.base):
         parser.error("nothing to evaluate: give --adapter, --base or --predictions")
+    if args.predictions:
+        idle = [name for name, value in vars(args).items()
+                if name not in ("predictions", "output") and value != parser.get_default(name)]  # fmt: skip
+        if idle:
+            parser.error(f"--predictions scores a saved file: leave out --{' --'.join(idle).replace('_', '-')}")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from 1 up")
@@ -86,62 +95,85 @@ def parse_arguments():
 def adapter_folders(run, epochs):
     """The adapters that `--adapter` and `--epochs` name, as (folder, settings), earliest epoch first."""
     if (run / "adapter_config.json").is_file():
+        if epochs:
+            raise data.InputError(f"{run} is one adapter: leave out --epochs {epochs}, or give the folder above")
         folders = [run]
     else:
-        found = sorted(run.glob("epoch-*/adapter_config.json"), key=lambda file: int(file.parent.name[6:]))
-        folders = [file.parent for file in found]
-        if not folders:
+        found = [file.parent for file in run.glob("epoch-*/adapter_config.json")]
+        found = sorted((f for f in found if re.fullmatch(r"epoch-\d+", f.name)), key=lambda f: int(f.name[6:]))
+        if not found:
             raise data.InputError(f"{run} holds no adapter (no epoch-*/adapter_config.json): give train.py's --output")
-        if epochs == "last":
-            folders = folders[-1:]
-        elif epochs != "all":
-            folders = [folder for folder in folders if folder.name == f"epoch-{epochs}"]
-            if not folders:
-                raise data.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.parent.name for f in found)}")
+        chosen = {None: found[-1:], "last": found[-1:], "all": found}
+        folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
+        if not folders:
+            raise data.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
     try:
         return [(folder, json.loads((folder / "settings.json").read_text())) for folder in folders]
     except (OSError, ValueError) as error:
         raise data.InputError(f"settings.json of an adapter in {run} cannot be read: {error}") from error
 
 
+@dataclass
+class Evaluation:
+    label: str  # "base" or "epoch-N"; "predictions" for a saved file
+    output: Path
+    adapter: Path | None = None  # None: the unmodified model
+    settings: dict = field(default_factory=dict)  # of the adapter's training; empty without one
+
+    @property
+    def paper_row(self):
+        """Key of PAPER for the same epoch, or for the best one (3) where the paper has none."""
+        if self.label == "base":
+            return "base", 0
+        strategy = self.settings.get("strategy", "lora")
+        return next(key for key in ((strategy, self.settings.get("epoch")), (strategy, 3)) if key in PAPER)
+
+
 def evaluations(args):
-    """What to generate: (label, adapter folder or None, settings, output folder), the unmodified model first."""
+    """What the arguments ask for, the unmodified model first."""
+    if args.predictions:
+        return [Evaluation("predictions", args.output or args.predictions.parent)]
     adapters = adapter_folders(args.adapter, args.epochs) if args.adapter else []
     output = args.output or args.adapter or Path("out/base")
-    chosen = {}
+    chosen = []
     if args.base:
         settings = adapters[-1][1] if adapters else {}
-        chosen["base"] = (None, settings, output / "base" if adapters else output)
+        chosen.append(Evaluation("base", output / "base" if adapters else output, None, settings))
     for folder, settings in adapters:
-        several = len(adapters) > 1
-        chosen[f"epoch-{settings['epoch']}"] = (folder, settings, output / folder.name if several else output)
-    return [(label, *rest) for label, rest in chosen.items()]
+        own = output / folder.name if len(adapters) > 1 else output
+        chosen.append(Evaluation(f"epoch-{settings['epoch']}", own, folder, settings))
+    return chosen
 
 
-def generate(folder, settings, output, args):
-    """Write predictions.jsonl for one adapter, or for the unmodified model where `folder` is None."""
+def read_test_data(settings, args):
+    """The utterances to evaluate on: of the corpus that the adapter was trained on, if no other is named."""
+    source = args.data or settings.get("data", data.HUB_CORPUS)
+    revision = args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION)
+    utterances = data.read_corpus(source, args.split, revision, args.limit)
+    print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
+    return utterances
+
+
+def generate(evaluation, utterances, args):
+    """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, for both tasks."""
     import model as models
 
+    settings, base = evaluation.settings, evaluation.adapter is None
     name = args.model or settings.get("model", models.HUB_MODEL)
-    revision = args.revision or settings.get("revision", models.HUB_MODEL_REVISION)
-    source = args.data or settings.get("data", data.HUB_CORPUS)
-    models.check_hardware(name)
-    utterances = data.read_corpus(
-        source, args.split, args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION), args.limit
-    )
-    print(f"corpus: {data.describe(utterances)}")
-    base = folder is None
-    merge = base or settings["speech_adapter"] == "merge"
     model = models.load_base(
-        name, revision, settings.get("dtype", models.default_dtype()), settings.get("attention", "sdpa"), merge
+        name,
+        args.revision or settings.get("revision", models.HUB_MODEL_REVISION),
+        settings.get("dtype", models.default_dtype()),
+        settings.get("attention", "sdpa"),
+        "merge" if base else settings["speech_adapter"],  # the unmodified model hears through its speech adapter
     )
     if not base:
-        models.load_adapter(model, folder)
+        models.load_adapter(model, evaluation.adapter)
     model.eval()
-    print(f"model: {name}, {'unmodified, prompts without control tokens' if base else f'adapter {folder}'}")
+    print(f"model: {name}, " + ("unmodified, prompts without control tokens" if base else f"{evaluation.adapter}"))
 
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / "predictions.jsonl.tmp"
+    evaluation.output.mkdir(parents=True, exist_ok=True)
+    temporary = evaluation.output / "predictions.jsonl.tmp"
     with open(temporary, "w", encoding="utf-8") as file, tqdm(total=2 * len(utterances), unit="output") as bar:
         for start in range(0, len(utterances), args.batch_size):
             batch = utterances[start : start + args.batch_size]
@@ -153,7 +185,7 @@ def generate(folder, settings, output, args):
                             "tokens": tokens, "truncated": truncated}  # fmt: skip
                     print(json.dumps(line, ensure_ascii=False), file=file)
                 bar.update(len(batch))
-    os.replace(temporary, output / "predictions.jsonl")
+    os.replace(temporary, evaluation.output / "predictions.jsonl")
 
 
 def reference(utterance, task):
@@ -173,23 +205,28 @@ def read_predictions(path):
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                record = json.loads(line)
-                needed = prompts.SCORES if record["task"] == "APA" else ("word_transcript", "canonical", "heard")
-                if record["task"] not in prompts.TASKS or not record["reference"].keys() >= set(needed):
-                    raise KeyError("task or reference")
-                record["output"].strip()
-                records.append(record)
+                records.append(_check_prediction(json.loads(line)))
     except OSError as error:
         raise data.InputError(f"predictions {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise data.InputError(f"line {number} of {path} is not a prediction of evaluate.py: {error!r}") from error
     if not records:
         raise data.InputError(f"predictions {path} is empty")
     return records
 
 
+def _check_prediction(record):
+    kinds = {"APA": dict.fromkeys(prompts.SCORES, (int, float)),
+             "MDD": {"word_transcript": str, "canonical": list, "heard": list}}[record["task"]]  # fmt: skip
+    values = [(record["id"], str), (record["output"], str)]
+    for value, kind in values + [(record["reference"][key], kind) for key, kind in kinds.items()]:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} has the wrong type")
+    return record
+
+
 def score(records):
-    """Numbers and the reasons of missing ones; see metrics.summarise. Adds the share of cut-off outputs."""
+    """Numbers, and the reasons of missing ones; metrics.summarise plus shares of cut-off outputs and `utterances`."""
     by_task = {task: [record for record in records if record["task"] == task] for task in prompts.TASKS}
     pairs = {
         task: [(prompts.parse_output(task, record["output"]), record["reference"]) for record in chosen]
@@ -199,6 +236,7 @@ def score(records):
     for task, chosen in by_task.items():
         cut = [record["truncated"] for record in chosen if "truncated" in record]
         numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
+    numbers["utterances"] = len({record["id"] for record in records})
     return numbers, reasons
 
 
@@ -211,9 +249,10 @@ def canonical_floor(records):
     return metrics.summarise([], list(zip(outputs, references)))[0]
 
 
-def write_metrics(numbers, output, label):
+def write_metrics(numbers, evaluation):
     """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan."""
-    values = {"evaluated": label} | {k: None if math.isnan(v) else v for k, v in numbers.items()}
+    output = evaluation.output
+    values = {"evaluated": evaluation.label} | {k: None if math.isnan(v) else v for k, v in numbers.items()}
     temporary = output / "metrics.json.tmp"
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, output / "metrics.json")
@@ -245,7 +284,8 @@ def draw_figure5(records, path):
         pcc, pvalue, _, reason = metrics.correlation(scores, pers)
         axis.scatter(scores, pers, s=12, alpha=0.35, linewidths=0)
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5))
-        axis.set_title(f"PCC {pcc:.3f} (p = {pvalue:.1g})" if reason is None else f"no PCC: {reason}")
+        axis.set_title(f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {PAPER_FIGURE_5[name]:.3f})" if reason is None
+                       else f"no PCC: {reason}")  # fmt: skip
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
     figure.savefig(path, dpi=150)
@@ -256,44 +296,40 @@ def draw_figure5(records, path):
 # Printing
 
 
-def paper_row(label, strategy):
-    """The paper's row for the same epoch, or its best (3) where it has none."""
-    if label == "base":
-        return "base", 0
-    epoch = int(label[6:]) if label.startswith("epoch-") else 3
-    return (strategy, epoch) if (strategy, epoch) in PAPER else (strategy, 3)
-
-
-def print_table(rows, floor, strategy):
-    """rows: {label: numbers}. Prints Table 3 with the paper's rows, then what the paper does not report."""
+def print_table(rows, floor):
+    """rows: list of (Evaluation, numbers). Prints Table 3 with the paper's rows, then what the paper does not report."""
     print_row("\nTable 3", {}, TABLE_3, header=True)
+    strategies = {evaluation.paper_row[0] for evaluation, _ in rows} - {"base"} or {"lora"}
     for layers, epoch in PAPER:
-        if layers in ("base", strategy):
-            name = "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
-            print_row(name, dict(zip(TABLE_3, PAPER[layers, epoch])), TABLE_3)
+        if layers in strategies or layers == "base":
+            print_row(paper_name(layers, epoch), dict(zip(TABLE_3, PAPER[layers, epoch])), TABLE_3)
     print_row("canonical phones", floor, TABLE_3)
-    for label, numbers in rows.items():
-        near = dict(zip(TABLE_3, PAPER[paper_row(label, strategy)]))
-        print_row(f"this run, {label}", numbers, TABLE_3, near)
+    for evaluation, numbers in rows:
+        near = dict(zip(TABLE_3, PAPER[evaluation.paper_row]))
+        print_row(f"this run, {evaluation.label}", numbers, TABLE_3, near)
+    utterances = ", ".join(sorted({f"{numbers['utterances']:,}" for _, numbers in rows}))
+    compared = ", ".join(f"{e.label} with {paper_name(*e.paper_row)}" for e, _ in rows)
     print(f"""
-Scores: PCC with human scores. F1, P, R: phone agreement by position, which the paper's figures fit.
-"canonical phones" writes what should have been said, without listening.
-* within {CLOSE} of the paper's row of that epoch (of epoch 3 where the paper has none). The paper's rows are its
-results on speechocean762.""")
+Measured on {utterances} utterances; the paper's rows are its results on speechocean762. Scores: PCC with human
+scores. F1, P, R: phone agreement by position, which the paper's figures fit. "canonical phones" writes what should
+have been said, without listening. * within {CLOSE} of the paper ({compared}).""")
 
     print_row("\nNot in the paper", {}, BESIDE, header=True)
     print_row("canonical phones", {key: floor[key] for key in BESIDE if key.startswith("detection")}, BESIDE)
-    for label, numbers in rows.items():
-        print_row(f"this run, {label}", numbers, BESIDE)
+    for evaluation, numbers in rows:
+        print_row(f"this run, {evaluation.label}", numbers, BESIDE)
     print("""
 det.: mispronunciation detection, the field's convention. unparsed, cut off: share of outputs (APA, MDD) that could
 not be parsed, or hit the length limit.""")
-    for label, numbers in rows.items():
-        print(f"\n{label}:")
+    for evaluation, numbers in rows:
+        print(f"\n{evaluation.label}:")
         for name in prompts.SCORES:
-            if not math.isnan(numbers[f"{name}_pcc"]):
-                print(f"  {name:9} p-value of PCC {numbers[f'{name}_pvalue']:.1e}, "
-                      f"mean absolute error {numbers[f'{name}_mae']:.2f} points of 10")  # fmt: skip
+            print(f"  {name:9} p-value of PCC {numbers[f'{name}_pvalue']:.1e}, "
+                  f"mean absolute error {numbers[f'{name}_mae']:.2f} points of 10")  # fmt: skip
+
+
+def paper_name(layers, epoch):
+    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
 
 
 def print_row(name, numbers, columns, near=None, header=False):
@@ -306,27 +342,31 @@ def print_row(name, numbers, columns, near=None, header=False):
 
 
 def main():
+    """Generate where asked, score, write the files and print the table."""
     args = parse_arguments()
-    rows, strategy = {}, "lora"
-    if args.predictions:
-        jobs = [("predictions", None, {}, args.output or args.predictions.parent)]
-    else:
-        jobs = evaluations(args)
-    for label, folder, settings, output in jobs:
-        if args.predictions:
-            records = read_predictions(args.predictions)
-            output.mkdir(parents=True, exist_ok=True)
-        else:
-            generate(folder, settings, output, args)
-            records = read_predictions(output / "predictions.jsonl")
-        strategy = settings.get("strategy", strategy)
-        rows[label], reasons = score(records)
-        write_metrics(rows[label], output, label)
-        draw_figure5(records, output / "figure5.png")
+    chosen = evaluations(args)
+    utterances = None
+    if not args.predictions:
+        import model as models
+
+        models.check_hardware(args.model or chosen[-1].settings.get("model", models.HUB_MODEL))
+        utterances = read_test_data(chosen[-1].settings, args)
+    rows = []
+    for evaluation in chosen:
+        if utterances:
+            gc.collect()  # the previous model leaves the GPU before the next one comes
+            generate(evaluation, utterances, args)
+        evaluation.output.mkdir(parents=True, exist_ok=True)
+        records = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
+        numbers, reasons = score(records)
+        rows.append((evaluation, numbers))
+        write_metrics(numbers, evaluation)
+        draw_figure5(records, evaluation.output / "figure5.png")
         for key, reason in reasons.items():
-            print(f"{label}: no {key}: {reason}")
-    print_table(rows, canonical_floor(records), strategy)
-    print(f"\nwritten: predictions.jsonl, metrics.json, figure5.png in {', '.join(str(job[3]) for job in jobs)}")
+            print(f"{evaluation.label}: no {key}: {reason}")
+    print_table(rows, canonical_floor(records))
+    written = "" if args.predictions else "predictions.jsonl, "
+    print(f"\nwritten: {written}metrics.json, figure5.png in {', '.join(str(e.output) for e in chosen)}")
 
 
 if __name__ == "__main__":

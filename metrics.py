@@ -160,7 +160,7 @@ def correlation(predicted, human):
     says why; otherwise it is None.
     """
     if not predicted:
-        return math.nan, math.nan, math.nan, "no output could be parsed"
+        return math.nan, math.nan, math.nan, "no scores"
     mae = sum(abs(p - h) for p, h in zip(predicted, human, strict=True)) / len(predicted)
     if len(predicted) < 3:
         return math.nan, math.nan, mae, f"only {len(predicted)} utterances"
@@ -188,7 +188,7 @@ def summarise(apa, mdd):
         pcc, pvalue, mae, reason = correlation([s[name] for s, _ in parsed], [h[name] for _, h in parsed])
         numbers |= {f"{name}_pcc": pcc, f"{name}_pvalue": pvalue, f"{name}_mae": mae}
         if reason:
-            reasons[f"{name}_pcc"] = reason
+            reasons[f"{name}_pcc"] = reason if parsed or not apa else f"none of {len(apa)} outputs could be parsed"
 
     words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
     phones = [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]

@@ -33,6 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,7 @@ STRATEGIES = {  # paper 3.2
 }
 
 MAX_ENCODER_TOKENS = 500  # 40 s; the encoder cuts what is longer into chunks of this length
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of files that are missing or do not fit
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
 
@@ -79,6 +81,7 @@ class SpeechModel(nn.Module):
         self.network = network  # Phi4MultimodalForCausalLM, or a PeftModel around it
         self.tokenizer = tokenizer
         self.extractor = extractor
+        self.source = None  # (name, revision, speech adapter) that load_base was asked for
         self.audio_cache = {}  # utterance id -> (A, D) on the CPU, while encoder and projector are frozen
 
     @property
@@ -187,7 +190,7 @@ class SpeechModel(nn.Module):
     def _tensors(self, batch, *keys):
         return [torch.as_tensor(batch[key], device=self.device) for key in keys]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, utterances, task, max_new_tokens, control_token=True):
         """Greedy answers for a batch of utterances.
 
@@ -241,27 +244,32 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def load_base(name, revision, dtype, attention, merge_speech_adapter):
-    """The pretrained model, with the control tokens in its tokenizer and, if asked, the speech adapter folded in.
+def load_base(name, revision, dtype, attention, speech_adapter):
+    """The pretrained model, with the control tokens in its tokenizer; with "merge", the speech adapter is folded in.
 
-    name: checkpoint folder or hub id (`revision` of the hub id); dtype: "float32" or "bfloat16"; attention: "sdpa",
-    "eager" or "flash_attention_2". Raises InputError when the checkpoint cannot be loaded.
+    name: checkpoint folder or hub id (`revision` of the hub id); dtype: "float32" or "bfloat16"; attention: of the
+    language model, "sdpa", "eager" or "flash_attention_2". Raises InputError when the checkpoint cannot be loaded.
     """
     source = {"revision": revision} if not Path(name).is_dir() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True, **source
+            name,
+            dtype=getattr(torch, dtype),
+            # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
+            attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
+            output_loading_info=True,
+            **source,
         )
         if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
             raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-        if merge_speech_adapter:
+        if speech_adapter == "merge":
             network = _with_speech_adapter(network, name, revision).merge_and_unload()
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise data.InputError(f"model {name!r} (revision {revision}) cannot be loaded: {reason}") from error
+    except LOADING_ERRORS as error:
+        at = f" (revision {revision})" if source else ""
+        raise data.InputError(f"model {name!r}{at} cannot be loaded: {_first_line(error)}") from error
 
     tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
     rows = network.get_input_embeddings().weight.shape[0]
@@ -270,7 +278,13 @@ def load_base(name, revision, dtype, attention, merge_speech_adapter):
     network.requires_grad_(False)
     # generate() would otherwise mix our greedy settings with sampling settings of the checkpoint
     network.generation_config = type(network.generation_config)()
-    return SpeechModel(network, tokenizer, extractor)
+    model = SpeechModel(network, tokenizer, extractor)
+    model.source = (name, revision, speech_adapter)
+    return model
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def control_token_ids(tokenizer):
@@ -292,11 +306,14 @@ def _with_speech_adapter(network, name, revision, **changes):
 
 def _load_exactly(network, weights, new=None):
     """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
-    own = get_peft_model_state_dict(network)
+    own = get_peft_model_state_dict(network, save_embedding_layers=False)
     kept = {key: value for key, value in own.items() if new and re.search(new, key)}
     difference = sorted(weights.keys() ^ (own.keys() - kept.keys()))
     if difference:
         raise ValueError(f"adapter does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise ValueError(f"adapter does not fit the model: {key} is {[*value.shape]}, not {[*own[key].shape]}")
     set_peft_model_state_dict(network, weights | kept)
 
 
@@ -304,11 +321,12 @@ def _load_exactly(network, weights, new=None):
 # Training: the adapter, and what of the model trains
 
 
-def add_adapter(model, name, revision, speech_adapter, rank, alpha, dropout):
-    """Put the LoRA that is to be trained into the model: a fresh one, or the shipped one with `continue`.
+def add_adapter(model, rank, alpha, dropout):
+    """Put the LoRA that is to be trained into the model: a fresh one, or the shipped one with "continue".
 
     rank, alpha and dropout are the fresh one's. Returns the configuration of the adapter, PEFT's LoraConfig.
     """
+    name, revision, speech_adapter = model.source
     tokens = {"embed_tokens": control_token_ids(model.tokenizer)}
     if speech_adapter == "continue":
         model.network = _with_speech_adapter(
@@ -359,7 +377,8 @@ def save_adapter(model, folder, settings):
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.network.save_pretrained(temporary)
+    # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved in any case
+    model.network.save_pretrained(temporary, save_embedding_layers=False)
     (temporary / "README.md").unlink()  # PEFT's model card, an empty form
     audio = _audio_parameters(model) if settings["strategy"] == "unfreeze" else {}
     if audio:
@@ -375,21 +394,27 @@ def load_adapter(model, folder):
     try:
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = True
-        network = get_peft_model(model.network, config)
-        _load_exactly(network, load_peft_weights(str(folder), device="cpu"))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise data.InputError(f"adapter {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if config.trainable_token_indices["embed_tokens"] != control_token_ids(model.tokenizer):
-        raise data.InputError(f"adapter {folder} was trained with other control token ids: use its own base model")
-    model.network = network
+        if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
+            raise ValueError("its control tokens are not this base model's")
+        model.network = get_peft_model(model.network, config)
+        _load_exactly(model.network, load_peft_weights(str(folder), device="cpu"))
+        if (folder / "audio.safetensors").exists():
+            _load_audio(model, load_file(folder / "audio.safetensors"))
+    except LOADING_ERRORS as error:
+        raise data.InputError(f"adapter {folder} cannot be loaded: {_first_line(error)}") from error
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge()  # else every decoding step would copy the whole embedding matrix, twice
     model.audio_cache.clear()
-    if (folder / "audio.safetensors").exists():
-        weights, parameters = load_file(folder / "audio.safetensors"), _audio_parameters(model)
-        if weights.keys() != parameters.keys():
-            raise data.InputError(f"{folder / 'audio.safetensors'} does not fit the model's audio encoder and projector")
-        for key, parameter in parameters.items():
-            parameter.data = weights[key].to(parameter.device)
     model.eval()
+
+
+def _load_audio(model, weights):
+    parameters = _audio_parameters(model)
+    if weights.keys() != parameters.keys():
+        raise ValueError("audio.safetensors does not fit the model's audio encoder and projector")
+    for key, parameter in parameters.items():
+        parameter.data = weights[key].to(parameter.device)
 
 
 def _audio_parameters(model):

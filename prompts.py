@@ -108,12 +108,12 @@ def parse_output(task, text):
     {"word_transcript", "phoneme_transcript"} of strings for MDD.
     """
     keys, convert = (SCORES, _score) if task == "APA" else (TRANSCRIPTS, _transcript)
-    candidates = [found for found in _json_objects(text) if found.keys() >= set(keys)]
-    if not candidates:
-        candidates = [_quoted_values(text, keys)]
-    answers = [{key: convert(found.get(key)) for key in keys} for found in candidates]
-    first = answers[0]
-    return first if None not in first.values() and all(answer == first for answer in answers) else None
+    candidates, rest = _json_objects(text, keys)
+    if quoted := _quoted_values(rest, keys):
+        candidates.append(quoted)
+    answers = [{key: convert(found[key]) for key in keys} for found in candidates]
+    agreed = answers and None not in answers[0].values() and all(answer == answers[0] for answer in answers)
+    return answers[0] if agreed else None
 
 
 def _score(value):
@@ -129,33 +129,45 @@ def _transcript(value):
     return value if isinstance(value, str) else None
 
 
-def _json_objects(text):
-    """Every JSON object that starts somewhere in the text. A key that is given two values counts as None."""
+def _json_objects(text, keys):
+    """The JSON objects in the text that have all the keys, and the text without them.
+
+    A key that is given two values in one object counts as None.
+    """
 
     def unambiguous(pairs):
         return {key: value if all(other == value for name, other in pairs if name == key) else None
                 for key, value in pairs}  # fmt: skip
 
     decoder = json.JSONDecoder(object_pairs_hook=unambiguous)
+    objects, rest, position = [], "", 0
     for match in re.finditer(r"\{", text):
+        if match.start() < position:
+            continue  # inside an object that was taken
         try:
-            yield decoder.raw_decode(text, match.start())[0]
+            value, end = decoder.raw_decode(text, match.start())
         except (ValueError, RecursionError):
             continue
+        if value.keys() >= set(keys):
+            objects.append(value)
+            rest += text[position : match.start()]
+            position = end
+    return objects, rest + text[position:]
 
 
 def _quoted_values(text, keys):
-    """Values of an object that is not JSON (single quotes, no closing brace), by key.
+    """The values of an object that is not JSON (single quotes, no opening brace) by key, or None if one is missing.
 
     A string ends at its quote only where another key or the closing brace follows, so apostrophes stay inside; a
-    number must be followed by something, because "1" at the very end may have been about to become "10".
+    number must be followed by a comma or the brace: "1" may have been about to become "10", or "8" to become "8 or 9".
     """
     values = {}
     for key in keys:
-        string = r"(?P<quote>['\"])(?P<string>.*?)(?P=quote)(?=\s*(?:,\s*['\"]\w+['\"]\s*:|\}))"
-        number = r"(?P<number>\d+(?:\.\d+)?)(?=[,}\s])"
+        string = r"(?P<quote>['\"])(?P<string>[^\\]*?)(?P=quote)(?=\s*(?:,\s*['\"]\w+['\"]\s*:|\}))"
+        number = r"(?P<number>\d+(?:\.\d+)?)(?=\s*[,}])"
         matches = re.finditer(rf"(['\"]){key}\1\s*:\s*(?:{string}|{number})", text, re.DOTALL)
         found = {match["string"] if match["number"] is None else match["number"] for match in matches}
-        if len(found) == 1:
-            values[key] = found.pop()
+        if not found:
+            return None
+        values[key] = found.pop() if len(found) == 1 else None
     return values

@@ -29,6 +29,7 @@ import model as models
 
 
 def parse_settings():
+    """The command line as a namespace; exits with 2 when a value is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
         usage="python train.py [settings]",
@@ -58,13 +59,13 @@ def parse_settings():
     add("--accumulation", type=positive_int, default=8, help="micro-batches in a step (paper 4.2)")
     add("--learning-rate", type=positive_float, default=2e-5, help="peak (paper 4.2)")
     add("--warmup", type=fraction, default=0.03, help="fraction of all steps with linear warmup (our choice)")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's; 0 makes it the paper's Adam (paper 4.2)")
+    add("--weight-decay", type=fraction, default=0.0, help="AdamW's; 0 makes it the paper's Adam (paper 4.2)")
     add("--betas", type=fraction, nargs=2, default=(0.9, 0.999), help="of AdamW (PyTorch's; not in the paper)")
     add("--epsilon", type=positive_float, default=1e-8, help="of AdamW (PyTorch's; not in the paper)")
     add("--clip", type=positive_float, default=1.0, help="largest norm of a step's gradient (our choice)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of weights, order of examples and dropout (our choice)")
+    add("--seed", type=seed, default=0, help="of weights, order of examples and dropout (our choice)")
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
 
     settings = parser.parse_args()
@@ -99,6 +100,13 @@ def fraction(text):
     return value
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 to 2^32 - 1")
+    return value
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -114,6 +122,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def train(settings):
+    """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     if (settings.output / "log.jsonl").exists():
         raise data.InputError(f"{settings.output} holds a run already: move it away or choose another --output")
     models.check_hardware(settings.model)
@@ -121,8 +130,10 @@ def train(settings):
     print(f"corpus: {data.describe(utterances)}")
     plan = batch_arithmetic(len(utterances) * len(data.prompts.TASKS), settings)
 
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(settings.seed)
+    make_output(settings.output)
+
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(settings.seed)
     model = build_model(settings)
     examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
     settings = record_settings(settings)
@@ -183,7 +194,7 @@ def batch_arithmetic(examples, settings):
     step_size = min(settings.batch_size * settings.accumulation, examples)
     per_epoch, left = divmod(examples, step_size)
     steps = per_epoch * settings.epochs
-    warmup = max(1, round(settings.warmup * steps))
+    warmup = math.ceil(settings.warmup * steps)
     print(f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = "
           f"{settings.batch_size * settings.accumulation} a step; {examples:,} examples = {per_epoch} steps an epoch")
     if left:
@@ -192,12 +203,22 @@ def batch_arithmetic(examples, settings):
     return {"step_size": step_size, "steps": steps, "warmup": warmup}
 
 
+def make_output(folder):
+    """Make the output folder now, so that a run does not fail on it after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl.tmp").touch()
+        (folder / "log.jsonl.tmp").unlink()
+    except OSError as error:
+        raise data.InputError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
+
+
 def build_model(settings):
     """The model with the adapter that is to be trained; prints what trains."""
-    merge = settings.speech_adapter == "merge"
-    model = models.load_base(settings.model, settings.revision, settings.dtype, settings.attention, merge)
-    lora = models.add_adapter(model, settings.model, settings.revision, settings.speech_adapter,
-                              settings.rank, settings.alpha, settings.dropout)  # fmt: skip
+    model = models.load_base(
+        settings.model, settings.revision, settings.dtype, settings.attention, settings.speech_adapter
+    )
+    lora = models.add_adapter(model, settings.rank, settings.alpha, settings.dropout)
     settings.rank, settings.alpha, settings.dropout = lora.r, lora.lora_alpha, lora.lora_dropout
     counts = models.set_trainable(model, settings.strategy)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -211,7 +232,6 @@ def record_settings(settings):
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
     values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
     return values
 

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,8 +40,8 @@ def new_model(checkpoint):
     """Makes a model as train.py does: speech adapter merged, fresh LoRA without dropout, chosen groups trainable."""
 
     def make(strategy="lora", speech_adapter="merge", rank=4):
-        model = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter == "merge")
-        models.add_adapter(model, str(checkpoint), None, speech_adapter, rank, 2 * rank, dropout=0.0)
+        model = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter)
+        models.add_adapter(model, rank, 2 * rank, dropout=0.0)
         model.counts = models.set_trainable(model, strategy)
         return model
 

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 from functools import partial
 
@@ -141,23 +142,33 @@ def test_train_and_test_of_the_synthetic_corpus_share_no_speaker(corpus):
     assert train and test and not train & test
 
 
-def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_path):
-    """A dataset on disk with the hub's columns: parquet, encoded audio, no id column."""
-    folder = data.read_corpus(corpus, "test")
+def hub_table(corpus):
+    """The test split as the hub has it: encoded audio, no id column."""
     records = json.loads((corpus / "resource" / "scores.json").read_text())
     rows = [
         records[u.id] | {"speaker": u.speaker, "gender": u.gender, "age": u.age,
                          "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
-        for u in folder
+        for u in data.read_corpus(corpus, "test")
     ]  # fmt: skip
-    (tmp_path / "data").mkdir()
-    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-    table.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    return datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
 
+
+def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_path):
+    (tmp_path / "data").mkdir()
+    hub_table(corpus).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    folder = data.read_corpus(corpus, "test")
     hub = [data._utterance(**row) for row in data.read_hub(str(tmp_path), "test", None)]
     for ours, theirs in zip(hub, folder, strict=True):
         assert vars(ours) | {"recording": None} == vars(theirs) | {"recording": None}
         assert np.array_equal(data.read_audio(ours.recording), data.read_audio(theirs.recording))
+
+
+@pytest.mark.skipif("SPEECHOCEAN762" not in os.environ, reason="SPEECHOCEAN762 does not name a corpus folder")
+def test_the_real_test_split_has_its_published_counts():
+    utterances = data.read_corpus(os.environ["SPEECHOCEAN762"], "test")
+    assert len(utterances) == 2500 and len({utterance.speaker for utterance in utterances}) == 125
+    assert sum(len(utterance.canonical) for utterance in utterances) == 47_369
+    assert sum(word.mispronounced for utterance in utterances for word in utterance.words) == 1_412
 
 
 def copy(corpus, tmp_path):
@@ -189,6 +200,45 @@ def test_every_bad_file_is_listed_and_none_is_skipped(corpus, tmp_path):
                                                  "index 99 is outside", "accuracy score None")):  # fmt: skip
         assert line.strip().startswith(f"{id}: ") and reason in line
     assert str(paths[0]) in lines[1]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda record: record.update(text=None), "text None is not a sentence"),
+    (lambda record: record.update(accuracy=float("nan")), "accuracy score nan is not a whole number"),
+    (lambda record: record.update(accuracy=7.5), "accuracy score 7.5 is not a whole number"),
+    (lambda record: record.update(words=7), "wrong type"),
+    (lambda record: record["words"][0].pop("mispronunciations"), "no 'mispronunciations'"),
+])  # fmt: skip
+def test_a_bad_record_is_named(corpus, tmp_path, change, message):
+    root = copy(corpus, tmp_path)
+    scores = root / "resource" / "scores.json"
+    records = json.loads(scores.read_text())
+    id = (root / "test" / "wav.scp").read_text().split()[0]
+    change(records[id])
+    scores.write_text(json.dumps(records))
+    with pytest.raises(data.InputError, match=f"{id}: .*{message}"):
+        data.read_corpus(root, "test")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("wav.scp", "000500001\n", "line 1 of .*wav.scp is not a key and a value"),
+    ("wav.scp", "u a.wav\nu a.wav\n", "line 2 of .*wav.scp repeats a key"),
+    ("spk2age", "0005 six\n0006 7\n", "wrong type: .*'six'"),
+    ("utt2spk", "nobody 0005\n", "no speaker, or none with age and gender"),
+])  # fmt: skip
+def test_a_bad_list_is_named(corpus, tmp_path, name, content, message):
+    root = copy(corpus, tmp_path)
+    (root / "test" / name).write_text(content)
+    with pytest.raises(data.InputError, match=message):
+        data.read_corpus(root, "test")
+
+
+def test_a_hub_id_is_fetched_at_the_pinned_revision(monkeypatch, corpus):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub_table(corpus))
+    utterances = data.read_corpus(data.HUB_CORPUS, "test", data.HUB_CORPUS_REVISION, limit=4)
+    assert asked == [((data.HUB_CORPUS,), {"split": "test", "revision": data.HUB_CORPUS_REVISION})]
+    assert [u.id for u in utterances] == [u.id for u in data.read_corpus(corpus, "test", limit=4)]
 
 
 def test_a_missing_corpus_says_what_to_give():

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import data
 import evaluate
 import metrics
+import model as models
 import prompts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +74,15 @@ def test_a_number_is_marked_when_within_005_of_the_papers(capsys):
     assert cells[0] == "0.656*" and cells[4] == "0.091*" and cells[5] == "0.165"
 
 
-@pytest.mark.parametrize("label, strategy, row", [
-    ("base", "lora", ("base", 0)), ("epoch-2", "lora", ("lora", 2)), ("epoch-4", "unfreeze", ("unfreeze", 4)),
-    ("epoch-9", "lora", ("lora", 3)), ("predictions", "lora", ("lora", 3)),
+@pytest.mark.parametrize("label, settings, row", [
+    ("base", {"strategy": "unfreeze", "epoch": 2}, ("base", 0)),
+    ("epoch-2", {"strategy": "lora", "epoch": 2}, ("lora", 2)),
+    ("epoch-4", {"strategy": "unfreeze", "epoch": 4}, ("unfreeze", 4)),
+    ("epoch-9", {"strategy": "lora", "epoch": 9}, ("lora", 3)),
+    ("predictions", {}, ("lora", 3)),
 ])  # fmt: skip
-def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, strategy, row):
-    assert evaluate.paper_row(label, strategy) == row
+def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, settings, row):
+    assert evaluate.Evaluation(label, Path("out"), None, settings).paper_row == row
 
 
 def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
@@ -100,7 +105,10 @@ def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
     ("", "is empty"),
     ('{"id": "u", "task": "APA"', "line 1 of"),
     ('{"id": "u", "task": "ASR", "output": "", "reference": {}}', "line 1 of"),
-    ('{"id": "u", "task": "APA", "output": null, "reference": {"accuracy": 1}}', "line 1 of"),
+    ('{"id": "u", "task": "APA", "output": "", "reference": {"accuracy": 1}}', "line 1 of"),
+    (json.dumps({k: v for k, v in records(1)[0].items() if k != "id"}), "line 1 of"),
+    (json.dumps(records(1)[0]) + "\n" + json.dumps(records(1)[1] | {"output": None}), "line 2 of"),
+    (json.dumps(records(1)[1] | {"reference": {"word_transcript": "", "canonical": [], "heard": "W"}}), "line 1 of"),
     ("[]", "line 1 of"),
 ])  # fmt: skip
 def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, content, message):
@@ -113,7 +121,7 @@ def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, con
     ([], "nothing to evaluate"),
     (["--predictions", "missing.jsonl"], "missing.jsonl cannot be read"),
     (["--adapter", "nowhere"], "nowhere holds no adapter"),
-    (["--adapter", "nowhere", "--predictions", "x"], "leave out --adapter"),
+    (["--adapter", "nowhere", "--predictions", "x", "--batch-size", "3"], "leave out --adapter --batch-size"),
     (["--base", "--batch-size", "0"], "--batch-size 0 is not a number from 1 up"),
     (["--base", "--model", "nowhere"], "needs a CUDA GPU"),
 ])  # fmt: skip
@@ -154,12 +162,32 @@ def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
-    (folder, settings), = evaluate.adapter_folders(run / "out" / "epoch-1", "last")
+    (run / "out" / "epoch-3.tmp").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
+    (run / "out" / "epoch-3.tmp" / "adapter_config.json").touch()
+    ((folder, settings),) = evaluate.adapter_folders(run / "out" / "epoch-1", None)
     assert folder.name == "epoch-1" and settings["epoch"] == 1
     assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "last")] == ["epoch-2"]
     assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "1")] == ["epoch-1"]
+    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "all")] == ["epoch-1", "epoch-2"]
+    with pytest.raises(data.InputError, match="is one adapter: leave out --epochs all"):
+        evaluate.adapter_folders(run / "out" / "epoch-1", "all")
     with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
         evaluate.adapter_folders(run / "out", "7")
+
+
+@pytest.mark.parametrize("trained", models.SPEECH_ADAPTERS)
+@pytest.mark.parametrize("base", [True, False])
+def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(monkeypatch, run, corpus, tmp_path, trained, base):
+    folder, settings = evaluate.adapter_folders(run / "out", "last")[0]
+    evaluation = evaluate.Evaluation("x", tmp_path, None if base else folder, settings | {"speech_adapter": trained})
+    seen = []
+    load_base, generate = models.load_base, models.SpeechModel.generate
+    monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[-1]) or load_base(*args))
+    monkeypatch.setattr(models.SpeechModel, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs))
+    utterances = data.read_corpus(corpus, "test", limit=1)
+    arguments = argparse.Namespace(model=None, revision=None, batch_size=2, max_new_tokens=2)
+    evaluate.generate(evaluation, utterances, arguments)
+    assert seen == ["merge" if base else trained] + [{"control_token": not base}] * 2
 
 
 def test_words_and_scores_named_in_metrics_are_those_of_prompts():

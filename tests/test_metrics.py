@@ -219,7 +219,7 @@ def test_correlation_and_error_equal_scipy_and_numpy():
     ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
     ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
     ([7, 8], [8, 9], "only 2 utterances"),
-    ([], [], "no output could be parsed"),
+    ([], [], "no scores"),
 ])  # fmt: skip
 def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, human, reason):
     pcc, pvalue, mae, why = metrics.correlation(predicted, human)
@@ -236,6 +236,11 @@ def test_an_unparsed_score_leaves_the_correlation_and_is_counted():
     numbers, reasons = metrics.summarise(apa, [])
     assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["apa_unparsed"] == 1 / 4
     assert not reasons
+
+
+def test_the_reason_tells_no_outputs_from_none_that_could_be_parsed():
+    assert metrics.summarise([], [])[1]["total_pcc"] == "no scores"
+    assert metrics.summarise([(None, human(1))] * 4, [])[1]["total_pcc"] == "none of 4 outputs could be parsed"
 
 
 def test_an_unparsed_transcript_counts_as_empty():

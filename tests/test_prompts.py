@@ -40,7 +40,8 @@ def test_targets_are_json_with_keys_in_the_papers_order():
     "{'accuracy': '8', 'fluency': 9, 'prosodic': 9.0, 'total': 8}",
     '{"results": {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8, "comment": "good"}}',
     json.dumps(SCORES) * 2,
-    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
+    "'accuracy': 8, 'fluency': 9, 'prosodic': 9, 'total': 8}",
+    f"{SCORES} {json.dumps(SCORES)}",
 ])  # fmt: skip
 def test_scores_are_read_as_a_model_really_writes_them(text):
     assert prompts.parse_output("APA", text) == SCORES
@@ -61,6 +62,9 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
     '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 1',
     '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": "1',
     json.dumps(SCORES) + json.dumps(SCORES | {"total": 3}),
+    "{'accuracy': 3, 'fluency': 9, 'prosodic': 9, 'total': 8}" + json.dumps(SCORES),
+    *(str(SCORES).replace("9,", f"{value},", 1) for value in ("8 - 9", "8 or 9", "8 / 10", "8 .5", "10 %")),
+    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
     prompts.APA_PROMPT,
     '{"accuracy":' * 5000,
 ])  # fmt: skip
@@ -82,6 +86,7 @@ def test_transcripts_are_read_as_a_model_really_writes_them(text):
     '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T',
     '{"word_transcript": "THAT\'S IT"}',
     '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
+    """{"word_transcript": "THAT\\u0027S IT", 'phoneme_transcript': "DH AE"}""",
     "DH AE T S IH",
 ])  # fmt: skip
 def test_a_cut_off_or_incomplete_transcript_is_unparsed(text):

@@ -41,7 +41,7 @@ def test_the_learning_rate_at_start_end_of_warmup_middle_and_end():
 
 def test_the_papers_run_has_78_steps_an_epoch_and_says_what_becomes_of_the_rest(monkeypatch, capsys):
     plan = train.batch_arithmetic(5000, settings(monkeypatch, "--rank", 64, "--epochs", 3))
-    assert plan == {"step_size": 64, "steps": 234, "warmup": 7}
+    assert plan == {"step_size": 64, "steps": 234, "warmup": 8}
     printed = capsys.readouterr().out
     assert "8 examples x 8 micro-batches = 64 a step; 5,000 examples = 78 steps an epoch" in printed
     assert "the 8 examples over are left out of an epoch" in printed
@@ -53,7 +53,7 @@ def test_a_corpus_smaller_than_a_step_is_trained_on_whole(monkeypatch, capsys):
     assert "left out" not in capsys.readouterr().out
 
 
-def test_defaults_are_the_papers_settings(monkeypatch):
+def test_defaults_are_the_papers_settings_and_the_projects_own_where_it_has_none(monkeypatch):
     values = vars(settings(monkeypatch))
     expected = dict(batch_size=8, accumulation=8, learning_rate=2e-5, epochs=3, warmup=0.03, rank=64, alpha=128,
                     dropout=0.05, strategy="lora", data="mispeech/speechocean762")  # fmt: skip
@@ -99,8 +99,8 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint,
     assert len(log) == 1 and log[0]["learning_rate"] == 1e-3
 
     utterances = data.read_corpus(corpus, "train", limit=32)
-    model = models.load_base(str(checkpoint), None, "float32", "sdpa", merge_speech_adapter=False)
-    models.add_adapter(model, str(checkpoint), None, "continue", None, None, None)
+    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "continue")
+    models.add_adapter(model, None, None, None)
     models.set_trainable(model, "lora")
     examples = [(i, e) for i, u in enumerate(utterances) for e in data.make_examples(u, model.tokenizer, model.audio_id)]
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model.network).items()}
@@ -129,6 +129,21 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint,
         step = (value - before[key]).norm()
         assert step > 0 and (ours[key] - value).norm() / step < 1e-2, key
         assert (ours[key] - value).norm() / value.norm() < 1e-4, key
+
+
+def test_a_gradient_above_the_limit_is_clipped_to_it(monkeypatch, checkpoint, corpus, tmp_path):
+    norms = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self):
+            norms.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm())
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    train.train(settings(monkeypatch, "--model", checkpoint, "--data", corpus, "--limit", 4, "--epochs", 2, "--rank", 4,
+                         "--clip", 0.01, "--output", tmp_path))  # fmt: skip
+    logged = [json.loads(line)["gradient_norm"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert min(logged) > 0.02 and [norm.item() for norm in norms] == pytest.approx([0.01] * 2, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,6 +203,9 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     (["--rank", "many"], "invalid positive_int value: 'many'"),
     (["--dropout", "1.5"], "1.5 is not a fraction"),
     (["--learning-rate", "-1"], "-1 is not a positive number"),
+    (["--seed", "-1"], "-1 is not a seed"),
+    (["--weight-decay", "nan"], "nan is not a fraction"),
+    (["--output", Path(__file__) / "out"], "cannot write into"),
     (["--speech-adapter", "continue", "--rank", "64"], "leave out --rank"),
     (["--model", "tiny/nowhere"], "tiny/nowhere (not a folder here, so one from the hub) needs a CUDA GPU"),
 ])  # fmt: skip

@@ -1,0 +1,116 @@
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as models
+import prompts
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.new_tokenizer()
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
+def test_both_prompts_round_trip_through_the_tokenizer(tokenizer, task):
+    text = prompts.build_prompt(task, control_token=False)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < 60
+
+
+def test_words_phones_and_the_numbers_0_to_10_are_one_token_each(tokenizer):
+    for text in (*tiny.LEXICON, *tiny.PHONES, *map(str, range(11))):
+        assert len(tokenizer.encode(f" {text}")) == 1, text
+
+
+def test_every_phone_has_tones_of_its_own():
+    assert len(tiny.PHONES) <= len(tiny.LOW_TONES) * len(tiny.HIGH_TONES)
+
+
+def test_the_labels_of_a_clip_are_where_its_phones_sound():
+    rng = np.random.default_rng(0)
+    sounds = [tiny.Sound(None, 0.1), tiny.Sound("AA", 0.1), tiny.Sound("B", 0.05)]
+    wave, labels = tiny.synthesise(sounds, tiny.new_voice(rng), rng)
+    assert len(wave) == len(labels) == 4000
+    assert labels.tolist() == [-1] * 1600 + [tiny.PHONES.index("AA")] * 1600 + [tiny.PHONES.index("B")] * 800
+    assert np.abs(wave[:1600]).max() < 0.01 < np.abs(wave[1700:3100]).mean()
+
+
+def voice(skill):
+    return tiny.Voice(pitch=150, tract=1.0, rate=1.0, skill=skill)
+
+
+def test_scores_follow_from_what_was_done_to_the_audio():
+    rng = np.random.default_rng(0)
+    good, bad = ([tiny.learner_speech(rng, voice(skill)) for _ in range(60)] for skill in (1.0, 0.0))
+    for record, wave in good + bad:
+        labels = [len(word["mispronunciations"]) for word in record["words"]]
+        phones = sum(len(word["phones"]) for word in record["words"])
+        assert record["accuracy"] == tiny._score(10 - 16 * sum(labels) / phones)
+        assert np.isfinite(wave).all() and np.abs(wave).max() < 1
+    for name in prompts.SCORES:
+        assert np.mean([r[name] for r, _ in good]) > np.mean([r[name] for r, _ in bad]) + 2
+    seconds = {name: np.mean([len(wave) for _, wave in speech]) for name, speech in (("good", good), ("bad", bad))}
+    assert seconds["bad"] > seconds["good"]  # pauses
+
+
+def test_the_same_seed_writes_the_same_corpus_and_another_seed_another(corpus, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        tiny.write_corpus(tmp_path / name, {"train": 4, "test": 2}, per_speaker=10, seed=seed)
+    scores = "resource/scores.json"
+    assert (tmp_path / "same" / scores).read_text() == (corpus / scores).read_text()
+    assert (tmp_path / "other" / scores).read_text() != (corpus / scores).read_text()
+    for file in sorted(corpus.glob("WAVE/*/*.WAV")):
+        assert (tmp_path / "same" / file.relative_to(corpus)).read_bytes() == file.read_bytes()
+
+
+def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer):
+    torch.manual_seed(0)
+    network = tiny.new_network(tokenizer).eval()
+    names = [name for name, _ in network.named_modules() if re.fullmatch(models.LORA_TARGETS, name)]
+    initial = {name: network.get_submodule(name).weight.detach().clone() for name in names}
+    with torch.no_grad():
+        for name in names:  # a change of full rank, as pretraining makes it
+            weight = network.get_submodule(name).weight
+            weight += 0.02 * torch.randn_like(weight)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        pretrained = copy.deepcopy(network)(ids).logits
+        split = tiny.split_off_adapter(network, initial).eval()
+        assert torch.allclose(split(ids).logits, pretrained, atol=1e-4)
+        with split.disable_adapter():
+            assert not torch.allclose(split(ids).logits, pretrained, atol=1e-2)
+
+
+def test_the_checkpoint_has_the_real_ones_files_and_settings(checkpoint):
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= {
+        file.name for file in checkpoint.iterdir()
+    }
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["model_type"] == "phi4_multimodal" and config["tie_word_embeddings"]
+    adapter = json.loads((checkpoint / models.SPEECH_ADAPTER / "adapter_config.json").read_text())
+    assert sorted(adapter["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+
+
+def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    result = subprocess.run([sys.executable, str(ROOT / "tiny.py"), "--output", str(tmp_path)],
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 2 and "corpus exists already" in result.stderr
+
+
+def test_the_corpus_can_be_described(corpus):
+    line = data.describe(data.read_corpus(corpus, "train"))
+    assert line.startswith("40 utterances of 4 speakers") and "mispronounced" in line and " AA " in line
