@@ -32,10 +32,12 @@ SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
+EXAMPLES_PER_UTTERANCE = len(prompts.TASKS)  # paper 4.2
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 
 HUB_CORPUS = "mispeech/speechocean762"
-# The labels the paper used (2025). The corrected ones of 2026-04-30 are 06385584fad212b26134c656fdd3ccf9f093f33e.
+# The dataset's main in 2025, when the paper was written. The labels corrected on 2026-04-30 are in
+# 06385584fad212b26134c656fdd3ccf9f093f33e.
 HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
 
 

@@ -58,8 +58,12 @@ def parse_arguments():
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--adapter", type=Path, help="run folder of train.py, or one of its epoch-N folders")
     add("--epochs", help="of a run folder: last (default), all, or a number")
-    add("--base", action="store_true", help="the model before fine-tuning, with its shipped speech adapter and "
-        "prompts without control tokens (the paper's epoch 0)")
+    add(
+        "--base",
+        action="store_true",
+        help="the model before fine-tuning, with its shipped speech adapter and "
+        "prompts without control tokens (the paper's epoch 0)",
+    )
     add("--predictions", type=Path, help="score this file instead of generating")
     add = parser.add_argument_group("on what (default: as in training)").add_argument
     add("--data", help="corpus folder or hub id")
@@ -70,8 +74,12 @@ def parse_arguments():
     add("--model", help="checkpoint folder or hub id of the base model (default: as in training)")
     add("--revision", help="of the hub id")
     add("--batch-size", type=int, default=16, help="utterances generated together (default: 16)")
-    add("--max-new-tokens", type=int, default=400, help="an answer longer than this is cut off and counted "
-        "(default: 400; the corpus' longest has 46 phones)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=400,
+        help="an answer longer than this is cut off and counted (default: 400; the corpus' longest has 46 phones)",
+    )
     add("--output", type=Path, help="folder for predictions.jsonl, metrics.json, figure5.png")
 
     args = parser.parse_args()
@@ -274,7 +282,8 @@ def draw_figure5(records, path):
         phones = metrics.normalise_phones(output["phoneme_transcript"]) if output else []
         per = metrics.error_rate([record["reference"]["heard"]], [phones])
         scores = apa[record["id"]]
-        for name, values in (("human", scores["reference"]), ("predicted", prompts.parse_output("APA", scores["output"]))):
+        predicted = prompts.parse_output("APA", scores["output"])
+        for name, values in (("human", scores["reference"]), ("predicted", predicted)):
             if values:
                 points[name][0].append(values["accuracy"])
                 points[name][1].append(per)
@@ -297,7 +306,7 @@ def draw_figure5(records, path):
 
 
 def print_table(rows, floor):
-    """rows: list of (Evaluation, numbers). Prints Table 3 with the paper's rows, then what the paper does not report."""
+    """Print Table 3 with the paper's rows, then what the paper does not report. rows: list of (Evaluation, numbers)."""
     print_row("\nTable 3", {}, TABLE_3, header=True)
     strategies = {evaluation.paper_row[0] for evaluation, _ in rows} - {"base"} or {"lora"}
     for layers, epoch in PAPER:

@@ -382,7 +382,8 @@ def save_adapter(model, folder, settings):
     (temporary / "README.md").unlink()  # PEFT's model card, an empty form
     audio = _audio_parameters(model) if settings["strategy"] == "unfreeze" else {}
     if audio:
-        save_file({key: value.detach().cpu().contiguous() for key, value in audio.items()}, temporary / "audio.safetensors")
+        weights = {key: value.detach().cpu().contiguous() for key, value in audio.items()}
+        save_file(weights, temporary / "audio.safetensors")
     (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

@@ -158,7 +158,8 @@ def learner_speech(rng, voice):
                 else:
                     spoken = str(rng.choice([p for p in PHONES if p != phone]))
                     quality = {"breath": 0.55, "shift": rng.choice((0.96, 1.04))}  # a substitute sounds slightly off
-                mispronunciations.append({"canonical-phone": phone, "index": index, "pronounced-phone": spoken or "<DEL>"})
+                label = {"canonical-phone": phone, "index": index, "pronounced-phone": spoken or "<DEL>"}
+                mispronunciations.append(label)
             if spoken:
                 seconds.append(0.105 * voice.rate * math.exp(rng.normal(0, 0.05 + 0.25 * unevenness)))
                 gains.append(0.85 * math.exp(rng.normal(0, 0.05 + 0.3 * unevenness)))

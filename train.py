@@ -1,7 +1,7 @@
 """Fine-tune Phi-4-multimodal on speechocean762 (paper 3.2, 4.2), with a plain PyTorch loop.
 
     python train.py --rank 64 --epochs 3                              # the paper's run: fetches model and corpus
-    python train.py --rank 64 --epochs 1 --limit 10 --output out/check    # ten utterances, before a long run
+    python train.py --rank 64 --epochs 1 --limit 10 --output check    # ten utterances, before a long run
     python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3   # on a laptop
 
 Writes into --output: settings.json, log.jsonl (one line a step) and an adapter per epoch. Then: evaluate.py.
@@ -44,13 +44,22 @@ def parse_settings():
     add("--model", default=models.HUB_MODEL, help="checkpoint folder or hub id")
     add("--revision", default=models.HUB_MODEL_REVISION, help="of the hub id: transformers' own format")
     add("--strategy", choices=models.STRATEGIES, default="lora", help="what trains, besides the control tokens")
-    add("--speech-adapter", choices=models.SPEECH_ADAPTERS, default="merge", help="the shipped one: fold it into the "
-        "frozen weights and train a fresh LoRA, train it on at its own rank (the paper's wording), or leave it out")
+    add(
+        "--speech-adapter",
+        choices=models.SPEECH_ADAPTERS,
+        default="merge",
+        help="the shipped one: fold it into the "
+        "frozen weights and train a fresh LoRA, train it on at its own rank (the paper's wording), or leave it out",
+    )
     add("--rank", type=positive_int, default=64, help="of the fresh LoRA (not in the paper; our choice)")
     add("--alpha", type=positive_int, default=128, help="of the fresh LoRA, scale alpha / rank (our choice)")
     add("--dropout", type=fraction, default=0.05, help="of the fresh LoRA's input (our choice)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of frozen weights; trained ones are "
-        "float32. auto: bfloat16 on CUDA, float32 on a CPU")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of frozen weights; trained ones are float32. auto: bfloat16 on CUDA, float32 on a CPU",
+    )
     add("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", help="implementation")
 
     add = parser.add_argument_group("optimisation (paper 4.2)").add_argument
@@ -128,36 +137,34 @@ def train(settings):
     models.check_hardware(settings.model)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
-    plan = batch_arithmetic(len(utterances) * len(data.prompts.TASKS), settings)
-
+    plan = batch_arithmetic(len(utterances) * data.EXAMPLES_PER_UTTERANCE, settings)
     make_output(settings.output)
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
     model = build_model(settings)
     examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
-    settings = record_settings(settings)
+    record = record_settings(settings)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(
-        parameters, betas=settings["betas"], eps=settings["epsilon"], weight_decay=settings["weight_decay"]
+        parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
     )
-    output = Path(settings["output"])
     started, step = time.perf_counter(), 0
     model.train()
-    with open(output / "log.jsonl", "w") as log, tqdm(total=plan["steps"], unit="step") as bar:
-        for epoch in range(1, settings["epochs"] + 1):
-            for step_examples in data.epoch_steps(examples, plan["step_size"], settings["seed"], epoch):
+    with open(settings.output / "log.jsonl", "w") as log, tqdm(total=plan["steps"], unit="step") as bar:
+        for epoch in range(1, settings.epochs + 1):
+            for step_examples in data.epoch_steps(examples, plan["step_size"], settings.seed, epoch):
                 step_started = time.perf_counter()
                 # Learning rate: a function of the step alone
-                rate = learning_rate(step, plan["steps"], settings["learning_rate"], plan["warmup"])
+                rate = learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
                 for group in optimiser.param_groups:
                     group["lr"] = rate
 
                 # Gradient: the mean over all supervised tokens of the step, however it is cut into micro-batches
                 supervised = sum(len(example.answer_ids) for example in step_examples)
                 loss, tokens, computed = 0.0, 0, 0
-                for micro_batch in data.micro_batches(step_examples, settings["batch_size"]):
+                for micro_batch in data.micro_batches(step_examples, settings.batch_size):
                     with models.autocast(model.device):
                         micro_loss = model(micro_batch) / supervised
                     micro_loss.backward()
@@ -166,7 +173,7 @@ def train(settings):
                     computed += max(map(len, micro_batch)) * len(micro_batch)
 
                 # Clip, update
-                gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings["clip"])
+                gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
                 optimiser.step()
                 optimiser.zero_grad()
                 step += 1
@@ -180,9 +187,9 @@ def train(settings):
                 bar.set_postfix_str(progress(line))
 
             # Save
-            models.save_adapter(model, output / f"epoch-{epoch}", settings | {"epoch": epoch})
+            models.save_adapter(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
     print(f"{step} steps in {time.perf_counter() - started:.0f} s, peak memory {peak_memory():.1f} GB")
-    print(f"adapters in {output}/epoch-*; next: python evaluate.py --adapter {output}/ --data {settings['data']}")
+    print(f"adapters in {settings.output}/epoch-*; next: python evaluate.py --adapter {settings.output}/")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,8 +202,10 @@ def batch_arithmetic(examples, settings):
     per_epoch, left = divmod(examples, step_size)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
-    print(f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = "
-          f"{settings.batch_size * settings.accumulation} a step; {examples:,} examples = {per_epoch} steps an epoch")
+    print(
+        f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = "
+        f"{settings.batch_size * settings.accumulation} a step; {examples:,} examples = {per_epoch} steps an epoch"
+    )
     if left:
         print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
     print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")

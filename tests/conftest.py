@@ -1,19 +1,26 @@
 """A tiny model with barely trained weights and a small corpus, in the real formats, made once for all tests."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import pytest
 
 import data
 import model as models
 import tiny
+
+
+def script(*arguments, cwd):
+    """Run python with these arguments, as a user would."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +59,14 @@ def new_model(checkpoint):
 def examples(new_model, utterances):
     model = new_model()
     return [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+
+
+@pytest.fixture(scope="session")
+def run(checkpoint, corpus, tmp_path_factory):
+    """A finished run of train.py, as a user starts it: the folder it was started in, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    sizes = ["--limit", 10, "--epochs", 2, "--rank", 4, "--alpha", 8, "--batch-size", 4, "--accumulation", 2]
+    where = ["--model", checkpoint, "--data", corpus]
+    result = script(ROOT / "train.py", *where, *sizes, "--learning-rate", 1e-2, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result

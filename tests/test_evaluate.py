@@ -1,11 +1,10 @@
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, script
 
 import data
 import evaluate
@@ -13,15 +12,10 @@ import metrics
 import model as models
 import prompts
 
-ROOT = Path(__file__).resolve().parent.parent
 METRIC_KEYS = {f"{name}_{kind}" for name in prompts.SCORES for kind in ("pcc", "pvalue", "mae")} | {
     "wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_precision",
     "phone_agreement_recall", "phone_agreement_f1", "apa_unparsed", "mdd_unparsed", "apa_truncated", "mdd_truncated",
 }  # fmt: skip
-
-
-def script(*arguments, cwd):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
 def records(count=6):
@@ -131,22 +125,13 @@ def test_a_users_mistake_ends_with_2_and_one_line(tmp_path, arguments, message):
     assert len([line for line in result.stderr.splitlines() if "error:" in line]) == 1
 
 
-@pytest.fixture(scope="module")
-def run(checkpoint, corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    result = script(ROOT / "train.py", "--model", checkpoint, "--data", corpus, "--limit", 8, "--epochs", 2, "--rank", 4,
-                    "--batch-size", 4, "--accumulation", 2, cwd=folder)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
 def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
     result = script(ROOT / "evaluate.py", "--adapter", "out/", "--epochs", "all", "--base", "--limit", 5,
-                    "--batch-size", 2, "--max-new-tokens", 30, cwd=run)  # fmt: skip
+                    "--batch-size", 2, "--max-new-tokens", 30, cwd=run[0])  # fmt: skip
     assert result.returncode == 0, result.stderr
     for label in ("base", "epoch-1", "epoch-2"):
         assert f"this run, {label}" in result.stdout
-        lines = evaluate.read_predictions(run / "out" / label / "predictions.jsonl")
+        lines = evaluate.read_predictions(run[0] / "out" / label / "predictions.jsonl")
         utterances = data.read_corpus(corpus, "test", limit=5)
         for utterance in utterances:
             (apa,) = (line for line in lines if line["id"] == utterance.id and line["task"] == "APA")
@@ -156,34 +141,38 @@ def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
                 "word_transcript": utterance.text, "canonical": utterance.canonical, "heard": utterance.heard
             }  # fmt: skip
         assert len(lines) == 10
-        saved = json.loads((run / "out" / label / "metrics.json").read_text())
+        saved = json.loads((run[0] / "out" / label / "metrics.json").read_text())
         again = evaluate.score(lines)[0]
         assert saved == {"evaluated": label} | {k: None if math.isnan(v) else v for k, v in again.items()}
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
-    (run / "out" / "epoch-3.tmp").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
-    (run / "out" / "epoch-3.tmp" / "adapter_config.json").touch()
-    ((folder, settings),) = evaluate.adapter_folders(run / "out" / "epoch-1", None)
+    (run[0] / "out" / "epoch-3.tmp").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
+    (run[0] / "out" / "epoch-3.tmp" / "adapter_config.json").touch()
+    ((folder, settings),) = evaluate.adapter_folders(run[0] / "out" / "epoch-1", None)
     assert folder.name == "epoch-1" and settings["epoch"] == 1
-    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "last")] == ["epoch-2"]
-    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "1")] == ["epoch-1"]
-    assert [f.name for f, _ in evaluate.adapter_folders(run / "out", "all")] == ["epoch-1", "epoch-2"]
+    assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "last")] == ["epoch-2"]
+    assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "1")] == ["epoch-1"]
+    assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "all")] == ["epoch-1", "epoch-2"]
     with pytest.raises(data.InputError, match="is one adapter: leave out --epochs all"):
-        evaluate.adapter_folders(run / "out" / "epoch-1", "all")
+        evaluate.adapter_folders(run[0] / "out" / "epoch-1", "all")
     with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
-        evaluate.adapter_folders(run / "out", "7")
+        evaluate.adapter_folders(run[0] / "out", "7")
 
 
 @pytest.mark.parametrize("trained", models.SPEECH_ADAPTERS)
 @pytest.mark.parametrize("base", [True, False])
-def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(monkeypatch, run, corpus, tmp_path, trained, base):
-    folder, settings = evaluate.adapter_folders(run / "out", "last")[0]
+def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
+    monkeypatch, run, corpus, tmp_path, trained, base
+):
+    folder, settings = evaluate.adapter_folders(run[0] / "out", "last")[0]
     evaluation = evaluate.Evaluation("x", tmp_path, None if base else folder, settings | {"speech_adapter": trained})
     seen = []
     load_base, generate = models.load_base, models.SpeechModel.generate
     monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[-1]) or load_base(*args))
-    monkeypatch.setattr(models.SpeechModel, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs))
+    monkeypatch.setattr(
+        models.SpeechModel, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs)
+    )
     utterances = data.read_corpus(corpus, "test", limit=1)
     arguments = argparse.Namespace(model=None, revision=None, batch_size=2, max_new_tokens=2)
     evaluate.generate(evaluation, utterances, arguments)

@@ -188,7 +188,9 @@ def test_phone_agreement_equals_sklearns_weighted_scores_by_position():
     precision, recall, f1, _ = precision_recall_fscore_support(
         *zip(*pairs), labels=labels, average="weighted", zero_division=0
     )
-    assert metrics.phone_agreement(heard, predicted) == pytest.approx({"precision": precision, "recall": recall, "f1": f1})
+    assert metrics.phone_agreement(heard, predicted) == pytest.approx(
+        {"precision": precision, "recall": recall, "f1": f1}
+    )
 
 
 def test_one_inserted_phone_shifts_all_that_follows_in_agreement_but_costs_one_error():

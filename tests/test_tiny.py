@@ -1,20 +1,16 @@
 import copy
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, script
 
 import data
 import model as models
 import prompts
 import tiny
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +102,7 @@ def test_the_checkpoint_has_the_real_ones_files_and_settings(checkpoint):
 
 def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
     (tmp_path / "corpus").mkdir()
-    result = subprocess.run([sys.executable, str(ROOT / "tiny.py"), "--output", str(tmp_path)],
-                            capture_output=True, text=True)  # fmt: skip
+    result = script(ROOT / "tiny.py", "--output", tmp_path, cwd=tmp_path)
     assert result.returncode == 2 and "corpus exists already" in result.stderr
 
 

@@ -1,10 +1,10 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, script
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -14,16 +14,10 @@ import data
 import model as models
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def settings(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     return train.parse_settings()
-
-
-def script(*arguments, cwd):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,8 +83,9 @@ class PlainModel(nn.Module):
 
 def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint, corpus, tmp_path):
     """The same 64 examples, no dropout: Trainer over random micro-batches, ours over sorted ones."""
-    chosen = settings(monkeypatch, "--model", checkpoint, "--data", corpus, "--limit", 32, "--epochs", 1,
-                      "--speech-adapter", "continue", "--learning-rate", 1e-3, "--output", tmp_path / "ours")  # fmt: skip
+    where = ["--model", checkpoint, "--data", corpus, "--output", tmp_path / "ours"]
+    how = ["--speech-adapter", "continue", "--learning-rate", 1e-3, "--limit", 32, "--epochs", 1]
+    chosen = settings(monkeypatch, *where, *how)
     config = checkpoint / models.SPEECH_ADAPTER / "adapter_config.json"
     assert json.loads(config.read_text())["lora_dropout"] == 0.0
     train.train(chosen)
@@ -102,12 +97,16 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint,
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", "continue")
     models.add_adapter(model, None, None, None)
     models.set_trainable(model, "lora")
-    examples = [(i, e) for i, u in enumerate(utterances) for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    examples = [
+        (i, e) for i, u in enumerate(utterances) for e in data.make_examples(u, model.tokenizer, model.audio_id)
+    ]
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model.network).items()}
 
     def collator(rows):
         batch = data.collate([example for _, example in rows], model.pad_id)
-        return {key: torch.as_tensor(value) for key, value in batch.items()} | {"row": torch.tensor([i for i, _ in rows])}
+        return {key: torch.as_tensor(value) for key, value in batch.items()} | {
+            "row": torch.tensor([i for i, _ in rows])
+        }
 
     trainer = Trainer(
         PlainModel(model, utterances),
@@ -148,16 +147,6 @@ def test_a_gradient_above_the_limit_is_clipped_to_it(monkeypatch, checkpoint, co
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The scripts
-
-
-@pytest.fixture(scope="module")
-def run(checkpoint, corpus, tmp_path_factory):
-    """A finished run of train.py, as a user starts it."""
-    folder = tmp_path_factory.mktemp("run")
-    result = script(ROOT / "train.py", "--model", checkpoint, "--data", corpus, "--limit", 10, "--epochs", 2, "--rank", 4,
-                    "--alpha", 8, "--batch-size", 4, "--accumulation", 2, "--learning-rate", 1e-2, cwd=folder)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return folder, result
 
 
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_before_it_starts(run):
@@ -209,7 +198,9 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     (["--speech-adapter", "continue", "--rank", "64"], "leave out --rank"),
     (["--model", "tiny/nowhere"], "tiny/nowhere (not a folder here, so one from the hub) needs a CUDA GPU"),
 ])  # fmt: skip
-def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(arguments, message, checkpoint, corpus, tmp_path):
+def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(
+    arguments, message, checkpoint, corpus, tmp_path
+):
     base = ["--model", checkpoint, "--data", corpus]
     result = script(ROOT / "train.py", *base, *arguments, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr
