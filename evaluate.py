@@ -73,6 +73,8 @@ def parse_arguments():
     add = parser.add_argument_group("how").add_argument
     add("--model", help="checkpoint folder or hub id of the base model (default: as in training)")
     add("--revision", help="of the hub id")
+    add("--dtype", choices=("float32", "bfloat16"), help="of frozen weights (default: as in training)")
+    add("--attention", choices=("sdpa", "eager", "flash_attention_2"), help="(default: as in training)")
     add("--batch-size", type=int, default=16, help="utterances generated together (default: 16)")
     add(
         "--max-new-tokens",
@@ -115,14 +117,24 @@ def adapter_folders(run, epochs):
         folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
         if not folders:
             raise data.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
+    return [(folder, _read_settings(folder / "settings.json")) for folder in folders]
+
+
+def _read_settings(path):
     try:
-        return [(folder, json.loads((folder / "settings.json").read_text())) for folder in folders]
-    except (OSError, ValueError) as error:
-        raise data.InputError(f"settings.json of an adapter in {run} cannot be read: {error}") from error
+        settings = json.loads(path.read_text())
+        missing = {"epoch", "strategy", "speech_adapter", "model", "data"} - settings.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise data.InputError(f"{path}, which train.py writes beside an adapter, cannot be read: {error}") from error
+    if missing:
+        raise data.InputError(f"{path} lacks {', '.join(sorted(missing))}: it is not train.py's")
+    return settings
 
 
 @dataclass
 class Evaluation:
+    """One row of the table: what writes the predictions, and where they go."""
+
     label: str  # "base" or "epoch-N"; "predictions" for a saved file
     output: Path
     adapter: Path | None = None  # None: the unmodified model
@@ -171,8 +183,8 @@ def generate(evaluation, utterances, args):
     model = models.load_base(
         name,
         args.revision or settings.get("revision", models.HUB_MODEL_REVISION),
-        settings.get("dtype", models.default_dtype()),
-        settings.get("attention", "sdpa"),
+        args.dtype or settings.get("dtype", models.default_dtype()),
+        args.attention or settings.get("attention", "sdpa"),
         "merge" if base else settings["speech_adapter"],  # the unmodified model hears through its speech adapter
     )
     if not base:
@@ -317,11 +329,12 @@ def print_table(rows, floor):
         near = dict(zip(TABLE_3, PAPER[evaluation.paper_row]))
         print_row(f"this run, {evaluation.label}", numbers, TABLE_3, near)
     utterances = ", ".join(sorted({f"{numbers['utterances']:,}" for _, numbers in rows}))
-    compared = ", ".join(f"{e.label} with {paper_name(*e.paper_row)}" for e, _ in rows)
     print(f"""
-Measured on {utterances} utterances; the paper's rows are its results on speechocean762. Scores: PCC with human
-scores. F1, P, R: phone agreement by position, which the paper's figures fit. "canonical phones" writes what should
-have been said, without listening. * within {CLOSE} of the paper ({compared}).""")
+Measured on {utterances} utterances; the paper's rows are its results on the 2,500 of speechocean762's test part.
+Scores: PCC with human scores. F1, P, R: phone agreement by position, which the paper's figures fit.
+canonical phones: writing what should have been said, without listening.""")
+    for evaluation, _ in rows:
+        print(f"* within {CLOSE} of the paper: {evaluation.label} against '{paper_name(*evaluation.paper_row)}'")
 
     print_row("\nNot in the paper", {}, BESIDE, header=True)
     print_row("canonical phones", {key: floor[key] for key in BESIDE if key.startswith("detection")}, BESIDE)
@@ -329,12 +342,13 @@ have been said, without listening. * within {CLOSE} of the paper ({compared}).""
         print_row(f"this run, {evaluation.label}", numbers, BESIDE)
     print("""
 det.: mispronunciation detection, the field's convention. unparsed, cut off: share of outputs (APA, MDD) that could
-not be parsed, or hit the length limit.""")
+not be parsed, or hit the length limit.
+""")
     for evaluation, numbers in rows:
-        print(f"\n{evaluation.label}:")
         for name in prompts.SCORES:
-            print(f"  {name:9} p-value of PCC {numbers[f'{name}_pvalue']:.1e}, "
-                  f"mean absolute error {numbers[f'{name}_mae']:.2f} points of 10")  # fmt: skip
+            if not math.isnan(numbers[f"{name}_pcc"]):
+                print(f"{evaluation.label}, {name}: p-value of the PCC {numbers[f'{name}_pvalue']:.1e}, "
+                      f"mean absolute error {numbers[f'{name}_mae']:.2f} points of 10")  # fmt: skip
 
 
 def paper_name(layers, epoch):

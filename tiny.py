@@ -297,8 +297,12 @@ def new_network(tokenizer):
 class Pretraining:
     """Clean synthetic speech to text: the words or the phones, and a little text to JSON."""
 
-    BATCH = 32
-    PEAK = 2e-3
+    BATCH = 32  # clips a step
+    PEAK = 2e-3  # learning rate
+    WARMUP = 0.05  # share of the steps
+    BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
+    SINGLE_WORDS = 0.15  # share of the steps, the first ones, on clips of one word
+    WORDS = 0.3  # share of the clips that are to be written as words; the others as phones
     TEXT_ONLY = 0.03  # share of examples without audio, so that JSON keys and digits have embeddings
 
     def __init__(self, model, seed, clips):
@@ -307,7 +311,6 @@ class Pretraining:
         # Without a loss on each frame no alignment of audio and text appears in this many steps. Two labels an
         # embedding, at 20 and 60 of its 80 ms; the head is thrown away.
         self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 1))
-
         self.words, self.clips = self._clips(clips // 4, most_words=1), self._clips(clips, most_words=4)
 
     def set_normalisation(self):
@@ -318,19 +321,18 @@ class Pretraining:
         norm.global_invstd.copy_(1 / features.std(0))
 
     def run(self, steps):
-        parameters = [p for p in [*self.model.parameters(), *self.frame_head.parameters()]]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+        """Train all weights: the answers, and a phone for every frame."""
+        parameters = [*self.model.parameters(), *self.frame_head.parameters()]
+        optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY)
         bar = tqdm(range(steps), desc="pretraining", unit="step")
         for step in bar:
-            warmup, progress = 0.05 * steps, step / steps
-            rate = self.PEAK * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
+            progress = step / steps
+            rate = self.PEAK * min((step + 1) / (self.WARMUP * steps), 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss, frame_loss = self._losses(self.words if progress < 0.15 else self.clips)
+            loss, frame_loss = self._losses(self.words if progress < self.SINGLE_WORDS else self.clips)
             (loss + frame_loss).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(parameters, self.CLIP)
             optimiser.step()
             optimiser.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}", frames=f"{frame_loss.item():.3f}")
@@ -342,7 +344,7 @@ class Pretraining:
             if self.rng.uniform() < self.TEXT_ONLY:
                 rows.append(self._encode(*self._json_task(words, phones), audio_tokens=0))
                 continue
-            task, answer = ("words", words) if self.rng.uniform() < 0.3 else ("phones", phones)
+            task, answer = ("words", words) if self.rng.uniform() < self.WORDS else ("phones", phones)
             rows.append(self._encode(QUESTIONS[task], " ".join(answer), audio_tokens=len(frame_labels)))
             chosen.append((features, frame_labels))
         audio = self.model.embed_audio([features for features, _ in chosen])
@@ -421,6 +423,7 @@ def split_off_adapter(network, initial, rank=8):
 
 
 def main():
+    """Write tiny/corpus and tiny/model."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage="python tiny.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -174,9 +174,19 @@ def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
         models.SpeechModel, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs)
     )
     utterances = data.read_corpus(corpus, "test", limit=1)
-    arguments = argparse.Namespace(model=None, revision=None, batch_size=2, max_new_tokens=2)
+    arguments = argparse.Namespace(
+        model=None, revision=None, dtype=None, attention=None, batch_size=2, max_new_tokens=2
+    )
     evaluate.generate(evaluation, utterances, arguments)
     assert seen == ["merge" if base else trained] + [{"control_token": not base}] * 2
+
+
+@pytest.mark.parametrize("content, message", [("{", "cannot be read"), ('{"epoch": 1}', "lacks data, model, spee")])
+def test_settings_that_train_py_did_not_write_are_refused(tmp_path, content, message):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(data.InputError, match=message):
+        evaluate.adapter_folders(tmp_path, None)
 
 
 def test_words_and_scores_named_in_metrics_are_those_of_prompts():
