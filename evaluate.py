@@ -372,7 +372,7 @@ def main():
     if not args.predictions:
         import model as models
 
-        models.check_hardware(args.model or chosen[-1].settings.get("model", models.HUB_MODEL))
+        models.check_model(args.model or chosen[-1].settings.get("model", models.HUB_MODEL))
         utterances = read_test_data(chosen[-1].settings, args)
     rows = []
     for evaluation in chosen:

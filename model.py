@@ -221,9 +221,11 @@ class SpeechModel(nn.Module):
 # Loading
 
 
-def check_hardware(name):
-    """Stop before anything slow has started when the 5.6-billion-parameter model meets a machine without a GPU."""
+def check_model(name):
+    """Stop before anything slow has started: a folder without a checkpoint, or 5.6 billion parameters without a GPU."""
     folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise data.InputError(f"model folder {name} holds no checkpoint: there is no config.json in it")
     if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
         return
     if not torch.cuda.is_available():

@@ -89,31 +89,34 @@ def parse_settings():
 
 
 def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
 
 
 def positive_float(text):
-    value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < _float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return float(text)
 
 
 def fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
+    if not 0 <= _float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to below 1")
-    return value
+    return float(text)
 
 
 def seed(text):
-    value = int(text)
-    if not 0 <= value < 2**32:
+    if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 to 2^32 - 1")
-    return value
+    return int(text)
+
+
+def _float(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     if (settings.output / "log.jsonl").exists():
         raise data.InputError(f"{settings.output} holds a run already: move it away or choose another --output")
-    models.check_hardware(settings.model)
+    models.check_model(settings.model)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
     plan = batch_arithmetic(len(utterances) * data.EXAMPLES_PER_UTTERANCE, settings)

@@ -4,8 +4,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 import data
 import model as models
@@ -255,6 +256,16 @@ def test_counts_are_those_of_the_groups(new_model):
     assert model.counts["audio projector"] == 96 * hidden + hidden + hidden * hidden + hidden
 
 
+def test_at_full_size_lora_adapts_the_language_model_alone_with_the_shipped_adapters_461_million():
+    """On the meta device. The shipped adapter has rank 320 and 923 MB in bfloat16."""
+    with torch.device("meta"):
+        network = Phi4MultimodalForCausalLM(Phi4MultimodalConfig(num_attention_heads=24, tie_word_embeddings=True))
+        network = get_peft_model(network, LoraConfig(r=320, target_modules=models.LORA_TARGETS))
+    adapted = [name for name, module in network.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == 32 * 4 and all(".model.layers." in name for name in adapted)
+    assert sum(p.numel() for name, p in network.named_parameters() if ".lora_" in name) == 461_373_440
+
+
 def test_of_the_embedding_only_the_rows_of_the_control_tokens_train(new_model, examples):
     model = new_model()
     before = model.core.get_input_embeddings().weight.detach().clone()
@@ -370,5 +381,5 @@ def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, t
 
 def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
     with pytest.raises(data.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
-        models.check_hardware(models.HUB_MODEL)
+        models.check_model(models.HUB_MODEL)
     assert "\n" not in str(error.value)
