@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM
+from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 import data
@@ -254,7 +254,9 @@ def load_base(name, revision, dtype, attention, speech_adapter):
     """
     source = {"revision": revision} if not Path(name).is_dir() else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        # Not AutoTokenizer: for this model it builds a GPT2Tokenizer, which puts GPT-2's splitting into words in the
+        # place of tokenizer.json's, so that text becomes other tokens than in pretraining (transformers issue 45920).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source)
         extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
             name,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 import data
 import model as models
@@ -365,6 +366,40 @@ def test_saving_again_replaces_the_folder_and_leaves_no_temporary_one(new_model,
     (saved / "stale").touch()
     models.save_adapter(new_model(), saved, SETTINGS)
     assert not (saved / "stale").exists() and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_names(checkpoint, tmp_path):
+    """The real checkpoint names GPT2TokenizerFast; transformers' class of that name has its own way to split."""
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    digits = {"type": "Split", "pattern": {"Regex": r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]"}, "behavior": "Isolated",
+              "invert": False}  # fmt: skip
+    file["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [digits, file["pre_tokenizer"] | {"use_regex": False}],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2TokenizerFast"}))
+
+    text = prompts.mdd_target("WE SEE 10", ["W", "IY"])
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert models.load_base(str(folder), None, "float32", "sdpa", "none").tokenizer.encode(text) == expected
+    assert AutoTokenizer.from_pretrained(folder).encode(text) != expected
+
+
+def test_the_feature_extractor_shares_its_file_with_the_real_checkpoints_image_processor(
+    checkpoint, tmp_path, utterances
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    image = {"image_processor_type": "Phi4MultimodalImageProcessorFast", "crop_size": 448, "dynamic_hd": 36,
+             "image_mean": [0.5, 0.5, 0.5], "processor_class": "Phi4MultimodalProcessor"}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | image))
+    ours, theirs = (
+        models.load_base(str(path), None, "float32", "sdpa", "none").extractor for path in (checkpoint, folder)
+    )
+    assert torch.equal(data.log_mel(utterances[0], ours), data.log_mel(utterances[0], theirs))
 
 
 def test_a_missing_checkpoint_is_an_input_error(tmp_path):
