@@ -275,6 +275,9 @@ def load_base(name, revision, dtype, attention, speech_adapter):
         at = f" (revision {revision})" if source else ""
         raise data.InputError(f"model {name!r}{at} cannot be loaded: {_first_line(error)}") from error
 
+    for token in prompts.TURN_TOKENS:
+        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+            raise data.InputError(f"model {name!r} has no token {token}: it is not a Phi-4-multimodal checkpoint")
     tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
     rows = network.get_input_embeddings().weight.shape[0]
     if max(control_token_ids(tokenizer)) >= rows:

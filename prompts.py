@@ -20,7 +20,7 @@ import re
 TASKS = ("APA", "MDD")
 CONTROL_TOKENS = {"APA": "<|APA|>", "MDD": "<|MDD|>"}  # paper 4.2
 AUDIO = "<|audio_1|>"  # where the audio embeddings go; never tokenised
-END = "<|end|>"
+USER, ASSISTANT, END = TURN_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 SCORES = ("accuracy", "fluency", "prosodic", "total")  # paper 4.1; completeness is left out
 SCORE_RANGE = (0, 10)
@@ -84,7 +84,7 @@ def build_prompt(task, control_token=True):
     Without `control_token` it is the prompt of the unmodified model, the paper's epoch 0 (paper 3.1).
     """
     token = CONTROL_TOKENS[task] if control_token else ""
-    return f"<|user|>{token}{AUDIO}{PROMPTS[task]}{END}<|assistant|>"
+    return f"{USER}{token}{AUDIO}{PROMPTS[task]}{END}{ASSISTANT}"
 
 
 def apa_target(scores):

@@ -228,7 +228,10 @@ def write_corpus(root, speakers, per_speaker, seed):
 # Model
 
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>", "<|assistant|>", prompts.END, "<|user|>")
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>"),  # the real names of padding, image, audio
+    *(prompts.ASSISTANT, prompts.END, prompts.USER),
+)
 SPARE_ROWS = 8  # embedding rows beyond the tokenizer's, as the real model has them
 
 
@@ -380,8 +383,8 @@ class Pretraining:
 
     def _encode(self, question, answer, audio_tokens):
         encode = self.model.tokenizer.encode
-        prompt = encode("<|user|>") + [self.model.audio_id] * audio_tokens
-        prompt += encode(f"{question}{prompts.END}<|assistant|>")
+        prompt = encode(prompts.USER) + [self.model.audio_id] * audio_tokens
+        prompt += encode(f"{question}{prompts.END}{prompts.ASSISTANT}")
         return data.Example(None, "pretraining", prompt, encode(answer + prompts.END))
 
 

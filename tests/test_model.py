@@ -388,6 +388,15 @@ def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_name
     assert AutoTokenizer.from_pretrained(folder).encode(text) != expected
 
 
+def test_a_checkpoint_without_the_turn_tokens_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] != prompts.USER]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(data.InputError, match=r"has no token <\|user\|>"):
+        models.load_base(str(folder), None, "float32", "sdpa", "none")
+
+
 def test_the_feature_extractor_shares_its_file_with_the_real_checkpoints_image_processor(
     checkpoint, tmp_path, utterances
 ):
