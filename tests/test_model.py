@@ -369,7 +369,7 @@ def test_saving_again_replaces_the_folder_and_leaves_no_temporary_one(new_model,
 
 
 def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_names(checkpoint, tmp_path):
-    """The real checkpoint names GPT2TokenizerFast; transformers' class of that name has its own way to split."""
+    """Reported of the real one: it names GPT2TokenizerFast, a class that has its own way to split."""
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     file = json.loads((folder / "tokenizer.json").read_text())
     digits = {"type": "Split", "pattern": {"Regex": r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]"}, "behavior": "Isolated",
