@@ -1,15 +1,15 @@
 """What is one utterance, one example, one batch.
 
-A speechocean762 record (paper 4.1), shortened:
+A speechocean762 record (paper 4.1), utterance 000010113 without its first four words:
 
-    000010113  "THEME PARK"  accuracy 6, fluency 9, prosodic 8, total 5
-        THEME  phones TH IY0 M    accuracy 2   mispronunciations: index 1, IY heard as IH
+    "THEME PARK"  accuracy 6, fluency 9, prosodic 8, total 5
+        THEME  phones TH IY0 M    accuracy 2   mispronunciations: index 1, IY heard as <unk>
         PARK   phones P AA0 R K   accuracy 10
 
 gives two examples, one a task (Table 2). The phone transcript is what was *heard*, not the dictionary's:
 
     APA  {"accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5}
-    MDD  {"word_transcript": "THEME PARK", "phoneme_transcript": "TH IH M P AA R K"}
+    MDD  {"word_transcript": "THEME PARK", "phoneme_transcript": "TH <unk> M P AA R K"}
 
 Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
@@ -43,6 +43,11 @@ HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
 
 class InputError(Exception):
     """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2."""
+
+
+def first_line(error):
+    """What a library's error says, as far as it fits in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,8 @@ def read_hub(name, split, revision):
     try:
         dataset = datasets.load_dataset(name, split=split, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
-                         f"(revision {revision}, split {split!r}): {reason}") from error  # fmt: skip
+                         f"(revision {revision}, split {split!r}): {first_line(error)}") from error  # fmt: skip
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     rows = []
     for i, record in enumerate(dataset):

@@ -331,7 +331,7 @@ def print_table(rows, floor):
     utterances = ", ".join(sorted({f"{numbers['utterances']:,}" for _, numbers in rows}))
     print(f"""
 Measured on {utterances} utterances; the paper's rows are its results on the 2,500 of speechocean762's test part.
-Scores: PCC with human scores. F1, P, R: phone agreement by position, which the paper's figures fit.
+Scores: PCC with human scores. F1, P, R: phone agreement by position, a reading that can give the paper's figures.
 canonical phones: writing what should have been said, without listening.""")
     for evaluation, _ in rows:
         print(f"* within {CLOSE} of the paper: {evaluation.label} against '{paper_name(*evaluation.paper_row)}'")

@@ -274,7 +274,7 @@ def load_base(name, revision, dtype, attention, speech_adapter):
             network = _with_speech_adapter(network, name, revision).merge_and_unload()
     except LOADING_ERRORS as error:
         at = f" (revision {revision})" if source else ""
-        raise data.InputError(f"model {name!r}{at} cannot be loaded: {_first_line(error)}") from error
+        raise data.InputError(f"model {name!r}{at} cannot be loaded: {data.first_line(error)}") from error
 
     for token in prompts.TURN_TOKENS:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
@@ -289,10 +289,6 @@ def load_base(name, revision, dtype, attention, speech_adapter):
     model = SpeechModel(network, tokenizer, extractor)
     model.source = (name, revision, speech_adapter)
     return model
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def control_token_ids(tokenizer):
@@ -410,7 +406,7 @@ def load_adapter(model, folder):
         if (folder / "audio.safetensors").exists():
             _load_audio(model, load_file(folder / "audio.safetensors"))
     except LOADING_ERRORS as error:
-        raise data.InputError(f"adapter {folder} cannot be loaded: {_first_line(error)}") from error
+        raise data.InputError(f"adapter {folder} cannot be loaded: {data.first_line(error)}") from error
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             module.merge()  # else every decoding step would copy the whole embedding matrix, twice

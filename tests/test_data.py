@@ -285,6 +285,19 @@ def pairs(tokenizer, utterances):
     return [data.make_examples(u, tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)) for u in utterances]
 
 
+def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer):
+    words = [
+        {"text": "THEME", "phones": ["TH", "IY0", "M"], "accuracy": 2,
+         "mispronunciations": [{"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}]},
+        {"text": "PARK", "phones": ["P", "AA0", "R", "K"], "accuracy": 10, "mispronunciations": []},
+    ]  # fmt: skip
+    record = {"text": "THEME PARK", "accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5, "words": words}
+    utterance = data._utterance("000010113", sound(tone(1, 16_000)), record, "0001", "6", "m")
+    for example in data.make_examples(utterance, tokenizer, audio_id=0):
+        answer = tokenizer.decode(example.answer_ids).removesuffix(prompts.END)
+        assert f"    {example.task}  {answer}\n" in data.__doc__
+
+
 def test_each_utterance_gives_one_example_a_task(pairs):
     assert [[example.task for example in pair] for pair in pairs] == [["APA", "MDD"]] * len(pairs)
 
