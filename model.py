@@ -254,9 +254,9 @@ def load_base(name, revision, dtype, attention, speech_adapter):
     """
     source = {"revision": revision} if not Path(name).is_dir() else {}
     try:
-        # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts GPT-2's
-        # splitting into words in the place of tokenizer.json's, and text becomes other tokens than in pretraining
-        # (transformers issue 45920).
+        # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
+        # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
+        # pretraining (transformers issue 45920).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source)
         extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
