@@ -14,10 +14,14 @@ gives two examples, one a task (Table 2). The phone transcript is what was *hear
 Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
+import hashlib
 import io
 import json
 import math
+import os
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +38,9 @@ HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
 EXAMPLES_PER_UTTERANCE = len(prompts.TASKS)  # paper 4.2
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
+MAX_NEW_TOKENS = 400  # of a generated answer; the corpus' longest has 46 phones
 
+RANK_0_FIRST = 3  # seconds that another process waits with an error message
 HUB_CORPUS = "mispeech/speechocean762"
 # The dataset's main in 2025, when the paper was written. The labels corrected on 2026-04-30 are in
 # 06385584fad212b26134c656fdd3ccf9f093f33e.
@@ -43,6 +49,25 @@ HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
 
 class InputError(Exception):
     """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: the message says what happened and what helps. Scripts print it and exit with 1."""
+
+
+def run_script(name, main):
+    """Call main(). An InputError or RunError becomes one line and an exit code, as the two say.
+
+    Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
+    """
+    try:
+        main()
+    except (InputError, RunError) as error:
+        if rank := int(os.environ.get("RANK", 0)):
+            time.sleep(RANK_0_FIRST)
+            name += f" (rank {rank})"
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 def first_line(error):
@@ -292,6 +317,36 @@ def describe(utterances):
             f"{len(inventory)} phone labels heard: {' '.join(sorted(inventory))}")  # fmt: skip
 
 
+def fingerprint(utterances):
+    """A digest of what was read, labels included: equal for the same corpus, wherever it lies."""
+    digest = hashlib.sha256()
+    for u in utterances:
+        words = [(w.text, w.canonical, w.heard) for w in u.words]
+        digest.update(repr((u.id, u.samples, u.text, sorted(u.scores.items()), words, u.speaker)).encode())
+    return digest.hexdigest()
+
+
+def hold_out_speakers(utterances, share, seed):
+    """Utterances to train on and to validate on. No speaker is in both, as none is in the corpus' own two parts.
+
+    share: of the speakers, drawn at random, at least one. Raises InputError when none would be left to train on.
+    """
+    speakers = sorted({utterance.speaker for utterance in utterances})
+    count = max(1, round(share * len(speakers)))
+    if count >= len(speakers):
+        raise InputError(f"--validation {share} of {len(speakers)} speakers leaves none to train on: "
+                         f"use more utterances or a smaller share")  # fmt: skip
+    held_out = set(np.random.default_rng(seed).choice(speakers, count, replace=False))
+    return [u for u in utterances if u.speaker not in held_out], [u for u in utterances if u.speaker in held_out]
+
+
+def reference(utterance, task):
+    """What an answer is scored against."""
+    if task == "APA":
+        return utterance.scores
+    return {"word_transcript": utterance.text, "canonical": utterance.canonical, "heard": utterance.heard}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Examples and batches
 
@@ -375,10 +430,11 @@ def epoch_steps(examples, step_size, seed, epoch):
     return [[examples[i] for i in order[s * step_size : (s + 1) * step_size]] for s in range(count)]
 
 
-def micro_batches(step, size):
-    """One step cut into micro-batches of similar length, longest first: little padding, and memory peaks at once.
+def micro_batches(step, size, rank=0, processes=1):
+    """One process' share of a step, cut into micro-batches of similar length, longest first.
 
-    The gradient of a step does not depend on the cut, so this changes nothing but the time.
+    Little padding, memory peaks at once, and every process gets as much as the others. The gradient of a step does not
+    depend on the cut, so this changes nothing but the time.
     """
-    ordered = sorted(step, key=len, reverse=True)
+    ordered = sorted(step, key=len, reverse=True)[rank::processes]
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]

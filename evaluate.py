@@ -3,6 +3,8 @@
     python evaluate.py --adapter out/                        # the last epoch
     python evaluate.py --adapter out/ --epochs all --base    # every epoch, and the model before fine-tuning
     python evaluate.py --predictions out/predictions.jsonl   # score a saved file, without loading a model
+    python evaluate.py --summarise out/seed-*                # mean and spread over runs that were evaluated
+    torchrun --nproc-per-node 4 evaluate.py --adapter out/   # on four GPUs; writes the same predictions
 
 Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --output, by default beside the adapter.
 Every number can be computed again from predictions.jsonl.
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +60,7 @@ def parse_arguments():
     )
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--adapter", type=Path, help="run folder of train.py, or one of its epoch-N folders")
-    add("--epochs", help="of a run folder: last (default), all, or a number")
+    add("--epochs", help="of a run folder: last (default), best (on held-out speakers), all, or a number")
     add(
         "--base",
         action="store_true",
@@ -65,6 +68,7 @@ def parse_arguments():
         "prompts without control tokens (the paper's epoch 0)",
     )
     add("--predictions", type=Path, help="score this file instead of generating")
+    add("--summarise", type=Path, nargs="+", metavar="RUN", help="print mean and spread of these runs' metrics.json")
     add = parser.add_argument_group("on what (default: as in training)").add_argument
     add("--data", help="corpus folder or hub id")
     add("--data-revision", help="of the hub id")
@@ -79,19 +83,24 @@ def parse_arguments():
     add(
         "--max-new-tokens",
         type=int,
-        default=400,
-        help="an answer longer than this is cut off and counted (default: 400; the corpus' longest has 46 phones)",
+        default=data.MAX_NEW_TOKENS,
+        help=f"an answer longer than this is cut off and counted (default: {data.MAX_NEW_TOKENS})",
     )
     add("--output", type=Path, help="folder for predictions.jsonl, metrics.json, figure5.png")
 
     args = parser.parse_args()
-    if not (args.predictions or args.adapter or args.base):
-        parser.error("nothing to evaluate: give --adapter, --base or --predictions")
-    if args.predictions:
-        idle = [name for name, value in vars(args).items()
-                if name not in ("predictions", "output") and value != parser.get_default(name)]  # fmt: skip
-        if idle:
-            parser.error(f"--predictions scores a saved file: leave out --{' --'.join(idle).replace('_', '-')}")
+    if not (args.predictions or args.adapter or args.base or args.summarise):
+        parser.error("nothing to evaluate: give --adapter, --base, --predictions or --summarise")
+    for name, used, what in (
+        ("predictions", ("output",), "scores a saved file"),
+        ("summarise", (), "reads metrics.json"),
+    ):
+        idle = [other for other, value in vars(args).items()
+                if other not in (name, *used) and value != parser.get_default(other)]  # fmt: skip
+        if getattr(args, name) and idle:
+            parser.error(f"--{name} {what}: leave out --{' --'.join(idle).replace('_', '-')}")
+    if args.epochs and not args.adapter:
+        parser.error(f"--epochs {args.epochs} chooses among those of a run: give --adapter as well")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from 1 up")
@@ -104,20 +113,32 @@ def parse_arguments():
 
 def adapter_folders(run, epochs):
     """The adapters that `--adapter` and `--epochs` name, as (folder, settings), earliest epoch first."""
-    if (run / "adapter_config.json").is_file():
+    if (run / "adapter_config.json").is_file() or (run / "trained.safetensors").is_file():
         if epochs:
-            raise data.InputError(f"{run} is one adapter: leave out --epochs {epochs}, or give the folder above")
+            raise data.InputError(f"{run} is one epoch: leave out --epochs {epochs}, or give the folder above")
         folders = [run]
     else:
-        found = [file.parent for file in run.glob("epoch-*/adapter_config.json")]
+        found = [file.parent for file in run.glob("epoch-*/settings.json")]
         found = sorted((f for f in found if re.fullmatch(r"epoch-\d+", f.name)), key=lambda f: int(f.name[6:]))
         if not found:
-            raise data.InputError(f"{run} holds no adapter (no epoch-*/adapter_config.json): give train.py's --output")
+            raise data.InputError(f"{run} holds no adapter (no epoch-*/settings.json): give train.py's --output")
+        if epochs == "best":
+            epochs = best_epoch(run)
         chosen = {None: found[-1:], "last": found[-1:], "all": found}
         folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
         if not folders:
             raise data.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
     return [(folder, _read_settings(folder / "settings.json")) for folder in folders]
+
+
+def best_epoch(run):
+    """The epoch that train.py marked as the best one on held-out speakers, as text."""
+    path = run / "validation.jsonl"
+    try:
+        return next(str(line["epoch"]) for line in map(json.loads, path.read_text().splitlines()) if line["best"])
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise data.InputError(f"--epochs best: {path} is missing or marks no epoch; it is written by train.py "
+                              f"--validation 0.1") from error  # fmt: skip
 
 
 def _read_settings(path):
@@ -175,8 +196,12 @@ def read_test_data(settings, args):
 
 
 def generate(evaluation, utterances, args):
-    """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, for both tasks."""
+    """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, for both tasks.
+
+    Under torchrun each process takes every n-th batch, and rank 0 writes them in the corpus' order.
+    """
     import model as models
+    import runtime
 
     settings, base = evaluation.settings, evaluation.adapter is None
     name = args.model or settings.get("model", models.HUB_MODEL)
@@ -186,33 +211,34 @@ def generate(evaluation, utterances, args):
         args.dtype or settings.get("dtype", models.default_dtype()),
         args.attention or settings.get("attention", "sdpa"),
         "merge" if base else settings["speech_adapter"],  # the unmodified model hears through its speech adapter
+        settings.get("quantize"),
     )
     if not base:
-        models.load_adapter(model, evaluation.adapter)
+        models.load_trained(model, evaluation.adapter, settings["strategy"])
     model.eval()
     print(f"model: {name}, " + ("unmodified, prompts without control tokens" if base else f"{evaluation.adapter}"))
 
-    evaluation.output.mkdir(parents=True, exist_ok=True)
-    temporary = evaluation.output / "predictions.jsonl.tmp"
-    with open(temporary, "w", encoding="utf-8") as file, tqdm(total=2 * len(utterances), unit="output") as bar:
-        for start in range(0, len(utterances), args.batch_size):
-            batch = utterances[start : start + args.batch_size]
-            for task in prompts.TASKS:
-                with models.autocast(model.device):
-                    answers = model.generate(batch, task, args.max_new_tokens, control_token=not base)
-                for utterance, (text, tokens, truncated) in zip(batch, answers, strict=True):
-                    line = {"id": utterance.id, "task": task, "output": text, "reference": reference(utterance, task),
-                            "tokens": tokens, "truncated": truncated}  # fmt: skip
-                    print(json.dumps(line, ensure_ascii=False), file=file)
-                bar.update(len(batch))
-    os.replace(temporary, evaluation.output / "predictions.jsonl")
+    batches = [utterances[i : i + args.batch_size] for i in range(0, len(utterances), args.batch_size)]
+    rank, processes = runtime.rank(), runtime.processes()
+    with (runtime.whole(evaluation.output / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as file,
+          tqdm(total=2 * len(utterances), unit="output", disable=rank > 0) as bar):  # fmt: skip
+        for start in range(0, len(batches), processes):
+            own = batches[start + rank] if start + rank < len(batches) else []
+            for lines in runtime.gather(list(answers(model, own, args.max_new_tokens, control_token=not base))):
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                bar.update(len(lines))
 
 
-def reference(utterance, task):
-    """What a prediction is scored against."""
-    if task == "APA":
-        return utterance.scores
-    return {"word_transcript": utterance.text, "canonical": utterance.canonical, "heard": utterance.heard}
+def answers(model, batch, max_new_tokens, control_token):
+    """The lines of predictions.jsonl for some utterances, APA first."""
+    import model as models
+
+    for task in prompts.TASKS if batch else ():
+        with models.autocast():
+            outputs = model.generate(batch, task, max_new_tokens, control_token)
+        for utterance, (text, tokens, truncated) in zip(batch, outputs, strict=True):
+            yield {"id": utterance.id, "task": task, "output": text, "reference": data.reference(utterance, task),
+                   "tokens": tokens, "truncated": truncated}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,14 +390,50 @@ def print_row(name, numbers, columns, near=None, header=False):
     print(f"{name:23}" + "".join(cell.rjust(10) for cell in cells))
 
 
+def summarise(runs):
+    """Print mean, standard deviation and range of each number over the metrics.json of several runs."""
+    results = {run: _read_metrics(run if run.is_file() else run / "metrics.json") for run in runs}
+    counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
+    if len(set(counted.values())) > 1:
+        raise data.InputError("these runs were evaluated on different utterances: "
+                              + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
+    if len(runs) < 2:
+        raise data.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
+    print(f"{len(runs)} runs, {counted[runs[0]]} each: "
+          + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
+    print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
+    for key in next(iter(results.values())):
+        values = [result[key] for result in results.values() if isinstance(result.get(key), (int, float))]
+        if key != "utterances" and values:
+            spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+            print(
+                f"{key:30}{statistics.fmean(values):10.3f}{spread:>10}{min(values):10.3f}{max(values):10.3f}{len(values):8}"
+            )
+    print("\nstd: of the sample (n - 1). runs: those that have the number; a constant prediction has no correlation.")
+
+
+def _read_metrics(path):
+    try:
+        values = json.loads(path.read_text())
+        values["evaluated"], values["utterances"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
+    return values
+
+
 def main():
     """Generate where asked, score, write the files and print the table."""
     args = parse_arguments()
+    if args.summarise:
+        return summarise(args.summarise)
     chosen = evaluations(args)
-    utterances = None
+    utterances, rank = None, 0
     if not args.predictions:
         import model as models
+        import runtime
 
+        runtime.start_processes()
+        rank = runtime.rank()
         models.check_model(args.model or chosen[-1].settings.get("model", models.HUB_MODEL))
         utterances = read_test_data(chosen[-1].settings, args)
     rows = []
@@ -379,22 +441,27 @@ def main():
         if utterances:
             gc.collect()  # the previous model leaves the GPU before the next one comes
             generate(evaluation, utterances, args)
-        evaluation.output.mkdir(parents=True, exist_ok=True)
-        records = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
-        numbers, reasons = score(records)
-        rows.append((evaluation, numbers))
-        write_metrics(numbers, evaluation)
-        draw_figure5(records, evaluation.output / "figure5.png")
-        for key, reason in reasons.items():
-            print(f"{evaluation.label}: no {key}: {reason}")
-    print_table(rows, canonical_floor(records))
-    written = "" if args.predictions else "predictions.jsonl, "
-    print(f"\nwritten: {written}metrics.json, figure5.png in {', '.join(str(e.output) for e in chosen)}")
+        if rank == 0:
+            records = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
+            rows.append((evaluation, score_and_draw(records, evaluation)))
+    if rank == 0:
+        print_table(rows, canonical_floor(records))
+        written = "" if args.predictions else "predictions.jsonl, "
+        print(f"\nwritten: {written}metrics.json, figure5.png in {', '.join(str(e.output) for e in chosen)}")
+    if utterances:
+        runtime.end_processes()
+
+
+def score_and_draw(records, evaluation):
+    """Write metrics.json and figure5.png of one row; returns its numbers."""
+    numbers, reasons = score(records)
+    evaluation.output.mkdir(parents=True, exist_ok=True)
+    write_metrics(numbers, evaluation)
+    draw_figure5(records, evaluation.output / "figure5.png")
+    for key, reason in reasons.items():
+        print(f"{evaluation.label}: no {key}: {reason}")
+    return numbers
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.InputError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.run_script("evaluate.py", main)

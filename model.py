@@ -8,11 +8,14 @@ The language model of Phi-4-multimodal never heard speech by itself: it hears th
 ships in `speech-lora/` (rank 320). There are three ways to use it (`--speech-adapter`):
 
     continue  train that adapter itself; the paper's wording "the (speech) LoRA layers" (3.2)
-    merge     fold it into the frozen weights and train a fresh LoRA on top
+    merge     fold it into the frozen weights and train a fresh LoRA on top; where those weights are quantised, which
+              would round it away, keep it beside them, frozen
     none      leave it out
 
-and two strategies (paper 3.2): "lora" trains LoRA alone, "unfreeze" also audio encoder and projector. Under both, the
-embedding rows of the two control tokens train (our choice: the paper does not say how they enter the tokenizer).
+and three strategies: "lora" trains LoRA alone, "unfreeze" also audio encoder and projector (paper 3.2), "full" has no
+LoRA and trains the weights of language model, audio encoder and projector themselves (which the paper names as not
+done). The embedding rows of the two control tokens train under all of them (our choice: the paper does not say how they
+enter the tokenizer).
 
 Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature frames, D hidden size, N supervised
 positions, V vocabulary.
@@ -20,9 +23,7 @@ positions, V vocabulary.
 
 import json
 import logging
-import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -38,12 +39,20 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BitsAndBytesConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import data
 import prompts
+import runtime
 
 transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
 transformers_logging.disable_progress_bar()
@@ -52,22 +61,27 @@ HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
 SPEECH_ADAPTERS = ("merge", "continue", "none")
+FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
 # A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
 LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
 
 PARAMETER_GROUPS = {  # what a parameter's name contains
-    "LoRA": r"\.lora_[AB]\.",
+    "LoRA": r"\.lora_[AB]\.default\.",
     "control tokens": r"\.trainable_tokens_delta\.",
+    "language model": r"^(model\.(embed_tokens|layers|norm)|lm_head)\.",
     "audio encoder": r"\.audio_embed\.encoder\.",
     "audio projector": r"\.audio_embed\.(up|down)_proj_for_speech\.",
 }
+ADAPTER_GROUPS = ("LoRA", "control tokens")
 AUDIO_GROUPS = ("audio encoder", "audio projector")
-STRATEGIES = {  # paper 3.2
+STRATEGIES = {  # paper 3.2; "full" is not in the paper
     "lora": ("LoRA", "control tokens"),
     "unfreeze": ("LoRA", "control tokens", *AUDIO_GROUPS),
+    "full": ("language model", *AUDIO_GROUPS),  # the control tokens' rows are part of the language model's embedding
 }
 
+TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
 MAX_ENCODER_TOKENS = 500  # 40 s; the encoder cuts what is longer into chunks of this length
 LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of files that are missing or do not fit
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
@@ -241,16 +255,18 @@ def default_dtype():
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def autocast(device):
+def autocast():
     """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
 
 
-def load_base(name, revision, dtype, attention, speech_adapter):
+def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     """The pretrained model, with the control tokens in its tokenizer; with "merge", the speech adapter is folded in.
 
     name: checkpoint folder or hub id (`revision` of the hub id); dtype: "float32" or "bfloat16"; attention: of the
-    language model, "sdpa", "eager" or "flash_attention_2". Raises InputError when the checkpoint cannot be loaded.
+    language model, "sdpa", "eager" or "flash_attention_2"; quantize: None, or "nf4" for the language model's layers.
+    Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
+    checkpoint cannot be loaded.
     """
     source = {"revision": revision} if not Path(name).is_dir() else {}
     try:
@@ -264,13 +280,23 @@ def load_base(name, revision, dtype, attention, speech_adapter):
             dtype=getattr(torch, dtype),
             # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
             attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
+            quantization_config=_nf4() if quantize else None,
+            use_safetensors=True,
             output_loading_info=True,
             **source,
         )
         if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
             raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-        if speech_adapter == "merge":
+        if quantize:
+            _check_quantised(network)
+        else:
+            network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        if speech_adapter == "merge" and quantize:
+            network = _with_speech_adapter(network, name, revision, FROZEN_SPEECH, lora_dropout=0.0)
+            for key, parameter in network.named_parameters():
+                if ".lora_" in key:
+                    parameter.data = parameter.data.to(getattr(torch, dtype))
+        elif speech_adapter == "merge":
             network = _with_speech_adapter(network, name, revision).merge_and_unload()
     except LOADING_ERRORS as error:
         at = f" (revision {revision})" if source else ""
@@ -284,11 +310,37 @@ def load_base(name, revision, dtype, attention, speech_adapter):
     if max(control_token_ids(tokenizer)) >= rows:
         raise data.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
-    # generate() would otherwise mix our greedy settings with sampling settings of the checkpoint
-    network.generation_config = type(network.generation_config)()
     model = SpeechModel(network, tokenizer, extractor)
+    # generate() would otherwise mix our greedy settings with sampling settings of the checkpoint
+    model.core.generation_config = type(model.core.generation_config)()
     model.source = (name, revision, speech_adapter)
     return model
+
+
+def _nf4():
+    """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.embed_tokens_extend", "lm_head"],
+    )
+
+
+def _check_quantised(network):
+    """All of the language model's linear layers and no others must be quantised: a skip list that looks right is not.
+
+    A name in it counts from the start of the module's name, so "embed_tokens_extend" without "model." keeps nothing.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in network.named_modules():
+        expected = bool(re.fullmatch(LORA_TARGETS, name))
+        if isinstance(module, nn.Linear) and isinstance(module, Linear4bit) != expected:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: nf4 is for the language model's layers, all of them"
+            )
 
 
 def control_token_ids(tokenizer):
@@ -296,29 +348,43 @@ def control_token_ids(tokenizer):
     return tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
 
 
-def _with_speech_adapter(network, name, revision, **changes):
+def _with_speech_adapter(network, name, revision, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
     source = {"subfolder": SPEECH_ADAPTER} | ({"revision": revision} if not Path(name).is_dir() else {})
     config = LoraConfig.from_pretrained(name, **source)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():
         setattr(config, key, value)
-    network = get_peft_model(network, config)
-    _load_exactly(network, load_peft_weights(name, device="cpu", **source), new=r"trainable_tokens_delta")
+    network = get_peft_model(network, config, adapter_name=adapter_name)
+    weights = load_peft_weights(name, device="cpu", **source)
+    _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
 
 
-def _load_exactly(network, weights, new=None):
+def _attach(network, config):
+    """Add the adapter that trains, or was trained. A frozen speech adapter stays active beside it."""
+    if not isinstance(network, PeftModel):
+        return get_peft_model(network, config)
+    network.add_adapter("default", config)
+    network.base_model.set_adapter([FROZEN_SPEECH, "default"])
+    return network
+
+
+def _load_exactly(network, weights, adapter_name="default", new=None):
     """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
-    own = get_peft_model_state_dict(network, save_embedding_layers=False)
+    own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
     kept = {key: value for key, value in own.items() if new and re.search(new, key)}
-    difference = sorted(weights.keys() ^ (own.keys() - kept.keys()))
-    if difference:
-        raise ValueError(f"adapter does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
+    _check_fit(weights, {key: value for key, value in own.items() if key not in kept})
+    set_peft_model_state_dict(network, weights | kept, adapter_name=adapter_name)
+
+
+def _check_fit(weights, own):
+    """Both must have the same keys with the same shapes."""
+    if difference := sorted(weights.keys() ^ own.keys()):
+        raise ValueError(f"it does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
     for key, value in weights.items():
         if value.shape != own[key].shape:
-            raise ValueError(f"adapter does not fit the model: {key} is {[*value.shape]}, not {[*own[key].shape]}")
-    set_peft_model_state_dict(network, weights | kept)
+            raise ValueError(f"it does not fit the model: {key} is {[*value.shape]}, not {[*own[key].shape]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +412,7 @@ def add_adapter(model, rank, alpha, dropout):
             task_type="CAUSAL_LM",
             revision=revision,
         )
-        model.network = get_peft_model(model.network, config)
+        model.network = _attach(model.network, config)
     return model.network.peft_config["default"]
 
 
@@ -359,7 +425,7 @@ def set_trainable(model, strategy):
     model.requires_grad_(False)
     counts = {}
     for group in STRATEGIES[strategy]:
-        chosen = [p for name, p in model.named_parameters() if re.search(PARAMETER_GROUPS[group], name)]
+        chosen = [p for name, p in model.core.named_parameters() if re.search(PARAMETER_GROUPS[group], name)]
         if not chosen:
             raise ValueError(f"strategy {strategy!r}: no parameter belongs to group {group!r}")
         for parameter in chosen:
@@ -369,60 +435,84 @@ def set_trainable(model, strategy):
     return counts
 
 
+def shard(model):
+    """Spread weights, gradients and optimiser state of what trains over all processes (FSDP2); together.
+
+    A layer's weights come together only while it computes. What is frozen stays whole in each process.
+    """
+    mesh = init_device_mesh(model.device.type, (runtime.processes(),))
+    half = torch.bfloat16 if model.device.type == "cuda" else None
+    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)}
+    for layer in [*model.core.model.layers, *model.core.model.embed_tokens_extend.audio_embed.encoder.encoders]:
+        fully_shard(layer, **how)
+    fully_shard(model, **how, ignored_params={p for p in model.parameters() if not p.requires_grad})
+    register_fsdp_forward_method(model, "generate")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
 
-def save_adapter(model, folder, settings):
-    """Write the trained weights in PEFT's format, with the exact settings beside them.
+def trained_parameters(model):
+    """{name: parameter} of what trains; names are those inside the Phi4MultimodalForCausalLM."""
+    return {name: parameter for name, parameter in model.core.named_parameters() if parameter.requires_grad}
 
-    With "unfreeze", encoder and projector go to audio.safetensors. The folder appears whole or not at all.
+
+def save_trained(model, folder, settings):
+    """Write the trained weights, with the exact settings beside them; together. The folder appears whole or not at all.
+
+    The adapter is written in PEFT's format. Trained weights outside of it ("unfreeze", "full") go to
+    trained.safetensors: float32, but for "full" the type they will be used in (`--dtype`), half as large on a GPU.
     """
-    folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved in any case
-    model.network.save_pretrained(temporary, save_embedding_layers=False)
-    (temporary / "README.md").unlink()  # PEFT's model card, an empty form
-    audio = _audio_parameters(model) if settings["strategy"] == "unfreeze" else {}
-    if audio:
-        weights = {key: value.detach().cpu().contiguous() for key, value in audio.items()}
-        save_file(weights, temporary / "audio.safetensors")
-    (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    dtype = getattr(torch, settings["dtype"]) if settings["strategy"] == "full" else torch.float32
+    weights = {}
+    for name, parameter in _outside_adapter(model, settings["strategy"]).items():
+        weight = runtime.whole_tensor(parameter)
+        if runtime.rank() == 0:
+            weights[name] = weight.to(dtype).contiguous()
+    if runtime.rank():
+        return
+    with runtime.whole(Path(folder)) as temporary:
+        temporary.mkdir()
+        if isinstance(model.network, PeftModel):
+            # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved anyway
+            model.network.save_pretrained(temporary, selected_adapters=["default"], save_embedding_layers=False)
+            (temporary / "README.md").unlink()  # PEFT's model card, an empty form
+        if weights:
+            save_file(weights, temporary / TRAINED_FILE)
+        (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def load_adapter(model, folder):
-    """Put a trained adapter into a base model loaded with the same settings. Raises InputError when it does not fit."""
+def load_trained(model, folder, strategy):
+    """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
     folder = Path(folder)
     try:
-        config = LoraConfig.from_pretrained(folder)
-        config.inference_mode = True
-        if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
-            raise ValueError("its control tokens are not this base model's")
-        model.network = get_peft_model(model.network, config)
-        _load_exactly(model.network, load_peft_weights(str(folder), device="cpu"))
-        if (folder / "audio.safetensors").exists():
-            _load_audio(model, load_file(folder / "audio.safetensors"))
+        if strategy != "full":
+            _load_adapter(model, folder)
+        if parameters := _outside_adapter(model, strategy):
+            weights = load_file(folder / TRAINED_FILE)
+            _check_fit(weights, parameters)
+            for name, parameter in parameters.items():
+                parameter.data = weights[name].to(parameter.device)
     except LOADING_ERRORS as error:
         raise data.InputError(f"adapter {folder} cannot be loaded: {data.first_line(error)}") from error
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            module.merge()  # else every decoding step would copy the whole embedding matrix, twice
     model.audio_cache.clear()
     model.eval()
 
 
-def _load_audio(model, weights):
-    parameters = _audio_parameters(model)
-    if weights.keys() != parameters.keys():
-        raise ValueError("audio.safetensors does not fit the model's audio encoder and projector")
-    for key, parameter in parameters.items():
-        parameter.data = weights[key].to(parameter.device)
+def _load_adapter(model, folder):
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = True
+    if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
+        raise ValueError("its control tokens are not this base model's")
+    model.network = _attach(model.network, config)
+    _load_exactly(model.network, load_file(folder / "adapter_model.safetensors"))
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.merge()  # else every decoding step would copy the whole embedding matrix, twice
 
 
-def _audio_parameters(model):
-    """Parameters of audio encoder and projector, by their name in the unwrapped network."""
-    patterns = [PARAMETER_GROUPS[group] for group in AUDIO_GROUPS]
+def _outside_adapter(model, strategy):
+    """{name: parameter} of what a strategy trains besides the adapter."""
+    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES[strategy] if group not in ADAPTER_GROUPS]
     return {name: p for name, p in model.core.named_parameters() if any(re.search(q, name) for q in patterns)}

@@ -1,28 +1,45 @@
 """Fine-tune Phi-4-multimodal on speechocean762 (paper 3.2, 4.2), with a plain PyTorch loop.
 
     python train.py --rank 64 --epochs 3                              # the paper's run: fetches model and corpus
+    python train.py --rank 64 --epochs 3 --resume                     # the same, after it was stopped
+    torchrun --nproc-per-node 4 train.py --rank 64 --epochs 3         # the same on four GPUs
     python train.py --rank 64 --epochs 1 --limit 10 --output check    # ten utterances, before a long run
     python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3   # on a laptop
 
-Writes into --output: settings.json, log.jsonl (one line a step) and an adapter per epoch. Then: evaluate.py.
+Writes into --output: settings.json, log.jsonl (one line a step), an adapter per epoch, checkpoints/ for --resume and
+curves.png. Then: evaluate.py.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import random
-import resource
 import sys
 import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import metrics
 import model as models
+import prompts
+import runtime
+
+FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
+# What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
+MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "patience", "track", "data",
+              "data_revision")  # fmt: skip
+ESTIMATE_AFTER = 10  # steps
+VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each declared once, shown by --help, printed, and saved beside the adapter
@@ -40,10 +57,24 @@ def parse_settings():
     add("--data-revision", default=data.HUB_CORPUS_REVISION, help="of the hub id; the labels changed in April 2026")
     add("--limit", type=positive_int, help="use only the first N utterances")
 
+    add(
+        "--validation",
+        type=fraction,
+        default=0.0,
+        help="share of the training speakers held out, to choose an epoch by",
+    )
+    add("--max-tokens", type=positive_int, default=2048, help="an example longer than this is an error, never cut")
+
     add = parser.add_argument_group("model (paper 3.2)").add_argument
     add("--model", default=models.HUB_MODEL, help="checkpoint folder or hub id")
     add("--revision", default=models.HUB_MODEL_REVISION, help="of the hub id: transformers' own format")
-    add("--strategy", choices=models.STRATEGIES, default="lora", help="what trains, besides the control tokens")
+    add(
+        "--strategy",
+        choices=models.STRATEGIES,
+        default="lora",
+        help="what trains: LoRA alone, audio encoder and projector as well, or all weights of these and of the "
+        "language model, without LoRA",
+    )
     add(
         "--speech-adapter",
         choices=models.SPEECH_ADAPTERS,
@@ -54,6 +85,7 @@ def parse_settings():
     add("--rank", type=positive_int, default=64, help="of the fresh LoRA (not in the paper; our choice)")
     add("--alpha", type=positive_int, default=128, help="of the fresh LoRA, scale alpha / rank (our choice)")
     add("--dropout", type=fraction, default=0.05, help="of the fresh LoRA's input (our choice)")
+    add("--quantize", choices=("nf4",), help="QLoRA: keep the language model's frozen layers in 4 bits")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -72,20 +104,75 @@ def parse_settings():
     add("--betas", type=fraction, nargs=2, default=(0.9, 0.999), help="of AdamW (PyTorch's; not in the paper)")
     add("--epsilon", type=positive_float, default=1e-8, help="of AdamW (PyTorch's; not in the paper)")
     add("--clip", type=positive_float, default=1.0, help="largest norm of a step's gradient (our choice)")
+    add("--patience", type=positive_int, help="stop after this many epochs without a lower validation loss")
+
+    add = parser.add_argument_group("memory: what a step computes stays the same").add_argument
+    add("--micro-batch", type=positive_int, help="examples computed at once on a device, where not --batch-size")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=seed, default=0, help="of weights, order of examples and dropout (our choice)")
+    add("--seed", type=seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
+    add("--save-minutes", type=positive_float, default=30.0, help="time between checkpoints within an epoch")
+    add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
+    add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
 
     settings = parser.parse_args()
-    if settings.speech_adapter == "continue":
-        fresh = ("rank", "alpha", "dropout")
-        explicit = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(fresh)))  # None where not given
-        if given := [f"--{name}" for name in fresh if getattr(explicit, name) is not None]:
-            parser.error(f"--speech-adapter continue trains the shipped adapter as it is: leave out {' '.join(given)}")
+    not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
+    given = {name for name, value in vars(parser.parse_args(namespace=not_given)).items() if value is not None}
+    settings.betas = list(settings.betas)  # as JSON has it
     if settings.dtype == "auto":
         settings.dtype = models.default_dtype()
+    if settings.micro_batch is None:
+        settings.micro_batch = settings.batch_size
+    for wrong, message in conflicts(settings, given):
+        if wrong:
+            parser.error(message)
+    if settings.strategy == "full" or settings.speech_adapter == "continue":
+        settings.rank = settings.alpha = settings.dropout = None
     return settings
+
+
+def conflicts(settings, given):
+    """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
+    lora = " ".join(f"--{name}" for name in FRESH_LORA if name in given)
+    step_size = settings.batch_size * settings.accumulation
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    full, quantized = settings.strategy == "full", settings.quantize is not None
+    return [
+        (full and lora, f"--strategy full trains no LoRA: leave out {lora}"),
+        (full and settings.speech_adapter == "continue",
+         "--strategy full trains no LoRA, so there is none for --speech-adapter continue: use merge or none"),
+        (settings.speech_adapter == "continue" and lora,
+         f"--speech-adapter continue trains the shipped adapter as it is: leave out {lora}"),
+        (quantized and full, "--quantize nf4 freezes the weights that --strategy full would train: 4 bits hold no "
+         "small step"),
+        (quantized and settings.strategy == "unfreeze",
+         "--quantize nf4 is for frozen weights, and --strategy unfreeze trains audio encoder and projector through them: "
+         "the rounding would be learnt by what is kept; use --strategy lora"),
+        (settings.shard and not full, f"--shard is for --strategy full: what --strategy {settings.strategy} trains fits "
+         f"on each GPU"),
+        (settings.shard and "RANK" not in os.environ, "--shard needs several processes: start it with torchrun "
+         "--nproc-per-node N"),
+        (settings.shard and step_size % world, f"--shard needs steps that can be shared evenly: --batch-size "
+         f"{settings.batch_size} x --accumulation {settings.accumulation} examples over {world} processes cannot"),
+        (step_size < world, f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation} examples "
+         f"cannot be shared by the {world} processes of torchrun"),
+        (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
+         f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),
+        (settings.patience and not settings.validation, f"--patience {settings.patience} needs held-out speakers: add "
+         f"--validation 0.1"),
+        (settings.attention == "flash_attention_2" and settings.dtype == "float32",
+         "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (the default on a CPU)"),
+        *((option and importlib.util.find_spec(package) is None,
+           f"{option} needs the package {package}, which is not installed: pip install {package.replace('_', '-')}")
+          for option, package in (
+              (settings.track and f"--track {settings.track}", settings.track or "wandb"),
+              (quantized and "--quantize nf4", "bitsandbytes"),
+              (settings.attention == "flash_attention_2" and "--attention flash_attention_2", "flash_attn"),
+          )),
+    ]  # fmt: skip
 
 
 def positive_int(text):
@@ -135,68 +222,170 @@ def learning_rate(step, steps, peak, warmup):
 
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
-    if (settings.output / "log.jsonl").exists():
-        raise data.InputError(f"{settings.output} holds a run already: move it away or choose another --output")
+    given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
+    checkpoint = choose_checkpoint(settings)
     models.check_model(settings.model)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
+    corpus = data.fingerprint(utterances)
+    state = read_state(checkpoint, given, corpus) if checkpoint else None
+    utterances, held_out = split(utterances, settings)
     plan = batch_arithmetic(len(utterances) * data.EXAMPLES_PER_UTTERANCE, settings)
     make_output(settings.output)
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
     model = build_model(settings)
-    examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    examples = make_examples(utterances, model, settings.max_tokens)
     record = record_settings(settings)
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # From here on each process has random numbers of its own: dropout differs, the weights do not
+    torch.manual_seed(settings.seed + (runtime.rank() << 32))
+    distributed = distribute(model, settings)
+    weights = models.trained_parameters(model)
     optimiser = torch.optim.AdamW(
-        parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
+        weights.values(), betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
     )
-    started, step = time.perf_counter(), 0
+    save = partial(runtime.save_checkpoint, settings.output / "checkpoints", weights=weights, optimiser=optimiser,
+                   settings=given, corpus=corpus)  # fmt: skip
+    step = resume(state, weights, optimiser) if state else 0
+    validated = read_validated(settings.output, step)
+    started = saved = time.perf_counter()
+    durations = []  # seconds of each step
     model.train()
-    with open(settings.output / "log.jsonl", "w") as log, tqdm(total=plan["steps"], unit="step") as bar:
-        for epoch in range(1, settings.epochs + 1):
-            for step_examples in data.epoch_steps(examples, plan["step_size"], settings.seed, epoch):
-                step_started = time.perf_counter()
+    with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
+          runtime.tracker(settings.track, settings.output, record) as track,
+          tqdm(total=plan["steps"], initial=step, unit="step", disable=runtime.rank() > 0) as bar):  # fmt: skip
+        for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
+            last_step = epoch * plan["per_epoch"]
+            order = data.epoch_steps(examples, plan["step_size"], settings.seed, epoch)
+            for step_examples in order[len(order) - (last_step - step) :]:
                 # Learning rate: a function of the step alone
                 rate = learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
                 for group in optimiser.param_groups:
                     group["lr"] = rate
 
-                # Gradient: the mean over all supervised tokens of the step, however it is cut into micro-batches
-                supervised = sum(len(example.answer_ids) for example in step_examples)
-                loss, tokens, computed = 0.0, 0, 0
-                for micro_batch in data.micro_batches(step_examples, settings.batch_size):
-                    with models.autocast(model.device):
-                        micro_loss = model(micro_batch) / supervised
-                    micro_loss.backward()
-                    loss += micro_loss.detach()
-                    tokens += sum(map(len, micro_batch))
-                    computed += max(map(len, micro_batch)) * len(micro_batch)
-
-                # Clip, update
-                gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-                optimiser.step()
-                optimiser.zero_grad()
+                step_started = time.perf_counter()
                 step += 1
+                numbers = train_step(distributed, weights, optimiser, step_examples, step, settings)
+                durations.append(time.perf_counter() - step_started)
 
                 # Log
-                line = {"step": step, "epoch": epoch, "loss": float(loss), "learning_rate": rate,
-                        "gradient_norm": float(gradient_norm), "supervised_tokens": supervised, "tokens": tokens,
-                        "padding": 1 - tokens / computed, "seconds": time.perf_counter() - step_started}  # fmt: skip
+                line = {"step": step, "epoch": epoch, "learning_rate": rate, **numbers, "seconds": durations[-1],
+                        "tokens_per_second": numbers["tokens"] / durations[-1], "memory_gb": runtime.peak_memory()}  # fmt: skip
                 print(json.dumps(line), file=log, flush=True)
+                track(step, line)
                 bar.update()
                 bar.set_postfix_str(progress(line))
+                if len(durations) == ESTIMATE_AFTER:
+                    bar.write(estimate(sum(durations), plan["steps"] - step))
 
-            # Save
-            models.save_adapter(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
-    print(f"{step} steps in {time.perf_counter() - started:.0f} s, peak memory {peak_memory():.1f} GB")
+                # Checkpoint; the clock is rank 0's, and a signal to one process stops all
+                overdue = runtime.rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
+                stopping, due = runtime.total(stop.name is not None, overdue)
+                if stopping or due or step == last_step:
+                    save(step)
+                    saved = time.perf_counter()
+                if stopping:
+                    bar.write(f"stopped after step {step}, which is saved: the same command with --resume goes on")
+                    return
+
+            # The end of an epoch. A run that is stopped in here comes here again when it is resumed.
+            models.save_trained(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
+            if held_out and epoch not in validated:
+                validated[epoch] = {"step": step} | validate(model, held_out, settings)
+                record_validated(settings.output, validated)
+                track(step, {f"validation_{key}": value for key, value in validated[epoch].items()})
+            if settings.patience and epoch - best_epoch(validated) >= settings.patience:
+                bar.write(
+                    f"no lower validation loss for {settings.patience} epochs: stopping early, after epoch {epoch}"
+                )
+                break
+    runtime.draw_curves(settings.output)
+    print(f"{step} steps, {time.perf_counter() - started:.0f} s, peak memory {runtime.peak_memory():.1f} GB")
     print(f"adapters in {settings.output}/epoch-*; next: python evaluate.py --adapter {settings.output}/")
 
 
+def train_step(distributed, weights, optimiser, examples, number, settings):
+    """One update of the weights. Returns what is logged of it; together.
+
+    Raises RunError, before the update, when loss or gradient is not finite.
+    """
+    # Gradient: the mean over all supervised tokens of the step, however it is cut into micro-batches and shared by
+    # processes. PyTorch averages over processes where a sum is needed, hence the factor.
+    supervised = sum(len(example.answer_ids) for example in examples)
+    share = data.micro_batches(examples, settings.micro_batch, runtime.rank(), runtime.processes())
+    losses = []
+    with memory_advice(share, settings):
+        for micro_batch in share:
+            with synchronised(distributed, last=micro_batch is share[-1]):
+                with models.autocast():
+                    loss = distributed(micro_batch) / supervised
+                (loss * runtime.processes()).backward()
+            losses.append(loss.detach())
+
+        # Clip
+        gradient_norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip)
+
+        # Guard: a single value that is not finite would spoil every weight
+        gradient_norm = float(runtime.whole_tensor(gradient_norm))
+        loss, tokens, computed = runtime.total(sum(losses), *count_tokens(share))
+        if not math.isfinite(loss + gradient_norm):
+            raise not_finite(number, loss, gradient_norm, share, losses)
+
+        # Update
+        optimiser.step()
+        optimiser.zero_grad()
+    return {"loss": loss, "gradient_norm": gradient_norm, "supervised_tokens": supervised, "tokens": int(tokens),
+            "padding": 1 - tokens / computed}  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Around the loop
+# Before the loop
+
+
+def plain(settings):
+    """Settings as JSON has them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
+
+
+def choose_checkpoint(settings):
+    """The file to go on from, or None for a run from the start. Raises InputError when --output holds a run."""
+    run, found = settings.output, runtime.checkpoints(settings.output / "checkpoints")
+    if not settings.resume:
+        if (run / "log.jsonl").exists():
+            raise data.InputError(f"{run} holds a run already: --resume goes on with it, another --output leaves it be")
+        return None
+    if settings.resume != "newest":
+        return Path(settings.resume)
+    if not found:
+        print(f"no checkpoint in {run}/checkpoints: the run begins at the start")
+        return None
+    return found[-1]
+
+
+def read_state(path, given, corpus):
+    """A checkpoint's content. Raises InputError when it is of another run."""
+    state = runtime.read_checkpoint(path)
+    other = [f"--{key.replace('_', '-')} {state['settings'].get(key)}, not {value}"
+             for key, value in given.items() if state["settings"].get(key) != value]  # fmt: skip
+    if other:
+        raise data.InputError(f"checkpoint {path} is of a run with {'; '.join(other)}: resume with its settings, or "
+                              f"choose another --output")  # fmt: skip
+    if state["corpus"] != corpus:
+        raise data.InputError(f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
+                              f"its --data and --limit, or choose another --output")  # fmt: skip
+    return state
+
+
+def split(utterances, settings):
+    """Utterances to train on, and those held out for validation (none without --validation)."""
+    if not settings.validation:
+        return utterances, []
+    chosen, held_out = data.hold_out_speakers(utterances, settings.validation, settings.seed)
+    print(f"validation: {len(held_out):,} utterances of {len({u.speaker for u in held_out})} speakers held out, "
+          f"{len(chosen):,} left to train on")  # fmt: skip
+    return chosen, held_out
 
 
 def batch_arithmetic(examples, settings):
@@ -209,62 +398,203 @@ def batch_arithmetic(examples, settings):
         f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = "
         f"{settings.batch_size * settings.accumulation} a step; {examples:,} examples = {per_epoch} steps an epoch"
     )
+    if (settings.micro_batch, runtime.processes()) != (settings.batch_size, 1):
+        print(f"         computed {settings.micro_batch} at a time in each of {runtime.processes()} processes")
     if left:
         print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
     print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
-    return {"step_size": step_size, "steps": steps, "warmup": warmup}
+    return {"step_size": step_size, "per_epoch": per_epoch, "steps": steps, "warmup": warmup}
 
 
 def make_output(folder):
     """Make the output folder now, so that a run does not fail on it after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl.tmp").touch()
-        (folder / "log.jsonl.tmp").unlink()
+        trial = folder / f"log.jsonl.tmp-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise data.InputError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
 
 
 def build_model(settings):
-    """The model with the adapter that is to be trained; prints what trains."""
+    """The model with what is to be trained; prints what trains."""
     model = models.load_base(
-        settings.model, settings.revision, settings.dtype, settings.attention, settings.speech_adapter
+        settings.model,
+        settings.revision,
+        settings.dtype,
+        settings.attention,
+        settings.speech_adapter,
+        settings.quantize,
     )
-    lora = models.add_adapter(model, settings.rank, settings.alpha, settings.dropout)
-    settings.rank, settings.alpha, settings.dropout = lora.r, lora.lora_alpha, lora.lora_dropout
+    if settings.strategy != "full":
+        lora = models.add_adapter(model, settings.rank, settings.alpha, settings.dropout)
+        settings.rank, settings.alpha, settings.dropout = lora.r, lora.lora_alpha, lora.lora_dropout
     counts = models.set_trainable(model, settings.strategy)
+    if settings.gradient_checkpointing:
+        model.core.gradient_checkpointing_enable({"use_reentrant": False})
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {total:,} parameters on {model.device}, attention {settings.attention}; trained: "
           + ", ".join(f"{group} {count:,}" for group, count in counts.items()))  # fmt: skip
     return model
 
 
+def make_examples(utterances, model, longest):
+    """All examples of the utterances. Raises InputError naming those of more than `longest` tokens."""
+    examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    if long := [f"{e.utterance.id} ({e.task}) has {len(e):,}" for e in examples if len(e) > longest]:
+        named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
+        raise data.InputError(f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
+                              f"take them out of the corpus")  # fmt: skip
+    return examples
+
+
 def record_settings(settings):
     """Print the settings as they will be used, and write them to settings.json."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
+    values = plain(settings)
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
     values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    (settings.output / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
+    values["processes"] = runtime.processes()
+    with runtime.whole(settings.output / "settings.json") as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
     return values
+
+
+def distribute(model, settings):
+    """What the loop calls in the model's place: the model itself, or PyTorch's wrapper for several processes."""
+    if settings.shard:
+        models.shard(model)
+    elif runtime.processes() > 1:
+        return DistributedDataParallel(model)
+    return model
+
+
+def resume(state, weights, optimiser):
+    """Put a checkpoint back; returns its step."""
+    runtime.restore(state, weights, optimiser)
+    print(f"resumed after step {state['step']}")
+    if len(state["random"]) != runtime.processes():
+        print(f"         saved by {len(state['random'])} processes, now {runtime.processes()}: dropout will be another")
+    return state["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the loop
+
+
+def synchronised(distributed, last):
+    """Gradients go between processes once a step, with its last micro-batch.
+
+    Not under --shard: to keep the whole gradient until then, each process would need room for all of it.
+    """
+    return distributed.no_sync() if isinstance(distributed, DistributedDataParallel) and not last else nullcontext()
+
+
+def count_tokens(share):
+    """Tokens of some micro-batches, without and with padding."""
+    return (
+        sum(len(example) for micro_batch in share for example in micro_batch),
+        sum(max(map(len, micro_batch)) * len(micro_batch) for micro_batch in share),
+    )
+
+
+@contextmanager
+def memory_advice(share, settings):
+    """Says what helps when the GPU's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise data.RunError(
+            f"out of memory with micro-batches of {settings.micro_batch}, longest sequence {len(share[0][0])} tokens: "
+            f"lower --micro-batch, or add --gradient-checkpointing (the step stays the same), and --resume"
+        ) from error
+
+
+def not_finite(step, loss, gradient_norm, share, losses):
+    """The error of a step whose loss or gradient is not finite; together."""
+    suspects = [batch for batch, value in zip(share, losses) if not value.isfinite()]
+    names = {e.utterance.id for batch in suspects for e in batch}
+    names = set().union(*runtime.gather(names)) or set().union(
+        *runtime.gather({e.utterance.id for batch in share for e in batch})
+    )
+    return data.RunError(
+        f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}. The step was not applied and the last "
+        f"checkpoint is as it was. It comes from one of: {', '.join(sorted(names))}"
+    )
 
 
 def progress(line):
     """The part of a log line that the progress bar shows."""
     return (f"loss {line['loss']:.4f} lr {line['learning_rate']:.1e} grad {line['gradient_norm']:.2f} "
             f"{line['supervised_tokens'] / line['seconds']:.0f} supervised, "
-            f"{line['tokens'] / line['seconds']:.0f} tokens/s")  # fmt: skip
+            f"{line['tokens_per_second']:.0f} tokens/s")  # fmt: skip
 
 
-def peak_memory():
-    """Largest memory in use so far, in GB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+def estimate(seconds, left):
+    """What is said after the first steps about how long the rest will take."""
+    minutes = seconds / ESTIMATE_AFTER * left / 60
+    return (f"{ESTIMATE_AFTER} steps took {seconds:.0f} s: about {minutes // 60:.0f} h {minutes % 60:.0f} min for the "
+            f"other {left}, without validation")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation: choosing an epoch without looking at the test part
+
+
+@torch.no_grad()
+def validate(model, utterances, settings):
+    """Loss per supervised token and the metrics on held-out speakers; together."""
+    model.eval()
+    # Under --shard the processes have to compute the same, because each layer's weights come from all of them
+    share = utterances if settings.shard else utterances[runtime.rank() :: runtime.processes()]
+    examples, pairs, loss = make_examples(share, model, settings.max_tokens), {task: [] for task in prompts.TASKS}, 0.0
+    with models.autocast():
+        for micro_batch in data.micro_batches(examples, settings.micro_batch):
+            loss += float(model(micro_batch))
+        for start in range(0, len(share), settings.micro_batch):
+            batch = share[start : start + settings.micro_batch]
+            for task in prompts.TASKS:
+                for utterance, (text, *_) in zip(batch, model.generate(batch, task, data.MAX_NEW_TOKENS), strict=True):
+                    pairs[task].append((prompts.parse_output(task, text), data.reference(utterance, task)))
+    model.train()
+    loss, supervised = runtime.total(loss, sum(len(example.answer_ids) for example in examples))
+    if not settings.shard:
+        pairs = {task: sum(parts, []) for task in prompts.TASKS for parts in [runtime.gather(pairs[task])]}
+    numbers, _ = metrics.summarise(pairs["APA"], pairs["MDD"])
+    return {"loss": loss / supervised} | {key: None if math.isnan(value) else value for key, value in numbers.items()}
+
+
+def best_epoch(validated):
+    """The epoch with the lowest validation loss (our choice: it is what training lowers)."""
+    return min(validated, key=lambda epoch: validated[epoch]["loss"])
+
+
+def record_validated(output, validated):
+    """Print the newest validation result and write them all to validation.jsonl, the best one marked."""
+    best, (epoch, numbers) = best_epoch(validated), list(validated.items())[-1]
+    shown = [f"{name} {numbers[key]:.3f}" for name, key in VALIDATION_SHOWN.items() if numbers[key] is not None]
+    verdict = "the best so far" if epoch == best else f"epoch {best} is the best so far"
+    tqdm.write(f"epoch {epoch} on held-out speakers: {' '.join(shown)}; {verdict}")
+    lines = [{"epoch": epoch, "best": epoch == best, **numbers} for epoch, numbers in validated.items()]
+    with runtime.whole(output / "validation.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_validated(output, step):
+    """Validation results up to the step that a run goes on from, as {epoch: numbers}; together."""
+    path = output / "validation.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    validated = {line.pop("epoch"): line for line in lines if line.pop("best") is not None and line["step"] <= step}
+    return runtime.gather(validated)[0]
+
+
+def main():
+    """Train; errors of the user and of the run end with one line and the exit codes 2 and 1."""
+    settings = parse_settings()
+    runtime.start_processes()
+    train(settings)
+    runtime.end_processes()
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_settings())
-    except data.InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.run_script("train.py", main)

@@ -46,9 +46,10 @@ def utterances(corpus):
 def new_model(checkpoint):
     """Makes a model as train.py does: speech adapter merged, fresh LoRA without dropout, chosen groups trainable."""
 
-    def make(strategy="lora", speech_adapter="merge", rank=4):
-        model = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter)
-        models.add_adapter(model, rank, 2 * rank, dropout=0.0)
+    def make(strategy="lora", speech_adapter="merge", rank=4, dtype="float32", quantize=None):
+        model = models.load_base(str(checkpoint), None, dtype, "sdpa", speech_adapter, quantize)
+        if strategy != "full":
+            models.add_adapter(model, rank, 2 * rank, dropout=0.0)
         model.counts = models.set_trainable(model, strategy)
         return model
 

@@ -154,7 +154,7 @@ def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "last")] == ["epoch-2"]
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "1")] == ["epoch-1"]
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "all")] == ["epoch-1", "epoch-2"]
-    with pytest.raises(data.InputError, match="is one adapter: leave out --epochs all"):
+    with pytest.raises(data.InputError, match="is one epoch: leave out --epochs all"):
         evaluate.adapter_folders(run[0] / "out" / "epoch-1", "all")
     with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
         evaluate.adapter_folders(run[0] / "out", "7")
@@ -169,16 +169,14 @@ def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
     evaluation = evaluate.Evaluation("x", tmp_path, None if base else folder, settings | {"speech_adapter": trained})
     seen = []
     load_base, generate = models.load_base, models.SpeechModel.generate
-    monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[-1]) or load_base(*args))
-    monkeypatch.setattr(
-        models.SpeechModel, "generate", lambda *args, **kwargs: seen.append(kwargs) or generate(*args, **kwargs)
-    )
+    monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[4]) or load_base(*args))
+    monkeypatch.setattr(models.SpeechModel, "generate", lambda *args: seen.append(args[4]) or generate(*args))
     utterances = data.read_corpus(corpus, "test", limit=1)
     arguments = argparse.Namespace(
         model=None, revision=None, dtype=None, attention=None, batch_size=2, max_new_tokens=2
     )
     evaluate.generate(evaluation, utterances, arguments)
-    assert seen == ["merge" if base else trained] + [{"control_token": not base}] * 2
+    assert seen == ["merge" if base else trained] + [not base] * 2
 
 
 @pytest.mark.parametrize("content, message", [("{", "cannot be read"), ('{"epoch": 1}', "lacks data, model, spee")])

@@ -35,7 +35,7 @@ def test_the_learning_rate_at_start_end_of_warmup_middle_and_end():
 
 def test_the_papers_run_has_78_steps_an_epoch_and_says_what_becomes_of_the_rest(monkeypatch, capsys):
     plan = train.batch_arithmetic(5000, settings(monkeypatch, "--rank", 64, "--epochs", 3))
-    assert plan == {"step_size": 64, "steps": 234, "warmup": 8}
+    assert plan == {"step_size": 64, "per_epoch": 78, "steps": 234, "warmup": 8}
     printed = capsys.readouterr().out
     assert "8 examples x 8 micro-batches = 64 a step; 5,000 examples = 78 steps an epoch" in printed
     assert "the 8 examples over are left out of an epoch" in printed
@@ -43,7 +43,7 @@ def test_the_papers_run_has_78_steps_an_epoch_and_says_what_becomes_of_the_rest(
 
 def test_a_corpus_smaller_than_a_step_is_trained_on_whole(monkeypatch, capsys):
     plan = train.batch_arithmetic(20, settings(monkeypatch))
-    assert plan == {"step_size": 20, "steps": 3, "warmup": 1}
+    assert plan == {"step_size": 20, "per_epoch": 1, "steps": 3, "warmup": 1}
     assert "left out" not in capsys.readouterr().out
 
 

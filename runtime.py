@@ -1,0 +1,328 @@
+"""How does a long run survive, and show itself: several processes, being stopped, files written whole, checkpoints, log.
+
+Every function works in a plain `python train.py` as well: one process, rank 0. Under torchrun all processes call the
+functions marked "together", in the same order.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import data
+
+CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
+CHECKPOINT_NAME = "step-????????.pt"
+CHECKPOINT_KEYS = {"step", "weights", "optimiser", "random", "settings", "corpus"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def start_processes():
+    """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
+
+    Rank 0 alone prints: the standard output of the others is closed.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(*values):
+    """Sums over all processes, a list of floats; together."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(value):
+    """The values of all processes, in the order of ranks; together."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_tensor(tensor):
+    """A tensor as it would be in one process, on the CPU; together where FSDP holds it in pieces."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def like(tensor, other):
+    """The inverse of `whole_tensor`: cut into pieces where `other` is, and on its device; together."""
+    if not isinstance(other, DTensor):
+        return tensor.to(other.device)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Being stopped
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, so that the loop can save and leave; a second signal ends the process at once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.name = None  # of the signal that came
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self._note) for number in self.signals]
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in zip(self.signals, self.before):
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.name = signal.Signals(number).name
+        print(f"\n{self.name}: this step is finished and saved first; once more to stop at once", file=sys.stderr)
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that appear whole or not at all
+
+
+@contextmanager
+def whole(path):
+    """Gives a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
+
+    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
+    goes nowhere.
+    """
+    if rank():
+        yield Path(os.devnull)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        _remove(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        _remove(temporary)
+        raise data.RunError(f"{path} cannot be written: {_reason(error)}") from error
+
+
+def _reason(error):
+    """torch wraps the system's error in one of its own, which says nothing."""
+    cause = error
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause.strerror if cause else data.first_line(error)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: all that a run needs to go on to the same weights, to the bit
+
+
+def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
+    """Write folder/step-N.pt and remove all but the newest CHECKPOINTS_KEPT; together.
+
+    weights: {name: parameter} of what trains; settings: plain values; corpus: fingerprint of the data.
+    """
+    saved = optimiser.state_dict()
+    state = {
+        "step": step,
+        "weights": {name: whole_tensor(parameter) for name, parameter in weights.items()},
+        "optimiser": saved | {"state": {i: {key: whole_tensor(value) for key, value in values.items()}
+                                        for i, values in saved["state"].items()}},
+        "random": gather(_random_state()),
+        "settings": settings,
+        "corpus": corpus,
+    }  # fmt: skip
+    if rank() == 0:
+        with whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+        for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+
+
+def checkpoints(folder):
+    """The checkpoints in a folder, oldest first."""
+    return sorted(Path(folder).glob(CHECKPOINT_NAME))
+
+
+def read_checkpoint(path):
+    """The state in a checkpoint. Only tensors and plain values are read: nothing in the file is executed.
+
+    Raises InputError when the file is not a whole checkpoint; it names the one before it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if state.keys() != CHECKPOINT_KEYS:
+            raise ValueError("other keys than a checkpoint's")
+    except Exception as error:  # torch raises many kinds for what is not its own file
+        older = [file for file in checkpoints(path.parent) if file.name < path.name]
+        way = f"the one before it: --resume {older[-1]}" if older else "there is no older one"
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is cut off, or not a checkpoint of train.py"
+        raise data.InputError(f"checkpoint {path} {what}; {way}") from error
+    return state
+
+
+def restore(state, weights, optimiser):
+    """Put a checkpoint's weights, optimiser and random numbers back; together.
+
+    The random numbers come back only to as many processes as there were. Raises InputError when the weights differ.
+    """
+    shapes = {name: (*parameter.shape,) for name, parameter in weights.items()}
+    if shapes != {name: (*value.shape,) for name, value in state["weights"].items()}:
+        raise data.InputError("the checkpoint's weights are those of another model")
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(like(state["weights"][name], parameter))
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    moments = {
+        i: {key: like(value, parameters[i]) if value.ndim else value for key, value in values.items()}
+        for i, values in state["optimiser"]["state"].items()
+    }
+    optimiser.load_state_dict(state["optimiser"] | {"state": moments})
+    if len(state["random"]) == processes():
+        _set_random_state(state["random"][rank()])
+
+
+def _random_state():
+    name, key, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, key.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run shows
+
+
+@contextmanager
+def open_log(path, step):
+    """log.jsonl to append to, without the lines of steps that will be done again; of rank 0 alone."""
+    if rank():
+        yield open(os.devnull, "w")
+        return
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with whole(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept))
+    with open(path, "a") as file:
+        yield file
+
+
+@contextmanager
+def tracker(service, output, settings):
+    """A function (step, numbers) that shows numbers in `service`: "tensorboard", "wandb" or None; of rank 0 alone."""
+    if service == "tensorboard" and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(output / "tensorboard") as writer:
+            yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in _numbers(numbers)]
+    elif service == "wandb" and rank() == 0:
+        import wandb
+
+        with wandb.init(project="pronunciation", name=str(output), dir=output, config=settings) as run:
+            yield lambda step, numbers: run.log(dict(_numbers(numbers)), step=step)
+    else:
+        yield lambda step, numbers: None
+
+
+def _numbers(values):
+    return [(key, value) for key, value in values.items() if value is not None]
+
+
+def draw_curves(output):
+    """curves.png: loss and learning rate of every step in log.jsonl; by rank 0 alone."""
+    if rank():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, key, title in zip(axes, ("loss", "learning_rate"), ("loss per supervised token", "learning rate")):
+        axis.plot(steps, [line[key] for line in lines], linewidth=1, marker="." if len(lines) < 20 else None)
+        axis.set(xlabel="step", title=title, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    validation = output / "validation.jsonl"
+    if validation.exists():
+        epochs = [json.loads(line) for line in validation.read_text().splitlines()]
+        axes[0].plot([e["step"] for e in epochs], [e["loss"] for e in epochs], "o-", label="held-out speakers")
+        axes[0].legend()
+    figure.savefig(output / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def peak_memory():
+    """Largest memory in use so far, in GB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
