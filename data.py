@@ -14,6 +14,7 @@ gives two examples, one a task (Table 2). The phone transcript is what was *hear
 Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -53,6 +54,13 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run cannot go on: the message says what happened and what helps. Scripts print it and exit with 1."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose errors are InputErrors, so that they are said like all others: in one line, by one process."""
+
+    def error(self, message):
+        raise InputError(message)
 
 
 def run_script(name, main):

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import statistics
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +54,7 @@ CLOSE = 0.05  # a number this near to the paper's is marked
 
 def parse_arguments():
     """The command line as a namespace; exits with 2 when a value is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = data.ArgumentParser(
         description=__doc__, usage="python evaluate.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to evaluate").add_argument

@@ -119,15 +119,19 @@ class SpeechModel(nn.Module):
     # Audio
 
     def audio_embeddings(self, utterances):
-        """Embeddings of each recording, a list of (A, D); computed once per utterance while nothing there trains."""
+        """Embeddings of each recording, a list of (A, D); computed once per utterance while nothing there trains.
+
+        Each is then computed alone: sums in a batch are rounded by the batch's shape, and a run that was resumed, or
+        an evaluation with another batch size, would differ in the last bits.
+        """
         projector = self.core.model.embed_tokens_extend.audio_embed.up_proj_for_speech
         if projector.weight.requires_grad:
             return self.embed_audio([data.log_mel(utterance, self.extractor) for utterance in utterances])
-        new = {u.id: u for u in utterances if u.id not in self.audio_cache}
-        if new:
-            with torch.no_grad():
-                embeddings = self.embed_audio([data.log_mel(utterance, self.extractor) for utterance in new.values()])
-            self.audio_cache |= {id: embedding.cpu() for id, embedding in zip(new, embeddings)}
+        for utterance in utterances:
+            if utterance.id not in self.audio_cache:
+                with torch.no_grad():
+                    (embedding,) = self.embed_audio([data.log_mel(utterance, self.extractor)])
+                self.audio_cache[utterance.id] = embedding.cpu()
         return [self.audio_cache[utterance.id].to(self.device) for utterance in utterances]
 
     def embed_audio(self, features):
@@ -467,8 +471,7 @@ def save_trained(model, folder, settings):
     dtype = getattr(torch, settings["dtype"]) if settings["strategy"] == "full" else torch.float32
     weights = {}
     for name, parameter in _outside_adapter(model, settings["strategy"]).items():
-        weight = runtime.whole_tensor(parameter)
-        if runtime.rank() == 0:
+        if (weight := runtime.on_rank_0(parameter)) is not None:
             weights[name] = weight.to(dtype).contiguous()
     if runtime.rank():
         return

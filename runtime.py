@@ -1,4 +1,4 @@
-"""How does a long run survive, and show itself: several processes, being stopped, files written whole, checkpoints, log.
+"""How does a long run survive, and show itself: processes, being stopped, files written whole, checkpoints, curves.
 
 Every function works in a plain `python train.py` as well: one process, rank 0. Under torchrun all processes call the
 functions marked "together", in the same order.
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import data
 
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
+PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
 CHECKPOINT_NAME = "step-????????.pt"
 CHECKPOINT_KEYS = {"step", "weights", "optimiser", "random", "settings", "corpus"}
 
@@ -41,7 +43,7 @@ def start_processes():
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -79,9 +81,14 @@ def gather(value):
 
 
 def whole_tensor(tensor):
-    """A tensor as it would be in one process, on the CPU; together where FSDP holds it in pieces."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    """A tensor as it would be in one process; together where FSDP2 holds it in pieces."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def on_rank_0(tensor):
+    """The whole tensor on the CPU of rank 0, and None elsewhere: a machine has room for one copy; together."""
+    tensor = whole_tensor(tensor)
+    return tensor.cpu() if rank() == 0 else None
 
 
 def like(tensor, other):
@@ -182,8 +189,8 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
     saved = optimiser.state_dict()
     state = {
         "step": step,
-        "weights": {name: whole_tensor(parameter) for name, parameter in weights.items()},
-        "optimiser": saved | {"state": {i: {key: whole_tensor(value) for key, value in values.items()}
+        "weights": {name: on_rank_0(parameter) for name, parameter in weights.items()},
+        "optimiser": saved | {"state": {i: {key: on_rank_0(value) for key, value in values.items()}
                                         for i, values in saved["state"].items()}},
         "random": gather(_random_state()),
         "settings": settings,

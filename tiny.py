@@ -427,7 +427,7 @@ def split_off_adapter(network, initial, rank=8):
 
 def main():
     """Write tiny/corpus and tiny/model."""
-    parser = argparse.ArgumentParser(
+    parser = data.ArgumentParser(
         description=__doc__, usage="python tiny.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("tiny"), help="folder for model/ and corpus/ (tiny)")
@@ -451,4 +451,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.run_script("tiny.py", main)

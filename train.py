@@ -17,9 +17,9 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.S
 
 def parse_settings():
     """The command line as a namespace; exits with 2 when a value is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = data.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
         usage="python train.py [settings]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -149,10 +149,10 @@ def conflicts(settings, given):
         (quantized and full, "--quantize nf4 freezes the weights that --strategy full would train: 4 bits hold no "
          "small step"),
         (quantized and settings.strategy == "unfreeze",
-         "--quantize nf4 is for frozen weights, and --strategy unfreeze trains audio encoder and projector through them: "
-         "the rounding would be learnt by what is kept; use --strategy lora"),
-        (settings.shard and not full, f"--shard is for --strategy full: what --strategy {settings.strategy} trains fits "
-         f"on each GPU"),
+         "--quantize nf4 rounds the language model that --strategy unfreeze fits audio encoder and projector to: they "
+         "would learn its rounding; use --strategy lora"),
+        (settings.shard and not full, f"--shard is for --strategy full: each GPU has room for what --strategy "
+         f"{settings.strategy} trains"),
         (settings.shard and "RANK" not in os.environ, "--shard needs several processes: start it with torchrun "
          "--nproc-per-node N"),
         (settings.shard and step_size % world, f"--shard needs steps that can be shared evenly: --batch-size "
@@ -272,12 +272,13 @@ def train(settings):
 
                 # Log
                 line = {"step": step, "epoch": epoch, "learning_rate": rate, **numbers, "seconds": durations[-1],
-                        "tokens_per_second": numbers["tokens"] / durations[-1], "memory_gb": runtime.peak_memory()}  # fmt: skip
+                        "tokens_per_second": numbers["tokens"] / durations[-1],
+                        "memory_gb": runtime.peak_memory()}  # fmt: skip
                 print(json.dumps(line), file=log, flush=True)
                 track(step, line)
                 bar.update()
                 bar.set_postfix_str(progress(line))
-                if len(durations) == ESTIMATE_AFTER:
+                if len(durations) == ESTIMATE_AFTER and step < plan["steps"]:
                     bar.write(estimate(sum(durations), plan["steps"] - step))
 
                 # Checkpoint; the clock is rank 0's, and a signal to one process stops all
@@ -532,9 +533,10 @@ def progress(line):
 
 def estimate(seconds, left):
     """What is said after the first steps about how long the rest will take."""
-    minutes = seconds / ESTIMATE_AFTER * left / 60
-    return (f"{ESTIMATE_AFTER} steps took {seconds:.0f} s: about {minutes // 60:.0f} h {minutes % 60:.0f} min for the "
-            f"other {left}, without validation")  # fmt: skip
+    rest = timedelta(seconds=round(seconds / ESTIMATE_AFTER * left))
+    return (
+        f"{ESTIMATE_AFTER} steps took {seconds:.1f} s: about {rest} (h:mm:ss) for the other {left}, without validation"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

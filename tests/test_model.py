@@ -155,18 +155,24 @@ def test_a_clip_above_forty_seconds_keeps_its_embeddings_in_a_batch(new_model):
             assert relative(embedding, model.embed_audio([features])[0]) < 1e-5
 
 
+def test_embeddings_of_a_frozen_encoder_are_equal_to_the_bit_whatever_they_are_asked_for_with(new_model, utterances):
+    one, other = new_model(), new_model()
+    together, alone = one.audio_embeddings(utterances[:6]), [other.audio_embeddings([u])[0] for u in utterances[:6]]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone))
+
+
 def test_embeddings_are_computed_once_while_encoder_and_projector_are_frozen(new_model, examples, monkeypatch):
     model, calls = new_model(), []
     embed = model.embed_audio
     monkeypatch.setattr(model, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
     for _ in range(2):
         model(examples[:6])  # three utterances, two tasks each
-    assert calls == [3]
+    assert calls == [1] * 3
     unfrozen = new_model("unfreeze")
     monkeypatch.setattr(unfrozen, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
     for _ in range(2):
         unfrozen(examples[:6])
-    assert calls == [3, 6, 6]
+    assert calls == [1] * 3 + [6, 6]
 
 
 def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, examples):
