@@ -138,7 +138,6 @@ def conflicts(settings, given):
     """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
     lora = " ".join(f"--{name}" for name in FRESH_LORA if name in given)
     step_size = settings.batch_size * settings.accumulation
-    world = int(os.environ.get("WORLD_SIZE", 1))
     full, quantized = settings.strategy == "full", settings.quantize is not None
     return [
         (full and lora, f"--strategy full trains no LoRA: leave out {lora}"),
@@ -155,12 +154,12 @@ def conflicts(settings, given):
          f"{settings.strategy} trains"),
         (settings.shard and "RANK" not in os.environ, "--shard needs several processes: start it with torchrun "
          "--nproc-per-node N"),
-        (settings.shard and step_size % world, f"--shard needs steps that can be shared evenly: --batch-size "
-         f"{settings.batch_size} x --accumulation {settings.accumulation} examples over {world} processes cannot"),
-        (step_size < world, f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation} examples "
-         f"cannot be shared by the {world} processes of torchrun"),
         (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
          f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),
+        ("data_revision" in given and Path(settings.data).is_dir(),
+         f"--data-revision {settings.data_revision} is of a hub id, and --data {settings.data} is a folder"),
+        ("revision" in given and Path(settings.model).is_dir(),
+         f"--revision {settings.revision} is of a hub id, and --model {settings.model} is a folder"),
         (settings.patience and not settings.validation, f"--patience {settings.patience} needs held-out speakers: add "
          f"--validation 0.1"),
         (settings.attention == "flash_attention_2" and settings.dtype == "float32",
@@ -390,8 +389,17 @@ def split(utterances, settings):
 
 
 def batch_arithmetic(examples, settings):
-    """Print and return how many steps there will be, and what becomes of examples that do not fill one."""
-    step_size = min(settings.batch_size * settings.accumulation, examples)
+    """Print and return how many steps there will be, and what becomes of examples that do not fill one.
+
+    Raises InputError when the processes cannot share a step.
+    """
+    step_size, processes = min(settings.batch_size * settings.accumulation, examples), runtime.processes()
+    # Under --shard the processes compute layer by layer together, so they must have equally many micro-batches
+    if step_size < processes or (settings.shard and step_size % processes):
+        evenly = "evenly (--shard) " if settings.shard else ""
+        raise data.InputError(f"a step of {step_size} examples (--batch-size {settings.batch_size} x --accumulation "
+                              f"{settings.accumulation}) cannot be shared {evenly}by the {processes} processes of "
+                              f"torchrun --nproc-per-node")  # fmt: skip
     per_epoch, left = divmod(examples, step_size)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
@@ -399,8 +407,8 @@ def batch_arithmetic(examples, settings):
         f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = "
         f"{settings.batch_size * settings.accumulation} a step; {examples:,} examples = {per_epoch} steps an epoch"
     )
-    if (settings.micro_batch, runtime.processes()) != (settings.batch_size, 1):
-        print(f"         computed {settings.micro_batch} at a time in each of {runtime.processes()} processes")
+    if (settings.micro_batch, processes) != (settings.batch_size, 1):
+        print(f"         computed {settings.micro_batch} at a time in each of {processes} processes")
     if left:
         print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
     print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")

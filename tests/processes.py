@@ -15,7 +15,7 @@ class Process:
     """`python <script>.py <arguments>` in a folder; `prepare` may change the script's modules before it starts."""
 
     def __init__(self, script, arguments, cwd, environment=None, prepare=None):
-        self.output = cwd / f"{script}-{time.monotonic_ns()}.txt"
+        self.output = cwd.with_name(f"{cwd.name}-{script}-{time.monotonic_ns()}.txt")
         options = (script, [str(a) for a in arguments], str(cwd), str(self.output), environment or {}, prepare)
         self.output.touch()
         self.process = FORKS.Process(target=_run, args=options)
