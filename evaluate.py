@@ -162,10 +162,11 @@ class Evaluation:
 
     @property
     def paper_row(self):
-        """Key of PAPER for the same epoch, or for the best one (3) where the paper has none."""
+        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
         if self.label == "base":
             return "base", 0
-        strategy = self.settings.get("strategy", "lora")
+        strategy = self.settings.get("strategy")
+        strategy = strategy if (strategy, 3) in PAPER else "lora"
         return next(key for key in ((strategy, self.settings.get("epoch")), (strategy, 3)) if key in PAPER)
 
 

@@ -26,6 +26,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 # Messages on import and loading that no user of these scripts can act on.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -83,7 +84,8 @@ STRATEGIES = {  # paper 3.2; "full" is not in the paper
 
 TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
 MAX_ENCODER_TOKENS = 500  # 40 s; the encoder cuts what is longer into chunks of this length
-LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)  # of files that are missing or do not fit
+# of files that are missing, do not fit, or are pickles with more in them than tensors
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
 

@@ -355,3 +355,10 @@ def test_micro_batches_hold_the_step_sorted_by_length():
     step = [data.Example(None, "APA", [0] * n, [0]) for n in (3, 9, 1, 7, 5)]
     cut = data.micro_batches(step, 2)
     assert [[len(example) for example in micro_batch] for micro_batch in cut] == [[10, 8], [6, 4], [2]]
+
+
+def test_processes_share_a_step_without_overlap_and_with_alike_lengths():
+    step = [data.Example(None, "APA", [0] * n, [0]) for n in (3, 9, 1, 7, 5)]
+    shares = [data.micro_batches(step, 2, rank, processes=2) for rank in (0, 1)]
+    lengths = [[[len(example) for example in micro_batch] for micro_batch in share] for share in shares]
+    assert lengths == [[[10, 6], [2]], [[8, 4]]]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
+from processes import Process
 
 import data
 import evaluate
@@ -73,6 +74,7 @@ def test_a_number_is_marked_when_within_005_of_the_papers(capsys):
     ("epoch-2", {"strategy": "lora", "epoch": 2}, ("lora", 2)),
     ("epoch-4", {"strategy": "unfreeze", "epoch": 4}, ("unfreeze", 4)),
     ("epoch-9", {"strategy": "lora", "epoch": 9}, ("lora", 3)),
+    ("epoch-2", {"strategy": "full", "epoch": 2}, ("lora", 2)),
     ("predictions", {}, ("lora", 3)),
 ])  # fmt: skip
 def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, settings, row):
@@ -116,21 +118,24 @@ def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, con
     (["--predictions", "missing.jsonl"], "missing.jsonl cannot be read"),
     (["--adapter", "nowhere"], "nowhere holds no adapter"),
     (["--adapter", "nowhere", "--predictions", "x", "--batch-size", "3"], "leave out --adapter --batch-size"),
+    (["--summarise", "out", "--adapter", "out"], "--summarise reads metrics.json: leave out --adapter"),
+    (["--summarise", "out", "--output", "x"], "--summarise reads metrics.json: leave out --output"),
+    (["--base", "--epochs", "2"], "--epochs 2 chooses among those of a run: give --adapter as well"),
+    (["--adapter", "out", "--predictions", "x"], "--predictions scores a saved file: leave out --adapter"),
     (["--base", "--batch-size", "0"], "--batch-size 0 is not a number from 1 up"),
     (["--base", "--model", "nowhere"], "needs a CUDA GPU"),
 ])  # fmt: skip
 def test_a_users_mistake_ends_with_2_and_one_line(tmp_path, arguments, message):
-    result = script(ROOT / "evaluate.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-    assert len([line for line in result.stderr.splitlines() if "error:" in line]) == 1
+    code, text = Process("evaluate", arguments, tmp_path).wait()
+    assert code == 2 and text.startswith("evaluate.py: error: ") and message in text and len(text.splitlines()) == 1
 
 
 def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
-    result = script(ROOT / "evaluate.py", "--adapter", "out/", "--epochs", "all", "--base", "--limit", 5,
-                    "--batch-size", 2, "--max-new-tokens", 30, cwd=run[0])  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    arguments = ["--adapter", "out/", "--epochs", "all", "--base", "--limit", 5, "--batch-size", 2]
+    code, text = Process("evaluate", [*arguments, "--max-new-tokens", 30], run[0]).wait()
+    assert code == 0, text
     for label in ("base", "epoch-1", "epoch-2"):
-        assert f"this run, {label}" in result.stdout
+        assert f"this run, {label}" in text
         lines = evaluate.read_predictions(run[0] / "out" / label / "predictions.jsonl")
         utterances = data.read_corpus(corpus, "test", limit=5)
         for utterance in utterances:
@@ -158,6 +163,66 @@ def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
         evaluate.adapter_folders(run[0] / "out" / "epoch-1", "all")
     with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
         evaluate.adapter_folders(run[0] / "out", "7")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--strategy", "full"], ["--strategy", "unfreeze", "--rank", 2], ["--quantize", "nf4", "--rank", 2],
+    ["--quantize", "nf4", "--speech-adapter", "continue"],
+])  # fmt: skip
+def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, arguments):
+    where = ["--model", checkpoint, "--data", corpus, "--limit", 4, "--epochs", 3, "--learning-rate", 1e-2]
+    code, text = Process("train", [*where, *arguments], tmp_path).wait()
+    assert code == 0, text
+    code, text = Process("evaluate", ["--adapter", "out", "--limit", 3, "--max-new-tokens", 20], tmp_path).wait()
+    assert code == 0 and "paper, lora, epoch 3" in text or "paper, unfreeze, epoch 3" in text, text
+    written = evaluate.read_predictions(tmp_path / "out" / "predictions.jsonl")
+    chosen = dict(zip(arguments[::2], arguments[1::2]))
+    way, quantize = chosen.get("--speech-adapter", "merge"), chosen.get("--quantize")
+    model = models.load_base(str(checkpoint), None, "float32", "sdpa", way, quantize)
+    untrained = model.generate(data.read_corpus(corpus, "test", limit=3), "MDD", 20)
+    models.load_trained(model, tmp_path / "out" / "epoch-3", chosen.get("--strategy", "lora"))
+    expected = model.generate(data.read_corpus(corpus, "test", limit=3), "MDD", 20)
+    assert [line["output"] for line in written if line["task"] == "MDD"] == [text for text, _, _ in expected]
+    assert expected != untrained
+    folder = tmp_path / "out" / "epoch-3"
+    assert [path for path, _ in evaluate.adapter_folders(folder, None)] == [folder]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def evaluated(folder, **numbers):
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"evaluated": "epoch-3", "utterances": 20, **numbers}))
+    return folder
+
+
+def test_several_runs_are_summarised_by_mean_standard_deviation_and_range(monkeypatch, tmp_path, capsys):
+    runs = [evaluated(tmp_path / f"seed-{i}", per=per, accuracy_pcc=pcc)
+            for i, (per, pcc) in enumerate([(0.1, 0.5), (0.2, None), (0.6, 0.7)])]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--summarise", *map(str, runs)])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for cells in map(str.split, printed.splitlines()) if cells}
+    std = ((0.2**2 + 0.1**2 + 0.3**2) / 2) ** 0.5
+    assert rows["per"] == ["0.300", f"{std:.3f}", "0.100", "0.600", "3"]
+    assert rows["accuracy_pcc"] == ["0.600", "0.141", "0.500", "0.700", "2"]
+    assert "3 runs, 20 utterances each" in printed and "utterances" not in rows
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"utterances": 10}, "evaluated on different utterances: .*one on 20 utterances, .*two on 10"),
+    (None, "two/metrics.json cannot be read, or is not evaluate.py's: evaluate the run first"),
+])  # fmt: skip
+def test_runs_that_cannot_be_compared_are_not_summarised(tmp_path, change, message):
+    runs = [evaluated(tmp_path / "one"), tmp_path / "two"]
+    if change:
+        evaluated(runs[1], **change)
+    with pytest.raises(data.InputError, match=message):
+        evaluate.summarise(runs)
+    with pytest.raises(data.InputError, match="is one run: a spread needs two or more"):
+        evaluate.summarise(runs[:1])
 
 
 @pytest.mark.parametrize("trained", models.SPEECH_ADAPTERS)

@@ -1,9 +1,13 @@
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -260,14 +264,46 @@ def test_counts_are_those_of_the_groups(new_model):
     assert model.counts["audio projector"] == 96 * hidden + hidden + hidden * hidden + hidden
 
 
-def test_at_full_size_lora_adapts_the_language_model_alone_with_the_shipped_adapters_461_million():
-    """On the meta device. The shipped adapter has rank 320 and 923 MB in bfloat16."""
+def full_size(strategy, rank=None, targets=models.LORA_TARGETS):
+    """The real architecture with what a strategy trains, on the meta device; the names of its modules with LoRA."""
     with torch.device("meta"):
         network = Phi4MultimodalForCausalLM(Phi4MultimodalConfig(num_attention_heads=24, tie_word_embeddings=True))
-        network = get_peft_model(network, LoraConfig(r=320, target_modules=models.LORA_TARGETS))
-    adapted = [name for name, module in network.named_modules() if hasattr(module, "lora_A")]
-    assert len(adapted) == 32 * 4 and all(".model.layers." in name for name in adapted)
-    assert sum(p.numel() for name, p in network.named_parameters() if ".lora_" in name) == 461_373_440
+        model = models.SpeechModel(network, None, None)
+        if strategy != "full":
+            tokens = {"embed_tokens": [200029, 200030]}
+            config = LoraConfig(r=rank, target_modules=targets, trainable_token_indices=tokens)
+            model.network = get_peft_model(network, config)
+    return model, models.set_trainable(model, strategy)
+
+
+LANGUAGE_MODEL, ENCODER, PROJECTOR, ROWS = 3_836_021_760, 441_254_144, 12_589_056, 2 * 3072
+
+
+@pytest.mark.parametrize("strategy, rank, counts", [
+    ("lora", 64, {"LoRA": 92_274_688, "control tokens": ROWS}),
+    ("lora", 320, {"LoRA": 461_373_440, "control tokens": ROWS}),
+    ("unfreeze", 64, {"LoRA": 92_274_688, "control tokens": ROWS, "audio encoder": ENCODER,
+                      "audio projector": PROJECTOR}),
+    ("full", None, {"language model": LANGUAGE_MODEL, "audio encoder": ENCODER, "audio projector": PROJECTOR}),
+])  # fmt: skip
+def test_what_each_strategy_trains_at_full_size(strategy, rank, counts):
+    """Rank 320 is the shipped speech adapter's, 923 MB in bfloat16; the README's table has these numbers."""
+    model, found = full_size(strategy, rank)
+    assert found == counts
+    adapted = [name for name, module in model.core.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == (0 if strategy == "full" else 32 * 4)
+    assert all(name.startswith("model.layers.") for name in adapted)
+    readme = (ROOT / "README.md").read_text()
+    assert f"{sum(counts.values()):,}" in readme and f"{sum(p.numel() for p in model.core.parameters()):,}" in readme
+
+
+def test_830_million_at_149_percent_are_both_shipped_adapters_speech_and_vision():
+    """Rank 320 for speech, rank 256 for vision, on the same modules (field notes on the checkpoint)."""
+    model, counts = full_size("lora", 320)
+    vision = 461_373_440 * 256 // 320
+    frozen = sum(p.numel() for p in model.core.parameters()) - counts["LoRA"] - ROWS
+    both = counts["LoRA"] + vision
+    assert both == 830_472_192 and both / (frozen + both) == pytest.approx(0.149, abs=5e-4)
 
 
 def test_of_the_embedding_only_the_rows_of_the_control_tokens_train(new_model, examples):
@@ -429,3 +465,103 @@ def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
     with pytest.raises(data.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
         models.check_model(models.HUB_MODEL)
     assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# QLoRA
+
+
+def quantised(model):
+    return {name for name, module in model.core.named_modules() if isinstance(module, Linear4bit)}
+
+
+@pytest.mark.parametrize("speech_adapter", models.SPEECH_ADAPTERS)
+def test_nf4_is_for_the_language_models_layers_alone(new_model, speech_adapter):
+    model = new_model(speech_adapter=speech_adapter, quantize="nf4")
+    layers = {name.removesuffix(".base_layer") for name in quantised(model)}
+    assert layers == {f"model.layers.{i}.{name}" for i in range(3) for name in
+                      ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")}  # fmt: skip
+    extend = model.core.model.embed_tokens_extend
+    kinds = {type(module) for module in extend.modules() if isinstance(module, torch.nn.Linear)}
+    assert torch.nn.Linear in kinds and not any("4bit" in kind.__name__ for kind in kinds)
+    for weight in (model.core.get_input_embeddings().weight, extend.audio_embed.up_proj_for_speech.weight,
+                   extend.audio_embed.encoder.embed.out.weight):  # fmt: skip
+        assert weight.dtype == torch.float32
+    layer = next(module for module in model.core.modules() if isinstance(module, Linear4bit))
+    assert layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested and layer.weight.dtype == torch.uint8
+    assert layer.compute_dtype == torch.bfloat16
+
+
+def test_a_skip_list_that_looks_right_is_found_out(monkeypatch, checkpoint):
+    """Without "model." before it, the name keeps nothing of the audio path from being quantised."""
+    right = models._nf4()
+    right.llm_int8_skip_modules = ["embed_tokens_extend", "lm_head"]
+    monkeypatch.setattr(models, "_nf4", lambda: right)
+    with pytest.raises(data.InputError, match="embed_tokens_extend.* is a Linear4bit: nf4 is for the language model's"):
+        models.load_base(str(checkpoint), None, "float32", "sdpa", "none", "nf4")
+
+
+@pytest.mark.parametrize("speech_adapter", models.SPEECH_ADAPTERS)
+def test_qlora_trains_the_adapter_alone_and_comes_back_as_it_was(
+    new_model, checkpoint, examples, tmp_path, speech_adapter
+):
+    model = new_model(speech_adapter=speech_adapter, quantize="nf4")
+    before = {name: p.detach().clone() for name, p in model.core.named_parameters()}
+    train_one_step(model, examples[:8])
+    changed = {name for name, p in model.core.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in model.core.named_parameters() if p.requires_grad}
+    assert all(".default" in name for name in changed) and len(changed) == 2 * 3 * 4 + 1
+    expected = logits(model.eval(), examples[:1])
+    models.save_trained(model, tmp_path / "epoch-1", SETTINGS)
+    again = models.load_base(str(checkpoint), None, "float32", "sdpa", speech_adapter, "nf4")
+    models.load_trained(again, tmp_path / "epoch-1", "lora")
+    assert torch.equal(logits(again, examples[:1]), expected)
+    rank = json.loads((tmp_path / "epoch-1" / "adapter_config.json").read_text())["r"]
+    assert rank == (8 if speech_adapter == "continue" else 4)
+
+
+def test_beside_quantised_weights_the_shipped_adapter_stays_active_frozen_and_without_dropout(new_model, examples):
+    """Merging would round it to 4 bits with the weights; the function must be that of the unquantised model, nearly."""
+    model = new_model(quantize="nf4")
+    speech = [p for name, p in model.core.named_parameters() if ".lora_" in name and ".speech." in name]
+    assert len(speech) == 2 * 3 * 4 and not any(p.requires_grad for p in speech)
+    dropouts = {
+        m.p for name, m in model.core.named_modules() if name.endswith("lora_dropout.speech") and hasattr(m, "p")
+    }
+    assert dropouts <= {0.0}
+    near, without, exact = (logits(m.eval(), examples[:2]) for m in
+                            (model, new_model(speech_adapter="none", quantize="nf4"), new_model()))  # fmt: skip
+    assert relative(near, exact) < 0.5 * relative(without, exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing read from disk is executed
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_the_place_of_an_adapter_or_a_model_is_not_executed(checkpoint, saved, tmp_path):
+    payload = pickle.dumps({"weights": Payload(tmp_path / "executed")})
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(payload)
+    speech = shutil.copytree(checkpoint, tmp_path / "speech")
+    (speech / models.SPEECH_ADAPTER / "adapter_model.safetensors").unlink()
+    (speech / models.SPEECH_ADAPTER / "adapter_model.bin").write_bytes(payload)
+    for folder in (model, speech):
+        with pytest.raises(data.InputError, match="cannot be loaded"):
+            models.load_base(str(folder), None, "float32", "sdpa", "merge")
+    (saved / "adapter_model.safetensors").write_bytes(payload)
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        reload(checkpoint, saved, "merge")
+    (saved / "adapter_model.safetensors").unlink()
+    (saved / "adapter_model.bin").write_bytes(payload)
+    with pytest.raises(data.InputError, match="cannot be loaded"):
+        reload(checkpoint, saved, "merge")
+    assert not (tmp_path / "executed").exists()
