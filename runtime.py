@@ -283,12 +283,15 @@ def open_log(path, step):
 
 
 @contextmanager
-def tracker(service, output, settings):
-    """A function (step, numbers) that shows numbers in `service`: "tensorboard", "wandb" or None; of rank 0 alone."""
+def tracker(service, output, settings, step):
+    """A function (step, numbers) that shows numbers in `service`: "tensorboard", "wandb" or None; of rank 0 alone.
+
+    step: that the run goes on from. TensorBoard forgets what came after it; in wandb each part is a run of its own.
+    """
     if service == "tensorboard" and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(output / "tensorboard") as writer:
+        with SummaryWriter(output / "tensorboard", purge_step=step + 1) as writer:
             yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in _numbers(numbers)]
     elif service == "wandb" and rank() == 0:
         import wandb

@@ -36,8 +36,8 @@ import runtime
 
 FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
 # What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
-MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "patience", "track", "data",
-              "data_revision")  # fmt: skip
+MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "max_tokens", "patience",
+              "track", "data", "data_revision")  # fmt: skip
 ESTIMATE_AFTER = 10  # steps
 VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
 
@@ -253,7 +253,7 @@ def train(settings):
     durations = []  # seconds of each step
     model.train()
     with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
-          runtime.tracker(settings.track, settings.output, record) as track,
+          runtime.tracker(settings.track, settings.output, record, step) as track,
           tqdm(total=plan["steps"], initial=step, unit="step", disable=runtime.rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]

@@ -138,6 +138,18 @@ def test_a_stopped_run_saves_says_so_exits_with_0_and_goes_on(command, uninterru
     assert same_weights(tmp_path / "out", uninterrupted)
 
 
+def test_with_the_audio_encoder_in_the_graph_a_stopped_run_goes_on_to_the_bit_as_well(command, tmp_path):
+    arguments = [*command, "--strategy", "unfreeze"]
+    assert Process("train", [*arguments, "--output", "through"], tmp_path).wait()[0] == 0
+    run = Process("train", arguments, tmp_path)
+    run.wait_for_lines(tmp_path / "out" / "log.jsonl", 7)
+    run.signal(signal.SIGTERM)
+    assert "stopped after step" in run.wait()[1]
+    assert Process("train", [*arguments, "--resume"], tmp_path).wait()[0] == 0
+    assert_same_run(tmp_path / "out", tmp_path / "through")
+    assert same_weights(tmp_path / "out", tmp_path / "through", Path("epoch-2") / models.TRAINED_FILE)
+
+
 def two_signals():
     """The first step never ends."""
     train.train_step = lambda *arguments: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and time.sleep(60)
