@@ -53,7 +53,7 @@ CLOSE = 0.05  # a number this near to the paper's is marked
 
 
 def parse_arguments():
-    """The command line as a namespace; exits with 2 when a value is wrong."""
+    """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
     parser = data.ArgumentParser(
         description=__doc__, usage="python evaluate.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,9 +13,9 @@ ships in `speech-lora/` (rank 320). There are three ways to use it (`--speech-ad
     none      leave it out
 
 and three strategies: "lora" trains LoRA alone, "unfreeze" also audio encoder and projector (paper 3.2), "full" has no
-LoRA and trains the weights of language model, audio encoder and projector themselves (which the paper names as not
-done). The embedding rows of the two control tokens train under all of them (our choice: the paper does not say how they
-enter the tokenizer).
+LoRA and trains the weights of language model, audio encoder and projector themselves (not in the paper). The embedding
+rows of the two control tokens train under all of them (our choice: the paper does not say how they enter the
+tokenizer).
 
 Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature frames, D hidden size, N supervised
 positions, V vocabulary.

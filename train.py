@@ -46,7 +46,7 @@ VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.S
 
 
 def parse_settings():
-    """The command line as a namespace; exits with 2 when a value is wrong."""
+    """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
     parser = data.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
         usage="python train.py [settings]",
@@ -107,7 +107,7 @@ def parse_settings():
     add("--patience", type=positive_int, help="stop after this many epochs without a lower validation loss")
 
     add = parser.add_argument_group("memory: what a step computes stays the same").add_argument
-    add("--micro-batch", type=positive_int, help="examples computed at once on a device, where not --batch-size")
+    add("--micro-batch", type=positive_int, help="examples computed at once on a device; not given: --batch-size")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2)")
 
@@ -235,7 +235,7 @@ def train(settings):
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
     model = build_model(settings)
-    examples = make_examples(utterances, model, settings.max_tokens)
+    examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (utterances, held_out))
     record = record_settings(settings)
 
     # From here on each process has random numbers of its own: dropout differs, the weights do not
@@ -552,24 +552,28 @@ def estimate(seconds, left):
 
 
 @torch.no_grad()
-def validate(model, utterances, settings):
+def validate(model, examples, settings):
     """Loss per supervised token and the metrics on held-out speakers; together."""
-    model.eval()
+    utterances = [example.utterance for example in examples if example.task == "APA"]
+    supervised = sum(len(example.answer_ids) for example in examples)
     # Under --shard the processes have to compute the same, because each layer's weights come from all of them
-    share = utterances if settings.shard else utterances[runtime.rank() :: runtime.processes()]
-    examples, pairs, loss = make_examples(share, model, settings.max_tokens), {task: [] for task in prompts.TASKS}, 0.0
+    rank, processes = (0, 1) if settings.shard else (runtime.rank(), runtime.processes())
+    loss, pairs = 0.0, {task: [] for task in prompts.TASKS}
+    model.eval()
     with models.autocast():
-        for micro_batch in data.micro_batches(examples, settings.micro_batch):
+        for micro_batch in data.micro_batches(examples, settings.micro_batch, rank, processes):
             loss += float(model(micro_batch))
+        share = utterances[rank::processes]
         for start in range(0, len(share), settings.micro_batch):
             batch = share[start : start + settings.micro_batch]
             for task in prompts.TASKS:
                 for utterance, (text, *_) in zip(batch, model.generate(batch, task, data.MAX_NEW_TOKENS), strict=True):
                     pairs[task].append((prompts.parse_output(task, text), data.reference(utterance, task)))
     model.train()
-    loss, supervised = runtime.total(loss, sum(len(example.answer_ids) for example in examples))
     if not settings.shard:
-        pairs = {task: sum(parts, []) for task in prompts.TASKS for parts in [runtime.gather(pairs[task])]}
+        (loss,) = runtime.total(loss)
+        parts = runtime.gather(pairs)
+        pairs = {task: sum((part[task] for part in parts), []) for task in prompts.TASKS}
     numbers, _ = metrics.summarise(pairs["APA"], pairs["MDD"])
     return {"loss": loss / supervised} | {key: None if math.isnan(value) else value for key, value in numbers.items()}
 

@@ -399,6 +399,18 @@ def test_two_killed_processes_go_on_to_the_same_weights_to_the_bit(command, tmp_
     assert_same_run(tmp_path / "out", tmp_path / "through")
 
 
+def test_a_run_of_two_processes_may_go_on_in_one(command, tmp_path):
+    arguments = [*command, "--dropout", 0, "--epsilon", 1e-4]
+    finish([Process("train", [*arguments, "--output", "one"], tmp_path)])
+    both = together("train", arguments, tmp_path)
+    both[0].wait_for_lines(tmp_path / "out" / "log.jsonl", 4)
+    both[0].signal(signal.SIGTERM)
+    finish(both)
+    (alone,) = finish([Process("train", [*arguments, "--resume"], tmp_path)])
+    assert "saved by 2 processes, now 1: dropout will be another" in alone.text()
+    assert deviation(tmp_path / "one", tmp_path / "out") < 1e-5
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(command, tmp_path):
     both = together("train", command, tmp_path)
     both[1].wait_for_lines(tmp_path / "out" / "log.jsonl", 3)

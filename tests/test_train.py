@@ -219,6 +219,16 @@ def test_an_example_that_is_too_long_is_named_and_nothing_is_cut(small, corpus):
     assert "are longer than --max-tokens 60" in str(error.value)
 
 
+def test_a_held_out_example_that_is_too_long_is_found_before_training(monkeypatch, small, tmp_path):
+    seen = []
+    make = data.make_examples
+    monkeypatch.setattr(data, "make_examples", lambda u, *rest: seen.append(u.speaker) or make(u, *rest))
+    monkeypatch.setattr(train, "train_step", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(small("--limit", 20, "--validation", 0.5))
+    assert len(seen) == 20 and len(set(seen)) == 2
+
+
 def test_out_of_memory_says_micro_batch_longest_sequence_and_what_helps(monkeypatch, small):
     def forward(model, examples):
         seen.append(max(map(len, examples)))
