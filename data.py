@@ -15,6 +15,7 @@ Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -64,13 +65,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(name, main):
-    """Call main(). An InputError or RunError becomes one line and an exit code, as the two say.
+    """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
 
     Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
     try:
         main()
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         if rank := int(os.environ.get("RANK", 0)):
             time.sleep(RANK_0_FIRST)
             name += f" (rank {rank})"

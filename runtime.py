@@ -149,17 +149,10 @@ def whole(path):
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         _remove(temporary)
-        raise data.RunError(f"{path} cannot be written: {_reason(error)}") from error
-
-
-def _reason(error):
-    """torch wraps the system's error in one of its own, which says nothing."""
-    cause = error
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return cause.strerror if cause else data.first_line(error)
+        reason = getattr(error, "strerror", None) or data.first_line(error)
+        raise data.RunError(f"{path} cannot be written: {reason}") from error
 
 
 def _sync(path):
@@ -198,9 +191,17 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
     }  # fmt: skip
     if rank() == 0:
         with whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+            _write(state, file)
         for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
             old.unlink()
+
+
+def _write(state, file):
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # where the disk is full, torch speaks of positions in the file, and the system's reason is behind it
+        raise error.__context__ or error from error
 
 
 def checkpoints(folder):

@@ -362,3 +362,25 @@ def test_processes_share_a_step_without_overlap_and_with_alike_lengths():
     shares = [data.micro_batches(step, 2, rank, processes=2) for rank in (0, 1)]
     lengths = [[[len(example) for example in micro_batch] for micro_batch in share] for share in shares]
     assert lengths == [[[10, 6], [2]], [[8, 4]]]
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (data.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
+    (data.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
+    (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left on device"),
+])  # fmt: skip
+def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        data.run_script("x.py", main)
+    assert stop.value.code == code and capsys.readouterr().err == line + "\n"
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def main():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with pytest.raises(FileNotFoundError):
+        data.run_script("x.py", main)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, script
 from processes import Process, together
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
@@ -192,7 +193,7 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, tmp_pa
 
 @pytest.mark.parametrize("error, reason", [
     (OSError(28, "No space left on device"), "No space left on device"),
-    (RuntimeError("[enforce fail at inline_container.cc:672]"), "enforce fail"),
+    (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
 ])  # fmt: skip
 def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path, error, reason):
     (tmp_path / "file").write_text("old")
@@ -203,12 +204,16 @@ def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_pat
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_reason_of_torch_for_a_full_disk_is_the_systems(tmp_path):
-    """torch.save replaces the system's error with one about positions in a file."""
-    with pytest.raises(data.RunError, match="No space left on device"), runtime.whole(tmp_path / "file") as temporary:
+def test_a_failure_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), runtime.whole(tmp_path / "file") as temporary:
         temporary.touch()
-        with open("/dev/full", "wb") as file:
-            torch.save({"weights": torch.zeros(10_000)}, file)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_reason_for_a_full_disk_is_the_systems():
+    """torch.save replaces the system's error with one about positions in a file."""
+    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "wb", buffering=0) as file:
+        runtime._write({"weights": torch.zeros(10_000)}, file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
