@@ -17,9 +17,14 @@ import warnings
 from collections import Counter
 
 import jiwer
+import numpy as np
 from scipy import stats
 
 SCORES = ("accuracy", "fluency", "prosodic", "total")
+RESAMPLES = 1000  # of the bootstrap
+LEVEL = 0.95  # of its intervals
+EVENTS = ("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error")
+RIGHT = ("true_accept", "correct_diagnosis", "diagnosis_error")  # detection decided well; diagnosis is another matter
 
 
 def normalise_words(text):
@@ -34,14 +39,30 @@ def normalise_phones(text):
     return ["<unk>" if phone == "<UNK>" else phone for phone in phones if phone]
 
 
+def error_counts(references, hypotheses):
+    """Substitutions, deletions, insertions and reference length of each utterance, (N, 4), by jiwer's alignment.
+
+    Both are lists with one list of words or phones per utterance.
+    """
+    if not references:
+        return np.zeros((0, 4))
+    output = jiwer.process_words([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])
+    counts = []
+    for reference, alignment in zip(references, output.alignments, strict=True):
+        of = Counter()
+        for chunk in alignment:
+            of[chunk.type] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+        counts.append((of["substitute"], of["delete"], of["insert"], len(reference)))
+    return np.array(counts, dtype=np.float64)
+
+
 def error_rate(references, hypotheses):
     """(substitutions + deletions + insertions) / reference length, pooled over the corpus (paper 4.3).
 
     Both are lists with one list of words or phones per utterance. nan when the references hold nothing.
     """
-    if not any(references):
-        return math.nan
-    return jiwer.wer([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])
+    substitutions, deletions, insertions, length = error_counts(references, hypotheses).sum(axis=0)
+    return float(_ratio(substitutions + deletions + insertions, length))
 
 
 def align(first, second):
@@ -88,10 +109,16 @@ def detection_counts(canonical, heard, predicted):
 
     Returns counts of true_accept, false_reject, false_accept, correct_diagnosis, diagnosis_error.
     """
-    counts = Counter(true_accept=0, false_reject=0, false_accept=0, correct_diagnosis=0, diagnosis_error=0)
-    for said, perceived, written in zip(canonical, heard, predicted, strict=True):
-        counts.update(_detection_events(said, perceived, written))
-    return dict(counts)
+    events = Counter(event for utterance in detection_events(canonical, heard, predicted) for event in utterance)
+    return {name: events[name] for name in EVENTS}
+
+
+def detection_events(canonical, heard, predicted):
+    """What became of each phone, see `detection_counts`: a list with one list of event names per utterance.
+
+    Which phones there are depends on canonical and heard alone, so the events of two systems can be paired.
+    """
+    return [list(_detection_events(*phones)) for phones in zip(canonical, heard, predicted, strict=True)]
 
 
 def _detection_events(canonical, heard, predicted):
@@ -118,16 +145,25 @@ def _detection_events(canonical, heard, predicted):
 
 
 def detection_scores(counts):
-    """Precision, recall and F1 of detection from pooled counts; nan where a denominator is zero.
+    """Detection and diagnosis from pooled counts; nan where a denominator is zero.
 
-    precision = detected / (detected + false_reject), recall = detected / (detected + false_accept), with
-    detected = correct_diagnosis + diagnosis_error.
+    With detected = correct_diagnosis + diagnosis_error:
+        precision = detected / (detected + false_reject)        recall = detected / (detected + false_accept)
+        far, false acceptance = false_accept / mispronounced = 1 - recall
+        frr, false rejection = false_reject / phones said right
+        der, diagnosis error = diagnosis_error / detected
+    counts: numbers, or arrays of them.
     """
     detected = counts["correct_diagnosis"] + counts["diagnosis_error"]
-    precision = _ratio(detected, detected + counts["false_reject"])
-    recall = _ratio(detected, detected + counts["false_accept"])
-    f1 = _ratio(2 * detected, 2 * detected + counts["false_reject"] + counts["false_accept"])
-    return {"precision": precision, "recall": recall, "f1": f1}
+    wrong, missed = counts["false_reject"], counts["false_accept"]
+    return {
+        "precision": _ratio(detected, detected + wrong),
+        "recall": _ratio(detected, detected + missed),
+        "f1": _ratio(2 * detected, 2 * detected + wrong + missed),
+        "far": _ratio(missed, detected + missed),
+        "frr": _ratio(wrong, wrong + counts["true_accept"]),
+        "der": _ratio(counts["diagnosis_error"], detected),
+    }
 
 
 def phone_agreement(heard, predicted):
@@ -137,21 +173,55 @@ def phone_agreement(heard, predicted):
     phone are averaged with its frequency in `heard` as weight (0 for a phone that is never predicted). Not the
     field's convention: reported because the paper's Table 3 fits it.
     """
-    support, written, agreed = Counter(), Counter(), Counter()
-    for perceived, output in zip(heard, predicted, strict=True):
-        support.update(perceived)
-        written.update(output)
-        agreed.update(a for a, b in zip(perceived, output) if a == b)
-    total = support.total()
+    scores = _agreement_scores(*(counts.sum(axis=0) for counts in phone_counts(heard, predicted)))
+    return {key: float(value) for key, value in scores.items()}
 
-    def weighted(score):
-        return _ratio(sum(support[phone] * score(phone) for phone in support), total)
+
+def _agreement_scores(support, written, agreed):
+    """Of counts of each phone, (..., P): heard, written by the model, and both in one position."""
+
+    def weighted(numerator, denominator):
+        return _ratio((support * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), support.sum(axis=-1))
 
     return {
-        "precision": weighted(lambda phone: agreed[phone] / written[phone] if written[phone] else 0.0),
-        "recall": weighted(lambda phone: agreed[phone] / support[phone]),
-        "f1": weighted(lambda phone: 2 * agreed[phone] / (support[phone] + written[phone])),
+        "precision": weighted(agreed, written),
+        "recall": weighted(agreed, support),
+        "f1": weighted(2 * agreed, support + written),
     }
+
+
+def phone_counts(heard, predicted):
+    """How often each phone was heard, written, and both in one position; three arrays (N, P), P phones by name."""
+    column = {phone: i for i, phone in enumerate(sorted({p for phones in [*heard, *predicted] for p in phones}))}
+    support, written, agreed = (np.zeros((len(heard), len(column))) for _ in range(3))
+    for row, (perceived, output) in enumerate(zip(heard, predicted, strict=True)):
+        agreement = [a for a, b in zip(perceived, output) if a == b]
+        for table, phones in ((support, perceived), (written, output), (agreed, agreement)):
+            np.add.at(table[row], [column[phone] for phone in phones], 1)
+    return support, written, agreed
+
+
+def phone_report(heard, predicted):
+    """For each phone, by the alignment of `align`: how often it was heard, precision, recall, its confusions.
+
+    Returns a list of dicts with phone, support, precision, recall and confusions [(written phone or None, count)], the
+    most frequent phone first; phone None stands for what only the model wrote.
+    """
+    pairs = Counter(pair for utterance in zip(heard, predicted, strict=True) for pair in align(*utterance))
+    support, written = Counter(), Counter()
+    for (perceived, output), count in pairs.items():
+        support[perceived] += count
+        written[output] += count
+    return [
+        {
+            "phone": phone,
+            "support": count,
+            "precision": float(_ratio(pairs[phone, phone], written[phone])),
+            "recall": float(_ratio(pairs[phone, phone], count)),
+            "confusions": sorted(((b, n) for (a, b), n in pairs.items() if a == phone != b), key=lambda c: -c[1]),
+        }
+        for phone, count in support.most_common()
+    ]
 
 
 def correlation(predicted, human):
@@ -174,8 +244,61 @@ def correlation(predicted, human):
     return float(pcc), float(pvalue), mae, None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# All numbers of an evaluation: what each output contributes, the sums, the numbers
+
+
+def contributions(apa, mdd):
+    """What each output adds to the sums that all numbers are made of: two dicts of arrays, (N,) or (N, P).
+
+    See `summarise` for the arguments. Every number is a function of sums over outputs, so a resample of the corpus is
+    a matrix product.
+    """
+    parsed = np.array([scores is not None for scores, _ in apa], dtype=np.float64)
+    ours = {"apa": np.ones(len(apa)), "apa_parsed": parsed}
+    for name in SCORES:
+        # about 5, the middle of the scale: squares of small numbers are rounded less
+        x = np.array([scores[name] - 5 if scores else 0 for scores, _ in apa], dtype=np.float64)
+        y = np.array([human[name] - 5 for _, human in apa], dtype=np.float64) * parsed
+        products = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y, "error": abs(x - y)}
+        ours |= {f"{name}_{key}": values for key, values in products.items()}
+
+    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
+    phones = [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
+    canonical = [reference["canonical"] for _, reference in mdd]
+    heard = [reference["heard"] for _, reference in mdd]
+    theirs = {"mdd": np.ones(len(mdd)), "mdd_parsed": np.array([o is not None for o, _ in mdd], dtype=np.float64)}
+    spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
+    for name, counts in (("word", error_counts(spoken, words)), ("phone", error_counts(heard, phones))):
+        theirs |= {f"{name}_{key}": counts[:, i] for i, key in enumerate(("sub", "del", "ins", "length"))}
+    events = [Counter(utterance) for utterance in detection_events(canonical, heard, phones)]
+    theirs |= {name: np.array([counts[name] for counts in events], dtype=np.float64) for name in EVENTS}
+    theirs |= dict(zip(("support", "written", "agreed"), phone_counts(heard, phones)))
+    return ours, theirs
+
+
+def numbers_of(sums):
+    """All numbers, from sums of `contributions`, in the order of the paper's Table 3; arrays give arrays."""
+    numbers, n = {}, sums["apa_parsed"]
+    for name in SCORES:
+        x, y, xx, yy, xy, error = (sums[f"{name}_{key}"] for key in ("x", "y", "xx", "yy", "xy", "error"))
+        spread = np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0)
+        numbers[f"{name}_pcc"] = np.where(n >= 3, _ratio(n * xy - x * y, np.sqrt(spread)), math.nan)
+        numbers[f"{name}_mae"] = _ratio(error, n)
+    for name, kind in (("wer", "word"), ("per", "phone")):
+        parts = {key: _ratio(sums[f"{kind}_{key}"], sums[f"{kind}_length"]) for key in ("sub", "del", "ins")}
+        numbers[name] = parts["sub"] + parts["del"] + parts["ins"]
+        numbers |= {f"{name}_{key}": value for key, value in parts.items()}
+    numbers |= {f"detection_{key}": value for key, value in detection_scores(sums).items()}
+    agreement = _agreement_scores(sums["support"], sums["written"], sums["agreed"])
+    numbers |= {f"phone_agreement_{key}": value for key, value in agreement.items()}
+    for task in ("apa", "mdd"):
+        numbers[f"{task}_unparsed"] = _ratio(sums[task] - sums[f"{task}_parsed"], sums[task])
+    return numbers
+
+
 def summarise(apa, mdd):
-    """All numbers of one evaluation, with flat keys in the order of the paper's Table 3.
+    """All numbers of one evaluation, with flat keys.
 
     apa: list of (parsed scores or None, human scores); unparsed outputs leave the correlations, and their share
         stands beside them as `apa_unparsed`.
@@ -183,28 +306,73 @@ def summarise(apa, mdd):
         counts as an empty transcript.
     Returns (numbers, reasons); `reasons` says of each missing correlation why it is nan.
     """
-    numbers, reasons = {}, {}
+    ours, theirs = contributions(apa, mdd)
+    sums = {key: values.sum(axis=0) for key, values in (ours | theirs).items()}
+    numbers, reasons = {key: float(value) for key, value in numbers_of(sums).items()}, {}
+    numbers |= {name: int(sums[name]) for name in EVENTS}
     parsed = [(scores, human) for scores, human in apa if scores is not None]
     for name in SCORES:
         pcc, pvalue, mae, reason = correlation([s[name] for s, _ in parsed], [h[name] for _, h in parsed])
         numbers |= {f"{name}_pcc": pcc, f"{name}_pvalue": pvalue, f"{name}_mae": mae}
         if reason:
             reasons[f"{name}_pcc"] = reason if parsed or not apa else f"none of {len(apa)} outputs could be parsed"
-
-    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    phones = [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
-    canonical = [reference["canonical"] for _, reference in mdd]
-    heard = [reference["heard"] for _, reference in mdd]
-    numbers["wer"] = error_rate([normalise_words(reference["word_transcript"]) for _, reference in mdd], words)
-    numbers["per"] = error_rate(heard, phones)
-    counts = detection_counts(canonical, heard, phones)
-    numbers |= {f"detection_{key}": value for key, value in detection_scores(counts).items()}
-    numbers |= counts
-    numbers |= {f"phone_agreement_{key}": value for key, value in phone_agreement(heard, phones).items()}
-    numbers["apa_unparsed"] = _ratio(len(apa) - len(parsed), len(apa))
-    numbers["mdd_unparsed"] = _ratio(sum(output is None for output, _ in mdd), len(mdd))
     return numbers, reasons
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Uncertainty: other speakers might have been recorded
+
+
+def resample(apa, mdd, apa_speakers, mdd_speakers, seed=0):
+    """All numbers on RESAMPLES corpora of as many speakers, drawn with replacement: {key: (RESAMPLES,)}.
+
+    Speakers, not utterances: those of one speaker resemble each other, and counting them as independent would make
+    intervals too narrow. apa, mdd: see `summarise`; the speakers' names are in their order. The draws depend on the
+    set of speakers and the seed alone, so two systems' numbers can be subtracted from each other.
+    """
+    names = sorted({*apa_speakers, *mdd_speakers})
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, speakers)
+    sums = {}
+    for rows, speakers in zip(contributions(apa, mdd), (apa_speakers, mdd_speakers)):
+        index = [names.index(speaker) for speaker in speakers]
+        for key, values in rows.items():
+            by_speaker = np.zeros((len(names), *values.shape[1:]))
+            np.add.at(by_speaker, index, values)
+            sums[key] = weights @ by_speaker
+    return numbers_of(sums)
+
+
+def interval(samples):
+    """Percentile interval at LEVEL, (low, high); nan where most resamples have no such number."""
+    samples = samples[np.isfinite(samples)]
+    if len(samples) < RESAMPLES / 2:
+        return math.nan, math.nan
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def sign_pvalue(differences):
+    """Two-sided bootstrap p-value of a difference: how often resamples have it on either side of zero."""
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return math.nan
+    side = min(np.mean(differences <= 0), np.mean(differences >= 0))
+    return float(min(1.0, max(2 * side, 2 / len(differences))))
+
+
+def mcnemar(first, second):
+    """McNemar's exact test on the detection decisions of two systems on the same phones.
+
+    first, second: lists of event names of `detection_events`, in the same order. Returns (only the first is right,
+    only the second is right, p-value). Phones are taken as independent, which those of a speaker are not quite.
+    """
+    pairs = Counter((a in RIGHT, b in RIGHT) for a, b in zip(first, second, strict=True))
+    ours, theirs = pairs[True, False], pairs[False, True]
+    return ours, theirs, float(stats.binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
+
+
 def _ratio(numerator, denominator):
-    return numerator / denominator if denominator else math.nan
+    """numerator / denominator, nan where the denominator is zero; numbers or arrays."""
+    numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
+    return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)

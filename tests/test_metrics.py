@@ -5,6 +5,8 @@ import random
 import jiwer
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -165,7 +167,9 @@ def test_detection_counts_are_pooled_over_utterances():
 
 def test_a_wrong_diagnosis_is_still_a_detection():
     counts = dict(true_accept=90, false_reject=2, false_accept=4, correct_diagnosis=3, diagnosis_error=3)
-    assert metrics.detection_scores(counts) == {"precision": 6 / 8, "recall": 6 / 10, "f1": 12 / 18}
+    assert metrics.detection_scores(counts) == {
+        "precision": 6 / 8, "recall": 6 / 10, "f1": 12 / 18, "far": 4 / 10, "frr": 2 / 92, "der": 3 / 6
+    }  # fmt: skip
 
 
 def test_copying_the_canonical_phones_has_recall_0_and_no_precision():
@@ -259,3 +263,160 @@ def test_word_error_rate_is_jiwers():
     pairs = [({"word_transcript": o, "phoneme_transcript": ""}, {"word_transcript": r, "canonical": [], "heard": []})
              for o, r in zip(outputs, references)]  # fmt: skip
     assert metrics.summarise([], pairs)[0]["wer"] == jiwer.wer(references, outputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Per phone
+
+
+def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
+    heard, predicted = [list("ABCD"), list("AB")], [list("XBC"), list("ABE")]
+    assert metrics.error_counts(heard, predicted).tolist() == [[1, 1, 0, 4], [0, 0, 1, 2]]
+    pairs = [({"word_transcript": "", "phoneme_transcript": " ".join(p)},
+              {"word_transcript": "A", "canonical": h, "heard": h}) for h, p in zip(heard, predicted)]  # fmt: skip
+    numbers, _ = metrics.summarise([], pairs)
+    assert (numbers["per_sub"], numbers["per_del"], numbers["per_ins"]) == (1 / 6, 1 / 6, 1 / 6)
+    assert numbers["per"] == pytest.approx(1 / 2) and numbers["wer_del"] == 1
+
+
+def test_the_phone_report_of_a_worked_case():
+    report = metrics.phone_report([list("ABAC"), ["A"]], [list("ABXC"), ["A", "D"]])
+    assert [entry["phone"] for entry in report] == ["A", "B", "C", None]
+    assert report[0] == {"phone": "A", "support": 3, "precision": 1.0, "recall": 2 / 3, "confusions": [("X", 1)]}
+    assert report[3]["confusions"] == [("D", 1)] and report[3]["support"] == 1
+
+
+def test_the_phone_report_equals_sklearn_on_aligned_phones():
+    heard, predicted = strings(20, 50), strings(21, 50)
+    pairs = [pair for h, p in zip(heard, predicted) for pair in metrics.align(h, p)]
+    report = {entry["phone"]: entry for entry in metrics.phone_report(heard, predicted) if entry["phone"]}
+    labels = sorted(report)
+    named = [[phone or "-" for phone in side] for side in zip(*pairs)]
+    precision, recall, _, support = precision_recall_fscore_support(*named, labels=labels, zero_division=np.nan)
+    assert [report[phone]["support"] for phone in labels] == support.tolist()
+    assert np.allclose([report[phone]["precision"] for phone in labels], precision, equal_nan=True)
+    assert np.allclose([report[phone]["recall"] for phone in labels], recall)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Uncertainty
+
+
+def system(seed, number=60, speakers=12):
+    """Outputs of a system that is sometimes wrong: apa, mdd, and who spoke."""
+    draw = random.Random(seed)
+    apa, mdd = [], []
+    for truth, phones in zip(np.random.default_rng(0).integers(1, 10, number).tolist(), strings(30, number)):
+        scores = {name: max(0, min(10, truth + draw.randint(-2, 2))) for name in metrics.SCORES}
+        apa.append((None if draw.random() < 0.1 else scores, human(truth)))
+        written = [phone if draw.random() < 0.8 else draw.choice("ABCDEX") for phone in phones]
+        output = {"word_transcript": "WE SEE" if draw.random() < 0.5 else "WE", "phoneme_transcript": " ".join(written)}
+        canonical = [phone if i % 4 else "A" for i, phone in enumerate(phones)]
+        mdd.append((output, {"word_transcript": "WE SEE", "canonical": canonical, "heard": phones}))
+    return apa, mdd, [f"s{i % speakers}" for i in range(number)]
+
+
+def test_the_numbers_of_the_sums_are_those_of_scipy_and_jiwer():
+    apa, mdd, _ = system(1)
+    sums = {key: values.sum(axis=0) for rows in metrics.contributions(apa, mdd) for key, values in rows.items()}
+    numbers, (summary, _) = metrics.numbers_of(sums), metrics.summarise(apa, mdd)
+    assert all(summary[key] == pytest.approx(float(value), rel=1e-12) for key, value in numbers.items())
+    heard = [" ".join(reference["heard"]) for _, reference in mdd]
+    assert summary["per"] == pytest.approx(jiwer.wer(heard, [output["phoneme_transcript"] for output, _ in mdd]))
+
+
+def test_a_resample_is_the_summary_of_the_speakers_that_were_drawn(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 5)
+    apa, mdd, speakers = system(2)
+    samples = metrics.resample(apa, mdd, speakers, speakers, seed=3)
+    names = sorted(set(speakers))
+    drawn = np.random.default_rng(3).multinomial(len(names), [1 / len(names)] * len(names), size=5)
+    for i, counts in enumerate(drawn):
+        times = [counts[names.index(speaker)] for speaker in speakers]
+        chosen = [[pair for pair, count in zip(pairs, times) for _ in range(count)] for pairs in (apa, mdd)]
+        expected, _ = metrics.summarise(*chosen)
+        assert all(values[i] == pytest.approx(expected[key], rel=1e-9, nan_ok=True) for key, values in samples.items())
+
+
+def test_the_interval_of_a_mean_like_number_is_that_of_theory():
+    """The share of unparsed outputs with 50 independent speakers: the standard error of a proportion."""
+    draw = random.Random(4)
+    apa = [(None if draw.random() < 0.3 else human(5), human(5)) for _ in range(2000)]
+    speakers = [f"s{i}" for i in range(2000)]
+    low, high = metrics.interval(metrics.resample(apa, [], speakers, [], seed=0)["apa_unparsed"])
+    share = sum(scores is None for scores, _ in apa) / 2000
+    error = 1.96 * math.sqrt(share * (1 - share) / 2000)
+    assert (share - low, high - share) == pytest.approx((error, error), rel=0.15)
+
+
+def test_utterances_of_one_speaker_are_not_independent():
+    """Ten copies of each utterance say nothing new: the interval must not shrink."""
+    apa, mdd, speakers = system(5)
+    once = metrics.interval(metrics.resample(apa, mdd, speakers, speakers)["per"])
+    copies = metrics.interval(metrics.resample(apa * 10, mdd * 10, speakers * 10, speakers * 10)["per"])
+    assert copies == pytest.approx(once)
+
+
+def test_the_difference_of_a_system_to_itself_is_zero_and_to_a_better_one_is_not():
+    (apa, mdd, speakers), perfect = system(6), []
+    for _, reference in mdd:
+        perfect.append(({"word_transcript": "WE SEE", "phoneme_transcript": " ".join(reference["heard"])}, reference))
+    ours, again, best = (metrics.resample(apa, pairs, speakers, speakers) for pairs in (mdd, mdd, perfect))
+    assert (
+        metrics.interval(ours["per"] - again["per"]) == (0, 0) and metrics.sign_pvalue(ours["per"] - again["per"]) == 1
+    )
+    low, _ = metrics.interval(ours["per"] - best["per"])
+    assert low > 0 and metrics.sign_pvalue(ours["per"] - best["per"]) == pytest.approx(2 / metrics.RESAMPLES)
+
+
+def test_mcnemar_counts_decisions_that_only_one_system_got_right():
+    ours = ["true_accept"] * 8 + ["diagnosis_error", "false_accept", "false_reject"]
+    theirs = ["false_reject"] * 7 + ["true_accept", "correct_diagnosis", "correct_diagnosis", "false_reject"]
+    assert metrics.mcnemar(ours, theirs) == (7, 1, pytest.approx(2 * sum(math.comb(8, i) for i in (0, 1)) / 2**8))
+    assert metrics.mcnemar(ours, ours) == (0, 0, 1.0)
+
+
+def test_a_number_that_hardly_any_resample_has_gets_no_interval():
+    assert all(map(math.isnan, metrics.interval(np.full(metrics.RESAMPLES, math.nan))))
+    apa, mdd, speakers = system(7)
+    constant = [(human(5), reference) for _, reference in apa]
+    assert math.isnan(metrics.interval(metrics.resample(constant, mdd, speakers, speakers)["accuracy_pcc"])[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Properties
+
+
+phones = st.lists(st.sampled_from("ABCD"), max_size=6)
+corpora = st.lists(st.tuples(phones, phones, phones), min_size=1, max_size=6)
+
+
+def mdd_numbers(utterances):
+    pairs = [({"word_transcript": "", "phoneme_transcript": " ".join(predicted)},
+              {"word_transcript": "A", "canonical": canonical, "heard": heard})
+             for canonical, heard, predicted in utterances]  # fmt: skip
+    return metrics.summarise([], pairs)[0]
+
+
+@given(corpora, st.randoms(use_true_random=False))
+def test_the_order_of_utterances_changes_nothing(utterances, draw):
+    shuffled = draw.sample(utterances, len(utterances))
+    assert mdd_numbers(utterances) == pytest.approx(mdd_numbers(shuffled), nan_ok=True)
+
+
+@given(corpora)
+def test_a_perfect_prediction_has_f1_1_where_there_is_anything_to_detect(utterances):
+    numbers = mdd_numbers([(canonical, heard, heard) for canonical, heard, _ in utterances])
+    assert numbers["false_reject"] == numbers["false_accept"] == numbers["diagnosis_error"] == 0
+    assert numbers["detection_f1"] == 1 or numbers["correct_diagnosis"] == 0
+    assert not numbers["per"] > 0
+
+
+@given(corpora)
+def test_an_empty_prediction_misses_nothing_that_was_said_and_rejects_all_that_was_right(utterances):
+    """Recall 1 is no good news: everything was flagged, as precision and false rejection show. Only what a speaker
+    added is missed, because nothing written for it is what a correct speaker would get."""
+    without_additions = [(c, h, []) for c, h, _ in utterances if all(a is not None for a, _ in metrics.align(c, h))]
+    numbers = mdd_numbers(without_additions or [(["A"], ["B"], [])])
+    assert numbers["detection_recall"] == 1 or math.isnan(numbers["detection_recall"])
+    assert numbers["true_accept"] == 0 and (numbers["detection_frr"] == 1 or math.isnan(numbers["detection_frr"]))
