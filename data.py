@@ -26,7 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -378,6 +378,53 @@ def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
     before, after = prompts.build_prompt(task, control_token).split(prompts.AUDIO)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     return encode(before) + [audio_id] * utterance.audio_tokens + encode(after)
+
+
+def encode_score_slots(tokenizer):
+    """An APA answer as token ids around its scores: what stands before each of the four, and the ids of values 0-10.
+
+    Raises InputError when the tokenizer does not write each value as one token of its own.
+    """
+    low, high = prompts.SCORE_RANGE
+    answers = [
+        tokenizer.encode(prompts.apa_target(dict.fromkeys(prompts.SCORES, value)), add_special_tokens=False)
+        for value in range(low, high + 1)
+    ]
+    slots = [i for i, (a, b) in enumerate(zip(answers[0], answers[1])) if a != b]
+    values = [answer[slots[0]] for answer in answers]
+    expected = [list(answers[0]) for _ in answers]
+    for answer, value in zip(expected, values):
+        for slot in slots:
+            answer[slot] = value
+    if len(slots) != len(prompts.SCORES) or answers != expected or len(set(values)) != len(values):
+        raise InputError(f"expected scoring reads one token for each score, and this model's tokenizer does not write "
+                         f"each of {low} to {high} as one token: use --scoring greedy")  # fmt: skip
+    starts = [0, *(slot + 1 for slot in slots)]
+    return [answers[0][start:slot] for start, slot in zip(starts, slots)], values
+
+
+def ablate(utterances, how):
+    """The utterances with other audio: "silence" of the same length, or ("swap") the recording of another speaker.
+
+    A model that listens must do worse on them.
+    """
+    if how == "silence":
+        return [replace(u, recording=partial(_silence, u.samples)) for u in utterances]
+    if len({u.speaker for u in utterances}) < 2:
+        raise InputError("--audio-ablation swap needs recordings of two speakers: use more utterances, or silence")
+    others = []
+    for i, utterance in enumerate(utterances):
+        following = utterances[i + 1 :] + utterances[:i]
+        others.append(next(other for other in following if other.speaker != utterance.speaker))
+    return [replace(u, recording=o.recording, samples=o.samples) for u, o in zip(utterances, others)]
+
+
+def _silence(samples):
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(samples, dtype=np.float32), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return file.getvalue()
 
 
 def make_examples(utterance, tokenizer, audio_id):

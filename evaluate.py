@@ -4,9 +4,12 @@
     python evaluate.py --adapter out/ --epochs all --base    # every epoch, and the model before fine-tuning
     python evaluate.py --predictions out/predictions.jsonl   # score a saved file, without loading a model
     python evaluate.py --summarise out/seed-*                # mean and spread over runs that were evaluated
+    python evaluate.py --compare a/predictions.jsonl b/predictions.jsonl   # is one better, or is it chance?
+    python evaluate.py --adapter out/ --audio my.wav --text "WE CALL IT BEAR"   # your own recording
     torchrun --nproc-per-node 4 evaluate.py --adapter out/   # on four GPUs; writes the same predictions
 
-Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --output, by default beside the adapter.
+Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --output, by default beside the adapter, and
+with --report a page to look at and listen to.
 Every number can be computed again from predictions.jsonl.
 """
 
@@ -16,8 +19,8 @@ import json
 import math
 import os
 import re
-import statistics
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,31 +28,10 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
+import tables
 
-# Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
-# are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
-TABLE_3 = {
-    "accuracy_pcc": "accuracy", "fluency_pcc": "fluency", "prosodic_pcc": "prosodic", "total_pcc": "total",
-    "wer": "WER", "per": "PER", "phone_agreement_f1": "F1", "phone_agreement_precision": "P",
-    "phone_agreement_recall": "R",
-}  # fmt: skip
-BESIDE = {  # what the paper does not report
-    "detection_f1": "det. F1", "detection_precision": "det. P", "detection_recall": "det. R",
-    "apa_unparsed": "unparsed", "mdd_unparsed": "(MDD)", "apa_truncated": "cut off", "mdd_truncated": "(MDD)",
-}  # fmt: skip
-PAPER = {
-    ("base", 0): (-0.041, -0.017, -0.0493, -0.104, 0.97, 0.792, 0.143, 0.154, 0.134),
-    ("lora", 1): (0.547, 0.585, 0.567, 0.544, 0.15, 0.137, 0.686, 0.689, 0.682),
-    ("lora", 2): (0.637, 0.726, 0.709, 0.662, 0.139, 0.118, 0.722, 0.725, 0.719),
-    ("lora", 3): (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721),
-    ("lora", 4): (0.645, 0.733, 0.714, 0.668, 0.148, 0.121, 0.721, 0.723, 0.72),
-    ("unfreeze", 1): (0.535, 0.559, 0.564, 0.55, 0.159, 0.199, 0.575, 0.579, 0.57),
-    ("unfreeze", 2): (0.624, 0.668, 0.653, 0.634, 0.145, 0.154, 0.651, 0.651, 0.651),
-    ("unfreeze", 3): (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
-    ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
-}
-PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
-CLOSE = 0.05  # a number this near to the paper's is marked
+WINDOW = 8  # batches that are sorted by length together; outputs are written after each window
+SCORINGS = ("greedy", "expected")  # the paper's, and the expectation of each score's distribution
 
 
 def parse_arguments():
@@ -68,6 +50,10 @@ def parse_arguments():
     )
     add("--predictions", type=Path, help="score this file instead of generating")
     add("--summarise", type=Path, nargs="+", metavar="RUN", help="print mean and spread of these runs' metrics.json")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="differences of two predictions files, with p-values")
+    add("--audio", type=Path, nargs="+", metavar="FILE", help="assess these recordings instead of a corpus")
+    add("--text", help="what should be said in --audio: its words are marked phone by phone")
+    add("--json", action="store_true", help="print what --audio gives as JSON")
     add = parser.add_argument_group("on what (default: as in training)").add_argument
     add("--data", help="corpus folder or hub id")
     add("--data-revision", help="of the hub id")
@@ -85,21 +71,34 @@ def parse_arguments():
         default=data.MAX_NEW_TOKENS,
         help=f"an answer longer than this is cut off and counted (default: {data.MAX_NEW_TOKENS})",
     )
+    add("--scoring", nargs="+", choices=SCORINGS, default=["greedy"], help="of APA: the written answer (default, the "
+        "paper's), or the expectation of each score's distribution, or both")  # fmt: skip
+    add("--audio-ablation", choices=("silence", "swap"), help="evaluate on other audio as well, and print the drop")
+    add("--resume", action="store_true", help="go on with outputs that were written before a stop")
     add("--output", type=Path, help="folder for predictions.jsonl, metrics.json, figure5.png")
+    add("--report", type=Path, help="write a page with tables, plots and recordings to this .html file")
 
     args = parser.parse_args()
-    if not (args.predictions or args.adapter or args.base or args.summarise):
-        parser.error("nothing to evaluate: give --adapter, --base, --predictions or --summarise")
+    if not (args.predictions or args.adapter or args.base or args.summarise or args.compare):
+        parser.error("nothing to evaluate: give --adapter, --base, --predictions, --summarise or --compare")
+    how = ("adapter", "base", "epochs", "model", "revision", "dtype", "attention", "max_new_tokens")
     for name, used, what in (
-        ("predictions", ("output",), "scores a saved file"),
+        ("predictions", ("output", "report", "data", "data_revision", "split"), "scores a saved file"),
         ("summarise", (), "reads metrics.json"),
+        ("compare", (), "reads two predictions files"),
+        ("audio", ("text", "json", *how), "assesses recordings, not a corpus"),
     ):
         idle = [other for other, value in vars(args).items()
                 if other not in (name, *used) and value != parser.get_default(other)]  # fmt: skip
         if getattr(args, name) and idle:
             parser.error(f"--{name} {what}: leave out --{' --'.join(idle).replace('_', '-')}")
+    for name in ("text", "json"):
+        if getattr(args, name) and not args.audio:
+            parser.error(f"--{name} is for recordings: give --audio as well")
     if args.epochs and not args.adapter:
         parser.error(f"--epochs {args.epochs} chooses among those of a run: give --adapter as well")
+    if args.audio and (args.epochs == "all" or (args.adapter and args.base)):
+        parser.error("--audio takes one model: leave out --epochs all, and give --adapter or --base")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from 1 up")
@@ -153,21 +152,39 @@ def _read_settings(path):
 
 @dataclass
 class Evaluation:
-    """One row of the table: what writes the predictions, and where they go."""
+    """What writes predictions, on what, and where they go."""
 
     label: str  # "base" or "epoch-N"; "predictions" for a saved file
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     settings: dict = field(default_factory=dict)  # of the adapter's training; empty without one
+    ablation: str | None = None  # other audio: "silence" or "swap"
 
     @property
     def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
-        if self.label == "base":
+        """Key of tables.PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others.
+
+        None where it would be no comparison: on other audio.
+        """
+        if self.ablation:
+            return None
+        if self.label.startswith("base"):
             return "base", 0
         strategy = self.settings.get("strategy")
-        strategy = strategy if (strategy, 3) in PAPER else "lora"
-        return next(key for key in ((strategy, self.settings.get("epoch")), (strategy, 3)) if key in PAPER)
+        strategy = strategy if (strategy, 3) in tables.PAPER else "lora"
+        epochs = ((strategy, self.settings.get("epoch")), (strategy, 3))
+        return next(key for key in epochs if key in tables.PAPER)
+
+
+@dataclass
+class Row:
+    """One row of the tables."""
+
+    label: str
+    paper_row: tuple | None
+    transcribed: bool  # has MDD outputs of its own, not those of the row above
+    numbers: dict
+    intervals: dict  # key -> (low, high); empty where the file names no speakers
 
 
 def evaluations(args):
@@ -183,30 +200,18 @@ def evaluations(args):
     for folder, settings in adapters:
         own = output / folder.name if len(adapters) > 1 else output
         chosen.append(Evaluation(f"epoch-{settings['epoch']}", own, folder, settings))
+    if how := args.audio_ablation:
+        chosen += [replace(e, label=f"{e.label}, {how}", output=e.output / how, ablation=how) for e in chosen]
     return chosen
 
 
-def read_test_data(settings, args):
-    """The utterances to evaluate on: of the corpus that the adapter was trained on, if no other is named."""
-    source = args.data or settings.get("data", data.HUB_CORPUS)
-    revision = args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION)
-    utterances = data.read_corpus(source, args.split, revision, args.limit)
-    print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
-    return utterances
-
-
-def generate(evaluation, utterances, args):
-    """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, for both tasks.
-
-    Under torchrun each process takes every n-th batch, and rank 0 writes them in the corpus' order.
-    """
+def load(evaluation, args):
+    """The model that an evaluation is of, with its adapter."""
     import model as models
-    import runtime
 
     settings, base = evaluation.settings, evaluation.adapter is None
-    name = args.model or settings.get("model", models.HUB_MODEL)
     model = models.load_base(
-        name,
+        args.model or settings.get("model", models.HUB_MODEL),
         args.revision or settings.get("revision", models.HUB_MODEL_REVISION),
         args.dtype or settings.get("dtype", models.default_dtype()),
         args.attention or settings.get("attention", "sdpa"),
@@ -215,30 +220,144 @@ def generate(evaluation, utterances, args):
     )
     if not base:
         models.load_trained(model, evaluation.adapter, settings["strategy"])
-    model.eval()
-    print(f"model: {name}, " + ("unmodified, prompts without control tokens" if base else f"{evaluation.adapter}"))
+    return model.eval()
 
-    batches = [utterances[i : i + args.batch_size] for i in range(0, len(utterances), args.batch_size)]
+
+def generate(evaluation, utterances, args):
+    """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, for both tasks.
+
+    Batches hold utterances of similar length; outputs are written in the corpus' order after every WINDOW batches.
+    Under torchrun the processes share the batches of a window, and rank 0 writes. What a stopped evaluation has
+    written is in predictions.jsonl.part, and --resume goes on with it.
+    """
+    import runtime
+
+    if evaluation.ablation:
+        utterances = data.ablate(utterances, evaluation.ablation)
+    part, done = choose_part(evaluation, utterances, args)
+    if part is None:
+        return
+    model = load(evaluation, args)
+    if "expected" in args.scoring:
+        data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
+    print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
     rank, processes = runtime.rank(), runtime.processes()
-    with (runtime.whole(evaluation.output / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as file,
-          tqdm(total=2 * len(utterances), unit="output", disable=rank > 0) as bar):  # fmt: skip
-        for start in range(0, len(batches), processes):
-            own = batches[start + rank] if start + rank < len(batches) else []
-            for lines in runtime.gather(list(answers(model, own, args.max_new_tokens, control_token=not base))):
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                bar.update(len(lines))
+    window = WINDOW * args.batch_size * processes
+    with (open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
+          tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar):  # fmt: skip
+        for start in range(done, len(utterances), window):
+            chosen = utterances[start : start + window]
+            ordered = sorted(chosen, key=lambda utterance: utterance.samples)
+            batches = [ordered[i : i + args.batch_size] for i in range(0, len(ordered), args.batch_size)]
+            own = {}
+            for batch in batches[rank::processes]:
+                own |= answers(model, batch, args, control_token=evaluation.adapter is not None)
+                bar.update(len(batch))
+            model.audio_cache.clear()  # each recording was embedded once for both tasks; the corpus need not fit
+            lines = {key: line for lines in runtime.gather(own) for key, line in lines.items()}
+            for utterance in chosen:
+                for task in prompts.TASKS:
+                    print(json.dumps(lines[utterance.id, task], ensure_ascii=False), file=file)
+            file.flush()
+    if rank == 0:
+        os.replace(part, evaluation.output / "predictions.jsonl")
 
 
-def answers(model, batch, max_new_tokens, control_token):
-    """The lines of predictions.jsonl for some utterances, APA first."""
+def choose_part(evaluation, utterances, args):
+    """The file to append outputs to, and how many utterances it has already; (None, all) when there is nothing to do.
+
+    Without --resume it starts empty. Raises InputError when what is there was written by something else.
+    """
+    import runtime
+
+    path = evaluation.output / "predictions.jsonl"
+    part, of = path.with_name("predictions.jsonl.part"), path.with_name("predictions.settings.json")
+    settings = {
+        "evaluated": evaluation.label, "adapter": str(evaluation.adapter),
+        "model": args.model or evaluation.settings.get("model"), "scoring": sorted(args.scoring),
+        "max_new_tokens": args.max_new_tokens, "corpus": data.fingerprint(utterances),
+    }  # fmt: skip
+    lines = []
+    if args.resume and (path.exists() or part.exists()):
+        if not of.exists() or json.loads(of.read_text()) != settings:
+            raise data.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
+                                  f"setting: give the same ones, or choose another --output")  # fmt: skip
+        if not part.exists():
+            return None, len(utterances)
+        lines = part.read_text(encoding="utf-8").splitlines()
+    done = 0
+    while done < len(utterances) and [(utterances[done].id, task) for task in prompts.TASKS] == [
+        _key(line) for line in lines[done * len(prompts.TASKS) : (done + 1) * len(prompts.TASKS)]
+    ]:
+        done += 1
+    runtime.gather(done)  # all have read the file before it is written again
+    with runtime.whole(of) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    with runtime.whole(part) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines[: done * len(prompts.TASKS)]), encoding="utf-8")
+    return part, done
+
+
+def _key(line):
+    """Utterance and task of a line; None for one that was cut off."""
+    try:
+        record = json.loads(line)
+        return record["id"], record["task"]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def answers(model, batch, args, control_token):
+    """The lines of predictions.jsonl for some utterances, as {(id, task): line}."""
     import model as models
 
-    for task in prompts.TASKS if batch else ():
+    lines = {(u.id, task): {"id": u.id, "task": task, "speaker": u.speaker, "output": None,
+                            "reference": data.reference(u, task)} for u in batch for task in prompts.TASKS}  # fmt: skip
+    with models.autocast():
+        for task in prompts.TASKS:
+            if task == "APA" and "greedy" not in args.scoring:
+                continue
+            outputs = model.generate(batch, task, args.max_new_tokens, control_token)
+            for utterance, (text, tokens, truncated) in zip(batch, outputs, strict=True):
+                lines[utterance.id, task] |= {"output": text, "tokens": tokens, "truncated": truncated}
+        if "expected" in args.scoring:
+            for utterance, distributions in zip(batch, model.score_distributions(batch, control_token).tolist()):
+                line = lines[utterance.id, "APA"]
+                line["scores"] = dict(zip(prompts.SCORES, distributions))
+                if line["output"] is None:
+                    line["output"] = prompts.apa_target({name: mode(p) for name, p in line["scores"].items()})
+    return lines
+
+
+def mode(probabilities):
+    return max(range(len(probabilities)), key=probabilities.__getitem__)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One's own recordings
+
+
+def listen(args):
+    """Assess single recordings, and print what a learner wants to see of them."""
+    import feedback
+    import model as models
+
+    words = feedback.canonical_words(args.text) if args.text else None
+    utterances = [feedback.read_recording(path) for path in args.audio]
+    (evaluation,) = evaluations(args)
+    models.check_model(args.model or evaluation.settings.get("model", models.HUB_MODEL))
+    model, control_token = load(evaluation, args), evaluation.adapter is not None
+    results = []
+    for utterance in utterances:
         with models.autocast():
-            outputs = model.generate(batch, task, max_new_tokens, control_token)
-        for utterance, (text, tokens, truncated) in zip(batch, outputs, strict=True):
-            yield {"id": utterance.id, "task": task, "output": text, "reference": data.reference(utterance, task),
-                   "tokens": tokens, "truncated": truncated}  # fmt: skip
+            (distributions,) = model.score_distributions([utterance], control_token).tolist()
+            ((text, *_),) = model.generate([utterance], "MDD", args.max_new_tokens, control_token)
+        scores, transcript = dict(zip(prompts.SCORES, distributions)), prompts.parse_output("MDD", text)
+        results.append(feedback.result(utterance.id, scores, transcript, words))
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(feedback.show(result, sys.stdout.isatty()) for result in results))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,19 +390,63 @@ def _check_prediction(record):
     return record
 
 
-def score(records):
+def scorings(records):
+    """Which scorings of APA a predictions file holds."""
+    apa = [record for record in records if record["task"] == "APA"]
+    expected = bool(apa) and all("scores" in record for record in apa)
+    greedy = not expected or all("tokens" in record for record in apa)
+    return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
+
+
+def paired(records, scoring):
+    """Outputs with their references, as metrics.summarise takes them: apa, mdd."""
+    apa, mdd = [], []
+    for record in records:
+        output = record["output"]
+        if record["task"] == "MDD":
+            mdd.append((prompts.parse_output("MDD", output), record["reference"]))
+        elif scoring == "expected":
+            apa.append(({name: expectation(p) for name, p in record["scores"].items()}, record["reference"]))
+        else:
+            apa.append((prompts.parse_output("APA", output), record["reference"]))
+    return apa, mdd
+
+
+def expectation(probabilities):
+    return sum(value * p for value, p in enumerate(probabilities))
+
+
+def score(records, scoring="greedy"):
     """Numbers, and the reasons of missing ones; metrics.summarise plus shares of cut-off outputs and `utterances`."""
-    by_task = {task: [record for record in records if record["task"] == task] for task in prompts.TASKS}
-    pairs = {
-        task: [(prompts.parse_output(task, record["output"]), record["reference"]) for record in chosen]
-        for task, chosen in by_task.items()
-    }
-    numbers, reasons = metrics.summarise(pairs["APA"], pairs["MDD"])
-    for task, chosen in by_task.items():
-        cut = [record["truncated"] for record in chosen if "truncated" in record]
+    numbers, reasons = metrics.summarise(*paired(records, scoring))
+    for task in prompts.TASKS:
+        cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
         numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
     numbers["utterances"] = len({record["id"] for record in records})
     return numbers, reasons
+
+
+def resamples(records, scoring):
+    """metrics.resample of a predictions file; None where it does not name two speakers or more."""
+    speakers = {task: [record.get("speaker") for record in records if record["task"] == task] for task in prompts.TASKS}
+    named = {*speakers["APA"], *speakers["MDD"]}
+    if None in named or len(named) < 2:
+        return None
+    return metrics.resample(*paired(records, scoring), speakers["APA"], speakers["MDD"])
+
+
+def rows_of(records, evaluation):
+    """The rows of one predictions file, one for each scoring it holds; prints why a number is missing."""
+    rows = []
+    for scoring in scorings(records):
+        label = evaluation.label + (", expected" if scoring == "expected" else "")
+        numbers, reasons = score(records, scoring)
+        samples = resamples(records, scoring) or {}
+        intervals = {key: metrics.interval(values) for key, values in samples.items()}
+        rows.append(Row(label, evaluation.paper_row, not rows, numbers, intervals))
+        for key, reason in reasons.items():
+            print(f"{label}: no {key}: {reason}")
+    return rows
 
 
 def canonical_floor(records):
@@ -295,12 +458,38 @@ def canonical_floor(records):
     return metrics.summarise([], list(zip(outputs, references)))[0]
 
 
-def write_metrics(numbers, evaluation):
-    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan."""
+def pauses_and_energy(records, source, revision, utterances, output):
+    """Numbers of the floor that knows no phones; None without its scores: they need the corpus once, then a file."""
+    path = output / "pauses_and_energy.json"
+    if utterances:
+        import baselines
+
+        train = data.read_corpus(source, "train", revision)
+        path.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
+    if not path.exists():
+        return None
+    floor = json.loads(path.read_text())
+    apa = [(floor.get(record["id"]), record["reference"]) for record in records if record["task"] == "APA"]
+    return metrics.summarise(apa, [])[0]
+
+
+def write_metrics(rows, evaluation):
+    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan.
+
+    _low and _high: the interval. expected_: what expected scoring changes, where greedy scoring was done as well.
+    """
+    values = {"evaluated": evaluation.label}
+    for row in rows:
+        found = row.numbers | {
+            f"{key}_{end}": v for key, pair in row.intervals.items() for end, v in zip(("low", "high"), pair)
+        }
+        if row is rows[0]:
+            values |= found
+        else:
+            values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
     output = evaluation.output
-    values = {"evaluated": evaluation.label} | {k: None if math.isnan(v) else v for k, v in numbers.items()}
     temporary = output / "metrics.json.tmp"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
     os.replace(temporary, output / "metrics.json")
 
 
@@ -331,7 +520,7 @@ def draw_figure5(records, path):
         pcc, pvalue, _, reason = metrics.correlation(scores, pers)
         axis.scatter(scores, pers, s=12, alpha=0.35, linewidths=0)
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5))
-        axis.set_title(f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {PAPER_FIGURE_5[name]:.3f})" if reason is None
+        axis.set_title(f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {tables.PAPER_FIGURE_5[name]:.3f})" if reason is None
                        else f"no PCC: {reason}")  # fmt: skip
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
@@ -339,128 +528,122 @@ def draw_figure5(records, path):
     plt.close(figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Printing
-
-
-def print_table(rows, floor):
-    """Print Table 3 with the paper's rows, then what the paper does not report. rows: list of (Evaluation, numbers)."""
-    print_row("\nTable 3", {}, TABLE_3, header=True)
-    strategies = {evaluation.paper_row[0] for evaluation, _ in rows} - {"base"} or {"lora"}
-    for layers, epoch in PAPER:
-        if layers in strategies or layers == "base":
-            print_row(paper_name(layers, epoch), dict(zip(TABLE_3, PAPER[layers, epoch])), TABLE_3)
-    print_row("canonical phones", floor, TABLE_3)
-    for evaluation, numbers in rows:
-        near = dict(zip(TABLE_3, PAPER[evaluation.paper_row]))
-        print_row(f"this run, {evaluation.label}", numbers, TABLE_3, near)
-    utterances = ", ".join(sorted({f"{numbers['utterances']:,}" for _, numbers in rows}))
-    print(f"""
-Measured on {utterances} utterances; the paper's rows are its results on the 2,500 of speechocean762's test part.
-Scores: PCC with human scores. F1, P, R: phone agreement by position, a reading that can give the paper's figures.
-canonical phones: writing what should have been said, without listening.""")
-    for evaluation, _ in rows:
-        print(f"* within {CLOSE} of the paper: {evaluation.label} against '{paper_name(*evaluation.paper_row)}'")
-
-    print_row("\nNot in the paper", {}, BESIDE, header=True)
-    print_row("canonical phones", {key: floor[key] for key in BESIDE if key.startswith("detection")}, BESIDE)
-    for evaluation, numbers in rows:
-        print_row(f"this run, {evaluation.label}", numbers, BESIDE)
-    print("""
-det.: mispronunciation detection, the field's convention. unparsed, cut off: share of outputs (APA, MDD) that could
-not be parsed, or hit the length limit.
-""")
-    for evaluation, numbers in rows:
-        for name in prompts.SCORES:
-            if not math.isnan(numbers[f"{name}_pcc"]):
-                print(f"{evaluation.label}, {name}: p-value of the PCC {numbers[f'{name}_pvalue']:.1e}, "
-                      f"mean absolute error {numbers[f'{name}_mae']:.2f} points of 10")  # fmt: skip
-
-
-def paper_name(layers, epoch):
-    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
-
-
-def print_row(name, numbers, columns, near=None, header=False):
-    cells = []
-    for key, title in columns.items():
-        value = numbers.get(key, math.nan)
-        mark = "*" if near and abs(value - near[key]) <= CLOSE else " "
-        cells.append(f"{title} " if header else f"{'-' if math.isnan(value) else f'{value:.3f}'}{mark}")
-    print(f"{name:23}" + "".join(cell.rjust(10) for cell in cells))
-
-
-def summarise(runs):
-    """Print mean, standard deviation and range of each number over the metrics.json of several runs."""
-    results = {run: _read_metrics(run if run.is_file() else run / "metrics.json") for run in runs}
-    counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
-    if len(set(counted.values())) > 1:
-        raise data.InputError("these runs were evaluated on different utterances: "
-                              + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
-    if len(runs) < 2:
-        raise data.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
-    print(f"{len(runs)} runs, {counted[runs[0]]} each: "
-          + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
-    print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
-    for key in next(iter(results.values())):
-        values = [result[key] for result in results.values() if isinstance(result.get(key), (int, float))]
-        if key != "utterances" and values:
-            spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
-            print(
-                f"{key:30}{statistics.fmean(values):10.3f}{spread:>10}{min(values):10.3f}{max(values):10.3f}{len(values):8}"
+def compare(first, second):
+    """Print how two predictions files of the same utterances differ, and how likely that is by chance."""
+    records = [read_predictions(path) for path in (first, second)]
+    keyed = [{(r["id"], r["task"]): r["reference"] for r in lines} for lines in records]
+    if keyed[0] != keyed[1]:
+        other = sorted(key for key in keyed[0].keys() | keyed[1].keys() if keyed[0].get(key) != keyed[1].get(key))
+        raise data.InputError(f"--compare {first} {second}: {len(other)} outputs are in one alone, or have other "
+                              f"references, such as {' '.join(other[0])}: evaluate both on one corpus")  # fmt: skip
+    order = {key: i for i, key in enumerate(keyed[0])}
+    records = [sorted(lines, key=lambda r: order[r["id"], r["task"]]) for lines in records]
+    common = [name for name in SCORINGS if all(name in scorings(lines) for lines in records)]
+    chosen = [(name, name) for name in common] or [(scorings(records[0])[0], scorings(records[1])[0])]
+    for pair in chosen:
+        samples = [resamples(lines, scoring) for lines, scoring in zip(records, pair)]
+        if None in samples:
+            raise data.InputError(
+                f"--compare {first} {second}: the files name no speakers, or one alone: evaluate again"
             )
-    print("\nstd: of the sample (n - 1). runs: those that have the number; a constant prediction has no correlation.")
+        numbers = [score(lines, scoring)[0] for lines, scoring in zip(records, pair)]
+        tables.show(tables.compare(*numbers, [f"{name} {scoring}" for name, scoring in zip("AB", pair)], samples))
+    events = [[event for events in metrics.detection_events(*_phones(lines)) for event in events] for lines in records]
+    ours, theirs, pvalue = metrics.mcnemar(*events)
+    print(f"""
+A: {first}
+B: {second}
+difference A - B with its interval and p-value: paired bootstrap over speakers, {metrics.RESAMPLES:,} resamples.
+Detection, phone by phone: A alone is right {ours:,} times, B alone {theirs:,} times; McNemar's exact test,
+p = {pvalue:.2g} (it takes phones as independent, which those of one speaker are not quite).""")
 
 
-def _read_metrics(path):
-    try:
-        values = json.loads(path.read_text())
-        values["evaluated"], values["utterances"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise data.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
-    return values
+def _phones(records):
+    heard, written = tables.heard_and_written(records)
+    return [record["reference"]["canonical"] for record in records if record["task"] == "MDD"], heard, written
+
+
+def print_drop(rows, how):
+    """How much worse a model is when it hears something else: little means that it does not listen."""
+    by_label = {row.label: row.numbers for row in rows}
+    pairs = [
+        (label, by_label[label.replace(f", {how}", "")], numbers) for label, numbers in by_label.items() if how in label
+    ]
+    keys = {f"{name}_pcc": name for name in prompts.SCORES} | {"wer": "WER", "per": "PER", "detection_f1": "det. F1"}
+    lines = [(label, [f"{heard[key] - numbers[key]:+.3f}" for key in keys]) for label, heard, numbers in pairs]
+    tables.show((f"Own audio less {how}", list(keys.values()), lines))
 
 
 def main():
-    """Generate where asked, score, write the files and print the table."""
+    """Generate where asked, score, write the files and print the tables."""
     args = parse_arguments()
     if args.summarise:
-        return summarise(args.summarise)
+        return tables.summarise(args.summarise)
+    if args.compare:
+        return compare(*args.compare)
+    if args.audio:
+        return listen(args)
     chosen = evaluations(args)
-    utterances, rank = None, 0
+    settings, utterances, rank = chosen[-1].settings, [], 0
     if not args.predictions:
         import model as models
         import runtime
 
         runtime.start_processes()
         rank = runtime.rank()
-        models.check_model(args.model or chosen[-1].settings.get("model", models.HUB_MODEL))
-        utterances = read_test_data(chosen[-1].settings, args)
-    rows = []
+        models.check_model(args.model or settings.get("model", models.HUB_MODEL))
+    source = args.data or settings.get("data", data.HUB_CORPUS)
+    revision = args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION)
+    if args.data or not args.predictions:
+        utterances = data.read_corpus(source, args.split, revision, args.limit)
+        print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
+    rows, floors, records = [], {}, []
     for evaluation in chosen:
-        if utterances:
+        if not args.predictions:
             gc.collect()  # the previous model leaves the GPU before the next one comes
             generate(evaluation, utterances, args)
         if rank == 0:
-            records = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
-            rows.append((evaluation, score_and_draw(records, evaluation)))
+            outputs = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
+            rows += score_and_draw(outputs, evaluation)
+            records = outputs if not evaluation.ablation else records
     if rank == 0:
-        print_table(rows, canonical_floor(records))
-        written = "" if args.predictions else "predictions.jsonl, "
-        print(f"\nwritten: {written}metrics.json, figure5.png in {', '.join(str(e.output) for e in chosen)}")
-    if utterances:
+        floors["says everything right"] = canonical_floor(records)
+        floor = pauses_and_energy(records, source, revision, utterances, chosen[0].output)
+        floors |= {"pauses and energy": floor} if floor else {}
+        show(rows, floors, records, utterances, chosen, args)
+    if not args.predictions:
         runtime.end_processes()
 
 
 def score_and_draw(records, evaluation):
-    """Write metrics.json and figure5.png of one row; returns its numbers."""
-    numbers, reasons = score(records)
+    """Write metrics.json and figure5.png of one predictions file; returns its rows."""
     evaluation.output.mkdir(parents=True, exist_ok=True)
-    write_metrics(numbers, evaluation)
+    rows = rows_of(records, evaluation)
+    write_metrics(rows, evaluation)
     draw_figure5(records, evaluation.output / "figure5.png")
-    for key, reason in reasons.items():
-        print(f"{evaluation.label}: no {key}: {reason}")
-    return numbers
+    return rows
+
+
+def show(rows, floors, records, utterances, chosen, args):
+    """Print the tables; write the report of the last evaluation where asked."""
+    results = [*tables.result_tables(rows, floors), tables.confusion_table(records)]
+    for table in results:
+        tables.show(table)
+    if args.audio_ablation:
+        print_drop(rows, args.audio_ablation)
+    print("", *tables.explain(rows), sep="\n")
+    for row in rows:
+        pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
+        print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
+    written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
+    print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}")
+    if args.report:
+        import report
+
+        last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
+        report.write_report(args.report, last.label, results, records, {u.id: u for u in utterances},
+                            last.output / "figure5.png")  # fmt: skip
+        print(f"report: {args.report}")
 
 
 if __name__ == "__main__":

@@ -236,6 +236,35 @@ class SpeechModel(nn.Module):
             answers.append((text, len(sequence) if length is None else length + 1, length is None))
         return answers
 
+    @torch.no_grad()
+    def score_distributions(self, utterances, control_token=True):
+        """Probabilities of the values 0-10 for each score of an APA answer, (B, 4, 11).
+
+        The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
+        normalised over them, and the likeliest value is given as the model's own before the next score is read: four
+        short passes with one cache, and no output that could be malformed.
+        """
+        before, values = data.encode_score_slots(self.tokenizer)
+        ids = [data.encode_prompt(u, "APA", self.tokenizer, self.audio_id, control_token) for u in utterances]
+        batch = data.collate_prompts([prompt + before[0] for prompt in ids], self.pad_id)
+        input_ids, mask = self._tensors(batch, "input_ids", "attention_mask")  # (B, T)
+        embeds = self._inputs_embeds(input_ids, self.audio_embeddings(utterances))  # (B, T, D)
+        values = torch.tensor(values, device=self.device)  # (11,)
+        cache, distributions = None, []
+        for following in [*before[1:], []]:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # padding counts nowhere
+            output = self.core.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                     past_key_values=cache, use_cache=True)  # fmt: skip
+            cache = output.past_key_values
+            logits = self.core.lm_head(output.last_hidden_state[:, -1])[:, values]  # (B, 11)
+            distributions.append(logits.float().softmax(dim=-1))
+            own = values[distributions[-1].argmax(dim=-1)][:, None]  # (B, 1)
+            text = torch.tensor(following, dtype=own.dtype, device=own.device).expand(len(own), -1)
+            given = torch.cat([own, text], dim=1)  # (B, 1 + following)
+            embeds = self.core.get_input_embeddings()(given)
+            mask = torch.cat([mask, torch.ones_like(given)], dim=1)
+        return torch.stack(distributions, dim=1)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import os
 import shutil
 from functools import partial
@@ -384,3 +385,27 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
     with pytest.raises(FileNotFoundError):
         data.run_script("x.py", main)
+
+
+class Letters:
+    """A tokenizer with a token for every character, but for what `pieces` names."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def encode(self, text, add_special_tokens):
+        parts = re.split("(" + "|".join(self.pieces) + ")", text) if self.pieces else [text]
+        return [hash(piece) for part in parts for piece in ([part] if part in self.pieces else part)]
+
+
+def test_score_slots_are_the_answer_without_its_scores():
+    before, values = data.encode_score_slots(Letters("10"))
+    text = [hash(c) for c in '{"accuracy": '], [hash(c) for c in ', "fluency": ']
+    assert before[:2] == list(text) and len(before) == 4
+    assert values == [hash(str(value)) for value in range(11)]
+
+
+@pytest.mark.parametrize("pieces", [(), ("10", "7, ")])
+def test_a_tokenizer_that_splits_10_or_joins_a_score_with_its_comma_is_refused(pieces):
+    with pytest.raises(data.InputError, match="does not write each of 0 to 10 as one token: use --scoring greedy"):
+        data.encode_score_slots(Letters(*pieces))

