@@ -13,11 +13,14 @@ EPOCHS ?= 8
 demo: .venv/installed
 	@if [ -n "$$(ls -A out 2>/dev/null)" ] && ! grep -qs '"model": "tiny/model"' out/settings.json; then \
 		echo "out/ holds something that is not the demo's: move it away first"; exit 2; fi
-	rm -rf tiny/model tiny/corpus out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl
+	rm -rf tiny/model tiny/corpus out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl \
+		out/predictions.jsonl.part
 	.venv/bin/python tiny.py --steps $(PRETRAINING_STEPS) --train-speakers $(TRAIN_SPEAKERS) --seed $(SEED)
 	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3 \
 		--batch-size 8 --accumulation 2 --epochs $(EPOCHS) --seed $(SEED)
-	.venv/bin/python evaluate.py --adapter out/ --base
+	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected --report out/report.html
+	.venv/bin/python evaluate.py --adapter out/ --audio tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) \
+		--text "$$(head -1 tiny/corpus/test/text | cut -f2)"
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests

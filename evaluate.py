@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -181,7 +182,7 @@ class Row:
     """One row of the tables."""
 
     label: str
-    paper_row: tuple | None
+    paper_row: tuple | None  # key of tables.PAPER; None for what is not compared with it
     transcribed: bool  # has MDD outputs of its own, not those of the row above
     numbers: dict
     intervals: dict  # key -> (low, high); empty where the file names no speakers
@@ -277,20 +278,21 @@ def choose_part(evaluation, utterances, args):
         "model": args.model or evaluation.settings.get("model"), "scoring": sorted(args.scoring),
         "max_new_tokens": args.max_new_tokens, "corpus": data.fingerprint(utterances),
     }  # fmt: skip
-    lines = []
+    lines, complete = [], False
     if args.resume and (path.exists() or part.exists()):
         if not of.exists() or json.loads(of.read_text()) != settings:
             raise data.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
                                   f"setting: give the same ones, or choose another --output")  # fmt: skip
-        if not part.exists():
-            return None, len(utterances)
-        lines = part.read_text(encoding="utf-8").splitlines()
+        complete = not part.exists()
+        lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
     done = 0
     while done < len(utterances) and [(utterances[done].id, task) for task in prompts.TASKS] == [
         _key(line) for line in lines[done * len(prompts.TASKS) : (done + 1) * len(prompts.TASKS)]
     ]:
         done += 1
-    runtime.gather(done)  # all have read the file before it is written again
+    complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
+    if complete:
+        return None, len(utterances)
     with runtime.whole(of) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
     with runtime.whole(part) as temporary:
@@ -426,40 +428,49 @@ def score(records, scoring="greedy"):
     return numbers, reasons
 
 
-def resamples(records, scoring):
-    """metrics.resample of a predictions file; None where it does not name two speakers or more."""
-    speakers = {task: [record.get("speaker") for record in records if record["task"] == task] for task in prompts.TASKS}
-    named = {*speakers["APA"], *speakers["MDD"]}
+def speakers_of(records, task):
+    return [record.get("speaker") for record in records if record["task"] == task]
+
+
+def resamples(records, apa, mdd):
+    """metrics.resample of outputs; None where the file does not name two speakers or more."""
+    speakers = [speakers_of(records, task) if pairs else [] for task, pairs in (("APA", apa), ("MDD", mdd))]
+    named = {*speakers[0], *speakers[1]}
     if None in named or len(named) < 2:
         return None
-    return metrics.resample(*paired(records, scoring), speakers["APA"], speakers["MDD"])
+    return metrics.resample(apa, mdd, *speakers)
+
+
+def intervals(records, apa, mdd):
+    samples = resamples(records, apa, mdd) or {}
+    return {key: metrics.interval(values) for key, values in samples.items()}
 
 
 def rows_of(records, evaluation):
     """The rows of one predictions file, one for each scoring it holds; prints why a number is missing."""
     rows = []
     for scoring in scorings(records):
-        label = evaluation.label + (", expected" if scoring == "expected" else "")
+        label = f"this run, {evaluation.label}" + (", expected" if scoring == "expected" else "")
         numbers, reasons = score(records, scoring)
-        samples = resamples(records, scoring) or {}
-        intervals = {key: metrics.interval(values) for key, values in samples.items()}
-        rows.append(Row(label, evaluation.paper_row, not rows, numbers, intervals))
+        found = intervals(records, *paired(records, scoring))
+        rows.append(Row(label, evaluation.paper_row, not rows, numbers, found))
         for key, reason in reasons.items():
             print(f"{label}: no {key}: {reason}")
     return rows
 
 
 def canonical_floor(records):
-    """Numbers of a "model" that writes what should have been said: the PER and F1 that need no listening."""
+    """The row of a "model" that writes what should have been said: the PER and F1 that need no listening."""
     references = [record["reference"] for record in records if record["task"] == "MDD"]
     outputs = [
         {"word_transcript": r["word_transcript"], "phoneme_transcript": " ".join(r["canonical"])} for r in references
     ]
-    return metrics.summarise([], list(zip(outputs, references)))[0]
+    mdd = list(zip(outputs, references))
+    return Row("says everything right", None, True, metrics.summarise([], mdd)[0], intervals(records, [], mdd))
 
 
 def pauses_and_energy(records, source, revision, utterances, output):
-    """Numbers of the floor that knows no phones; None without its scores: they need the corpus once, then a file."""
+    """The row of a fit that knows no phones; None without its scores: they need the corpus once, then a file."""
     path = output / "pauses_and_energy.json"
     if utterances:
         import baselines
@@ -470,7 +481,7 @@ def pauses_and_energy(records, source, revision, utterances, output):
         return None
     floor = json.loads(path.read_text())
     apa = [(floor.get(record["id"]), record["reference"]) for record in records if record["task"] == "APA"]
-    return metrics.summarise(apa, [])[0]
+    return Row("pauses and energy", None, False, metrics.summarise(apa, [])[0], intervals(records, apa, []))
 
 
 def write_metrics(rows, evaluation):
@@ -541,7 +552,7 @@ def compare(first, second):
     common = [name for name in SCORINGS if all(name in scorings(lines) for lines in records)]
     chosen = [(name, name) for name in common] or [(scorings(records[0])[0], scorings(records[1])[0])]
     for pair in chosen:
-        samples = [resamples(lines, scoring) for lines, scoring in zip(records, pair)]
+        samples = [resamples(lines, *paired(lines, scoring)) for lines, scoring in zip(records, pair)]
         if None in samples:
             raise data.InputError(
                 f"--compare {first} {second}: the files name no speakers, or one alone: evaluate again"
@@ -597,7 +608,9 @@ def main():
     if args.data or not args.predictions:
         utterances = data.read_corpus(source, args.split, revision, args.limit)
         print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
-    rows, floors, records = [], {}, []
+    if args.report:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+    rows, records = [], []
     for evaluation in chosen:
         if not args.predictions:
             gc.collect()  # the previous model leaves the GPU before the next one comes
@@ -607,9 +620,8 @@ def main():
             rows += score_and_draw(outputs, evaluation)
             records = outputs if not evaluation.ablation else records
     if rank == 0:
-        floors["says everything right"] = canonical_floor(records)
         floor = pauses_and_energy(records, source, revision, utterances, chosen[0].output)
-        floors |= {"pauses and energy": floor} if floor else {}
+        floors = [canonical_floor(records), *([floor] if floor else [])]
         show(rows, floors, records, utterances, chosen, args)
     if not args.predictions:
         runtime.end_processes()
@@ -631,7 +643,7 @@ def show(rows, floors, records, utterances, chosen, args):
         tables.show(table)
     if args.audio_ablation:
         print_drop(rows, args.audio_ablation)
-    print("", *tables.explain(rows), sep="\n")
+    print("", *(textwrap.fill(note, 118) for note in tables.explain(rows)), sep="\n")
     for row in rows:
         pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
         print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
@@ -641,8 +653,8 @@ def show(rows, floors, records, utterances, chosen, args):
         import report
 
         last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
-        report.write_report(args.report, last.label, results, records, {u.id: u for u in utterances},
-                            last.output / "figure5.png")  # fmt: skip
+        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", results[:-1], tables.explain(rows),
+                            records, {u.id: u for u in utterances}, last.output / "figure5.png")  # fmt: skip
         print(f"report: {args.report}")
 
 

@@ -107,16 +107,18 @@ class Answers:
     error: float  # by which the utterances are ordered
 
 
-def write_report(path, title, tables, records, utterances, figure5=None):
+def write_report(path, title, tables, notes, records, utterances, figure5=None):
     """Write the report of one system as a single HTML file, under a temporary name that is then renamed.
 
     tables: list of (caption, titles of the cells' columns, rows), rows being a list of (name, cell texts).
-    records: lines of predictions.jsonl. utterances: {id: data.Utterance} for recordings and words; ids may be missing.
+    notes: lines of text under the tables. records: lines of predictions.jsonl.
+    utterances: {id: data.Utterance} for recordings and words; ids may be missing.
     figure5: path of a PNG, or None. Raises OSError where figure5 cannot be read or the file cannot be written.
     """
     answers = read_answers(records)
     sections = {
-        "Results": "".join(table(caption, ["name", *columns], rows) for caption, columns, rows in tables),
+        "Results": "".join(table(caption, ["name", *columns], rows) for caption, columns, rows in tables)
+        + "".join(f"<p>{html.escape(note)}</p>" for note in notes),
         "Predicted and human scores": draw_scores(answers),
         "PER and accuracy score": embed_figure5(figure5) if figure5 else "",
         "Phone confusions": count_confusions(answers),

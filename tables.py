@@ -54,7 +54,7 @@ CONFUSIONS = 8  # the most frequent ones are printed
 
 
 def result_tables(rows, floors):
-    """Tables of some evaluated systems. rows: list of evaluate.Row; floors: {name: numbers} that need no model."""
+    """Tables of some evaluated systems. rows, floors: lists of evaluate.Row; a floor needs no model."""
     strategies = {row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"}
     paper = [(paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3)) for key, values in PAPER.items()
              if key[0] in strategies or key[0] == "base"]  # fmt: skip
@@ -62,21 +62,25 @@ def result_tables(rows, floors):
     others = [(name, cells({key: v for key, v in zip(keys, values) if v is not None}, TABLE_3))
               for name, values in PUBLISHED.items()]  # fmt: skip
     return [
-        ("Table 3", list(TABLE_3.values()), paper + others + _own(rows, floors, TABLE_3)),
-        ("Detection", list(DETECTION.values()), _own([row for row in rows if row.transcribed], floors, DETECTION)),
-        ("Mean error, outputs", list(OUTPUTS.values()), _own(rows, {}, OUTPUTS)),
+        ("Table 3", list(TABLE_3.values()), paper + others + _own([*floors, *rows], TABLE_3)),
+        ("Detection", list(DETECTION.values()), _own([r for r in [*floors, *rows] if r.transcribed], DETECTION)),
+        ("Mean error, outputs", list(OUTPUTS.values()), _own(rows, OUTPUTS)),
     ]
 
 
-def _own(rows, floors, columns):
-    """Rows of the floors and of the systems, each with its interval where there is one."""
-    lines = [(name, cells(numbers, columns)) for name, numbers in floors.items()]
-    lines = [(name, texts) for name, texts in lines if set(texts) != {"-"}]
+def _own(rows, columns):
+    """The rows, each with its interval where there is one."""
+    lines = []
     for row in rows:
         near = dict(zip(TABLE_3, PAPER[row.paper_row])) if row.paper_row and columns is TABLE_3 else {}
-        lines.append((f"this run, {row.label}", cells(row.numbers, columns, near)))
+        lines.append((row.label, cells(row.numbers, columns, near)))
         if row.intervals:
-            lines.append((f"  {metrics.LEVEL:.0%} interval", interval_cells(row.intervals, columns)))
+            lines.append(
+                (
+                    f"  {metrics.LEVEL:.0%} {row.label.removeprefix('this run, ')}",
+                    interval_cells(row.intervals, columns),
+                )
+            )
     return lines
 
 
@@ -127,22 +131,19 @@ def show(table):
 
 
 def explain(rows):
-    """What the columns and rows of `result_tables` are, as lines of text."""
+    """What the columns and rows of `result_tables` are, one sentence or two a line."""
     utterances = ", ".join(sorted({f"{row.numbers['utterances']:,}" for row in rows}))
-    text = f"""\
-Measured on {utterances} utterances; other rows are others' results on the 2,500 of speechocean762's test part.
-Scores: PCC with human scores. Table 3's F1, P, R: phone agreement by position, a reading that can give the paper's
-figures; detection: mispronunciations found, the field's convention. There are two because the paper defines the
-second, and its figures fit the first.
-says everything right: writing what should have been said, without listening. pauses and energy: a linear fit that
-knows no phones; a model that is not above it has learnt nothing about pronunciation.
-\u2020 is given the sentence. Intervals: bootstrap over speakers. cut off: the length limit came before the end."""
-    close = [
-        f"* within {CLOSE} of the paper: {row.label} against '{paper_name(*row.paper_row)}'"
-        for row in rows
-        if row.paper_row
+    return [
+        f"Measured on {utterances} utterances; others' rows are theirs on the 2,500 of speechocean762's test part.",
+        "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
+        "F1, P, R in Table 3: phone agreement by position, a reading that can give the paper's figures. Detection: "
+        "found mispronunciations, the field's convention. Two, as the paper defines the second and reports the first.",
+        "says everything right: writing what should have been said, without listening. pauses and energy: a linear fit "
+        "that knows no phones; a model that is not above it has learnt nothing about pronunciation.",
+        "\u2020: given the sentence. FAR, FRR, DER: false acceptance, false rejection, diagnosis error. cut off: the "
+        "length limit came before the end.",
+        *(f"*: {row.label} is within {CLOSE} of '{paper_name(*row.paper_row)}'" for row in rows if row.paper_row),
     ]
-    return [*text.splitlines(), *close]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

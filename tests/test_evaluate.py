@@ -59,7 +59,7 @@ def test_scoring_counts_what_was_unparsed_and_cut_off():
 
 
 def test_the_floor_is_what_copying_the_canonical_phones_gives():
-    floor = evaluate.canonical_floor(records())
+    floor = evaluate.canonical_floor(records()).numbers
     assert floor["per"] == 1 / 4 and floor["detection_recall"] == 0 and floor["wer"] == 0
 
 
@@ -357,7 +357,10 @@ def test_both_scorings_give_two_rows_and_the_second_ones_numbers_are_named(evalu
     utterances = data.read_corpus(corpus, "test", limit=5)
     evaluate.generate(evaluation, utterances, how(scoring=["greedy", "expected"]))
     rows = evaluate.rows_of(lines_of(evaluation), evaluation)
-    assert [(row.label, row.transcribed) for row in rows] == [("epoch-2", True), ("epoch-2, expected", False)]
+    assert [(row.label, row.transcribed) for row in rows] == [
+        ("this run, epoch-2", True),
+        ("this run, epoch-2, expected", False),
+    ]
     evaluate.write_metrics(rows, evaluation)
     saved = json.loads((evaluation.output / "metrics.json").read_text())
     assert saved["total_mae"] == rows[0].numbers["total_mae"] or saved["total_mae"] is None
@@ -378,8 +381,8 @@ def test_intervals_need_speakers(capsys):
                               for lines in (spoken(), records(12)))  # fmt: skip
     low, high = with_speakers[0].intervals["detection_precision"]
     assert low <= with_speakers[0].numbers["detection_precision"] <= high and without[0].intervals == {}
-    shown = tables.result_tables(with_speakers, {"floor": {"per": 0.5}})
-    assert [name for name, _ in shown[0][2]][-3:] == ["floor", "this run, x", "  95% interval"]
+    shown = tables.result_tables(with_speakers, [evaluate.canonical_floor(records(12))])
+    assert [name for name, _ in shown[0][2]][-3:] == ["says everything right", "this run, x", "  95% x"]
     assert all(len(cells) == len(columns) for _, columns, rows in shown for _, cells in rows)
 
 

@@ -53,7 +53,7 @@ def one_hot(value, low=None):
 
 def write(tmp_path, records, utterances=None, title="Report", tables=TABLES, figure5=None):
     path = tmp_path / "report.html"
-    report.write_report(path, title, tables, records, utterances or {}, figure5)
+    report.write_report(path, title, tables, ["a note with <b>"], records, utterances or {}, figure5)
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".tmp"] == []
     return path.read_text(encoding="utf-8")
 
