@@ -273,10 +273,13 @@ def choose_part(evaluation, utterances, args):
 
     path = evaluation.output / "predictions.jsonl"
     part, of = path.with_name("predictions.jsonl.part"), path.with_name("predictions.settings.json")
+    files = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
     settings = {
         "evaluated": evaluation.label, "adapter": str(evaluation.adapter),
-        "model": args.model or evaluation.settings.get("model"), "scoring": sorted(args.scoring),
-        "max_new_tokens": args.max_new_tokens, "corpus": data.fingerprint(utterances),
+        "written": [file.stat().st_mtime_ns for file in files],  # another training writes the same names
+        "model": args.model or evaluation.settings.get("model"), "dtype": args.dtype, "attention": args.attention,
+        "scoring": sorted(args.scoring), "max_new_tokens": args.max_new_tokens,
+        "corpus": data.fingerprint(utterances),
     }  # fmt: skip
     lines, complete = [], False
     if args.resume and (path.exists() or part.exists()):
