@@ -641,8 +641,9 @@ def score_and_draw(records, evaluation):
 
 def show(rows, floors, records, utterances, chosen, args):
     """Print the tables; write the report of the last evaluation where asked."""
-    results = [*tables.result_tables(rows, floors), tables.confusion_table(records)]
-    for table in results:
+    results = tables.result_tables(rows, floors)
+    phones, confusions = tables.phone_tables(records)
+    for table in (*results, confusions):
         tables.show(table)
     if args.audio_ablation:
         print_drop(rows, args.audio_ablation)
@@ -650,14 +651,17 @@ def show(rows, floors, records, utterances, chosen, args):
     for row in rows:
         pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
         print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
+    last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
+    lines = [["phone", *phones[1]], *([phone, *texts] for phone, texts in phones[2])]
+    (last.output / "phones.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
-    print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}")
+    print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")
     if args.report:
         import report
 
-        last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
-        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", results[:-1], tables.explain(rows),
-                            records, {u.id: u for u in utterances}, last.output / "figure5.png")  # fmt: skip
+        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", [*results, phones],
+                            tables.explain(rows), records, {u.id: u for u in utterances},
+                            last.output / "figure5.png")  # fmt: skip
         print(f"report: {args.report}")
 
 

@@ -103,14 +103,22 @@ def paper_name(layers, epoch):
     return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
 
 
-def confusion_table(records):
-    """The most frequent confusions of phones, and the phones that are recognised worst."""
+def phone_tables(records):
+    """Each phone with how well it is recognised, and the most frequent confusions of all."""
     report = metrics.phone_report(*heard_and_written(records))
+    phones = []
+    for entry in report:
+        instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][: CONFUSIONS // 2])
+        texts = [str(entry["support"]), *cells(entry, ("precision", "recall")), instead]
+        phones += [(entry["phone"], texts)] if entry["phone"] else []
     pairs = [(entry["phone"] or "nothing", written or "nothing", count, entry["support"])
              for entry in report for written, count in entry["confusions"]]  # fmt: skip
-    lines = [(f"{heard} > {written}", [str(count), f"{count / support:.3f}" if heard != "nothing" else "-"])
+    often = [(f"{heard} > {written}", [str(count), f"{count / support:.3f}" if heard != "nothing" else "-"])
              for heard, written, count, support in sorted(pairs, key=lambda pair: -pair[2])[:CONFUSIONS]]  # fmt: skip
-    return "Phones heard > written most often", ["times", "share"], lines
+    return [
+        ("Phones", ["heard", "precision", "recall", "written instead (-: nothing)"], phones),
+        ("Phones heard > written most often", ["times", "share"], often),
+    ]
 
 
 def heard_and_written(records):

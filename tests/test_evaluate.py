@@ -386,6 +386,13 @@ def test_intervals_need_speakers(capsys):
     assert all(len(cells) == len(columns) for _, columns, rows in shown for _, cells in rows)
 
 
+def test_each_phone_is_reported_with_its_confusions():
+    (_, columns, phones), (_, _, often) = tables.phone_tables(records())
+    assert columns[:3] == ["heard", "precision", "recall"]
+    assert dict(phones)["IY"] == ["6", "-", "0.000", "-:6"] and dict(phones)["W"][:3] == ["6", "1.000", "1.000"]
+    assert often == [("IY > nothing", ["6", "1.000"])]
+
+
 def test_other_audio_is_evaluated_beside_the_own(monkeypatch, run, corpus, tmp_path, capsys):
     where = ["--adapter", str(run[0] / "out"), "--output", str(tmp_path), "--limit", "4", "--max-new-tokens", "5"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *where, "--audio-ablation", "silence"])
