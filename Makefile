@@ -1,4 +1,4 @@
-# make demo   a tiny model and corpus, a fine-tune, and the table of results: about five minutes on two cores
+# make demo   a tiny model and corpus, a fine-tune, the tables and a report: about seven minutes on two cores
 # make test   the test suite
 # Both set up a virtual environment in .venv first. Needs Python 3.11 or newer (PYTHON=... to choose one).
 

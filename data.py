@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -375,11 +375,17 @@ class Example:
 
 def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
     """Token ids of a prompt, up to and including <|assistant|>; the audio placeholder repeated for every embedding."""
-    before, after = prompts.build_prompt(task, control_token).split(prompts.AUDIO)
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    return encode(before) + [audio_id] * utterance.audio_tokens + encode(after)
+    before, after = _encode_around_audio(tokenizer, task, control_token)
+    return before + [audio_id] * utterance.audio_tokens + after
 
 
+@cache  # the same for every utterance, and the prompts are long
+def _encode_around_audio(tokenizer, task, control_token):
+    parts = prompts.build_prompt(task, control_token).split(prompts.AUDIO)
+    return [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+
+
+@cache
 def encode_score_slots(tokenizer):
     """An APA answer as token ids around its scores: what stands before each of the four, and the ids of values 0-10.
 

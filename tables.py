@@ -150,7 +150,7 @@ def explain(rows):
         "that knows no phones; a model that is not above it has learnt nothing about pronunciation.",
         "\u2020: given the sentence. FAR, FRR, DER: false acceptance, false rejection, diagnosis error. cut off: the "
         "length limit came before the end.",
-        *(f"*: {row.label} is within {CLOSE} of '{paper_name(*row.paper_row)}'" for row in rows if row.paper_row),
+        *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
     ]
 
 
