@@ -256,6 +256,7 @@ def generate(evaluation, utterances, args):
                 bar.update(len(batch))
             model.audio_cache.clear()  # each recording was embedded once for both tasks; the corpus need not fit
             lines = {key: line for lines in runtime.gather(own) for key, line in lines.items()}
+            bar.update(start + len(chosen) - bar.n)  # what the other processes did
             for utterance in chosen:
                 for task in prompts.TASKS:
                     print(json.dumps(lines[utterance.id, task], ensure_ascii=False), file=file)
