@@ -22,15 +22,18 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 import prompts
 
@@ -74,11 +77,58 @@ def run_script(name, main):
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        if rank := int(os.environ.get("RANK", 0)):
+        if process_rank():
             time.sleep(RANK_0_FIRST)
-            name += f" (rank {rank})"
+            name += f" (rank {process_rank()})"
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def process_rank():
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def whole(path):
+    """Gives a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
+
+    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
+    goes nowhere.
+    """
+    if process_rank():
+        yield Path(os.devnull)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        _remove(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        _remove(temporary)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"{path} cannot be written: {reason}") from error
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def first_line(error):

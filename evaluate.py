@@ -242,7 +242,7 @@ def generate(evaluation, utterances, args):
     if "expected" in args.scoring:
         data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
     print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-    rank, processes = runtime.rank(), runtime.processes()
+    rank, processes = data.process_rank(), runtime.processes()
     window = WINDOW * args.batch_size * processes
     with (open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
           tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar):  # fmt: skip
@@ -297,9 +297,9 @@ def choose_part(evaluation, utterances, args):
     complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
     if complete:
         return None, len(utterances)
-    with runtime.whole(of) as temporary:
+    with data.whole(of) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with runtime.whole(part) as temporary:
+    with data.whole(part) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines[: done * len(prompts.TASKS)]), encoding="utf-8")
     return part, done
 
@@ -331,12 +331,10 @@ def answers(model, batch, args, control_token):
                 line = lines[utterance.id, "APA"]
                 line["scores"] = dict(zip(prompts.SCORES, distributions))
                 if line["output"] is None:
-                    line["output"] = prompts.apa_target({name: mode(p) for name, p in line["scores"].items()})
+                    line["output"] = prompts.apa_target(
+                        {name: metrics.likeliest(p) for name, p in line["scores"].items()}
+                    )
     return lines
-
-
-def mode(probabilities):
-    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,14 +410,10 @@ def paired(records, scoring):
         if record["task"] == "MDD":
             mdd.append((prompts.parse_output("MDD", output), record["reference"]))
         elif scoring == "expected":
-            apa.append(({name: expectation(p) for name, p in record["scores"].items()}, record["reference"]))
+            apa.append(({name: metrics.expectation(p) for name, p in record["scores"].items()}, record["reference"]))
         else:
             apa.append((prompts.parse_output("APA", output), record["reference"]))
     return apa, mdd
-
-
-def expectation(probabilities):
-    return sum(value * p for value, p in enumerate(probabilities))
 
 
 def score(records, scoring="greedy"):
@@ -480,7 +474,8 @@ def pauses_and_energy(records, source, revision, utterances, output):
         import baselines
 
         train = data.read_corpus(source, "train", revision)
-        path.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
+        with data.whole(path) as temporary:
+            temporary.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
     if not path.exists():
         return None
     floor = json.loads(path.read_text())
@@ -502,10 +497,8 @@ def write_metrics(rows, evaluation):
             values |= found
         else:
             values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    output = evaluation.output
-    temporary = output / "metrics.json.tmp"
-    temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
-    os.replace(temporary, output / "metrics.json")
+    with data.whole(evaluation.output / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
 
 
 def draw_figure5(records, path):
@@ -539,7 +532,8 @@ def draw_figure5(records, path):
                        else f"no PCC: {reason}")  # fmt: skip
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
-    figure.savefig(path, dpi=150)
+    with data.whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 
@@ -599,13 +593,12 @@ def main():
     if args.audio:
         return listen(args)
     chosen = evaluations(args)
-    settings, utterances, rank = chosen[-1].settings, [], 0
+    settings, utterances, rank = chosen[-1].settings, [], data.process_rank()
     if not args.predictions:
         import model as models
         import runtime
 
         runtime.start_processes()
-        rank = runtime.rank()
         models.check_model(args.model or settings.get("model", models.HUB_MODEL))
     source = args.data or settings.get("data", data.HUB_CORPUS)
     revision = args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION)
@@ -654,13 +647,14 @@ def show(rows, floors, records, utterances, chosen, args):
         print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
     last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
     lines = [["phone", *phones[1]], *([phone, *texts] for phone, texts in phones[2])]
-    (last.output / "phones.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    with data.whole(last.output / "phones.tsv") as temporary:
+        temporary.write_text("".join("\t".join(line) + "\n" for line in lines))
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
     print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")
     if args.report:
         import report
 
-        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", [*results, phones],
+        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", [*results, phones, confusions],
                             tables.explain(rows), records, {u.id: u for u in utterances},
                             last.output / "figure5.png")  # fmt: skip
         print(f"report: {args.report}")

@@ -28,7 +28,7 @@ FULL_SCALE = 0.99
 CLIPPED = 0.01  # share of a channel's samples
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
-ANSI = {"right": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
+ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
 LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 
 
@@ -100,7 +100,7 @@ def compare(words, phones):
 
     words: list of data.Word, at least one; phones: list of what was heard. All words are aligned at once
     (metrics.align); an added phone belongs to the word before it, or to the first.
-    Returns one list per word of (kind, canonical, heard), kind one of right, substituted, missing, added; canonical is
+    Returns one list per word of (kind, canonical, heard), kind one of same, substituted, missing, added; canonical is
     None for an added phone, heard is None for a missing one.
     """
     owners = [i for i, word in enumerate(words) for _ in word.canonical]  # word of each canonical phone
@@ -110,8 +110,7 @@ def compare(words, phones):
         if canonical is None:
             marks[owners[max(position - 1, 0)]].append(("added", None, heard))
             continue
-        kind = "missing" if heard is None else "right" if heard == canonical else "substituted"
-        marks[owners[position]].append((kind, canonical, heard))
+        marks[owners[position]].append((metrics.kind_of(canonical, heard), canonical, heard))
         position += 1
     return marks
 
@@ -126,9 +125,8 @@ def result(file, distributions, transcript, words):
     scores = {}
     for name, distribution in distributions.items():
         distribution = [float(probability) for probability in distribution]
-        expected = sum(score * probability for score, probability in enumerate(distribution))
-        mode = distribution.index(max(distribution))
-        scores[name] = {"expected": expected, "mode": mode, "distribution": distribution}
+        scores[name] = {"expected": metrics.expectation(distribution), "mode": metrics.likeliest(distribution),
+                        "distribution": distribution}  # fmt: skip
     phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
     found = {"file": file, "scores": scores, "phones": phones,
              "word_transcript": transcript["word_transcript"] if transcript else None}  # fmt: skip
@@ -166,5 +164,5 @@ def _bars(distribution):
 
 
 def _mark(kind, canonical, heard, colour):
-    text = {"right": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
+    text = {"same": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
     return f"\x1b[{ANSI[kind]}m{text[kind]}\x1b[0m" if colour else text[kind]

@@ -94,6 +94,13 @@ def align(first, second):
     return pairs[::-1]
 
 
+def kind_of(first, second):
+    """What an aligned pair is, with None for a gap: same, substituted, missing (in `second`) or added (by it)."""
+    if first is None:
+        return "added"
+    return "missing" if second is None else "same" if first == second else "substituted"
+
+
 def detection_counts(canonical, heard, predicted):
     """Mispronunciation detection and diagnosis, counted per phone and pooled over the corpus.
 
@@ -222,6 +229,16 @@ def phone_report(heard, predicted):
         }
         for phone, count in support.most_common()
     ]
+
+
+def expectation(probabilities):
+    """The mean score of a distribution over the values 0, 1, 2, ..."""
+    return sum(value * probability for value, probability in enumerate(probabilities))
+
+
+def likeliest(probabilities):
+    """The value with the highest probability, the lowest one of several."""
+    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 def correlation(predicted, human):

@@ -504,9 +504,9 @@ def save_trained(model, folder, settings):
     for name, parameter in _outside_adapter(model, settings["strategy"]).items():
         if (weight := runtime.on_rank_0(parameter)) is not None:
             weights[name] = weight.to(dtype).contiguous()
-    if runtime.rank():
+    if data.process_rank():
         return
-    with runtime.whole(Path(folder)) as temporary:
+    with data.whole(Path(folder)) as temporary:
         temporary.mkdir()
         if isinstance(model.network, PeftModel):
             # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved anyway

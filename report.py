@@ -9,17 +9,16 @@ import base64
 import hashlib
 import html
 import math
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import data
 import metrics
 import prompts
 
 SHOWN = 40  # utterances with the largest errors
-CONFUSIONS = 30  # most frequent pairs of phones
 RAW = 400  # characters of an unparsed output
 LOW, HIGH = prompts.SCORE_RANGE
 MARKS = {"same": "=", "substituted": "≠", "missing": "−", "added": "+"}
@@ -108,12 +107,12 @@ class Answers:
 
 
 def write_report(path, title, tables, notes, records, utterances, figure5=None):
-    """Write the report of one system as a single HTML file, under a temporary name that is then renamed.
+    """Write the report of one system as a single HTML file.
 
     tables: list of (caption, titles of the cells' columns, rows), rows being a list of (name, cell texts).
     notes: lines of text under the tables. records: lines of predictions.jsonl.
     utterances: {id: data.Utterance} for recordings and words; ids may be missing.
-    figure5: path of a PNG, or None. Raises OSError where figure5 cannot be read or the file cannot be written.
+    figure5: path of a PNG, or None. Raises OSError where it cannot be read, RunError where the page cannot be written.
     """
     answers = read_answers(records)
     sections = {
@@ -121,7 +120,6 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
         + "".join(f"<p>{html.escape(note)}</p>" for note in notes),
         "Predicted and human scores": draw_scores(answers),
         "PER and accuracy score": embed_figure5(figure5) if figure5 else "",
-        "Phone confusions": count_confusions(answers),
         "Calibration of the expected scores": draw_calibration(answers),
         "Largest errors": show_largest(answers, utterances),
     }
@@ -141,9 +139,8 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
 {body}</main><script>{SCRIPT}</script></body>
 </html>
 """
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
-    os.replace(temporary, path)
+    with data.whole(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
 
 
 def _digest(text):
@@ -186,7 +183,7 @@ def expected_scores(record):
     """Score name -> expectation over the probabilities of the values 0-10; None for a line without them."""
     if not record.get("scores"):
         return None
-    return {name: sum(value * p for value, p in enumerate(record["scores"][name])) for name in prompts.SCORES}
+    return {name: metrics.expectation(record["scores"][name]) for name in prompts.SCORES}
 
 
 def table(caption, columns, rows):
@@ -300,36 +297,6 @@ dashed line, humans give on average what is expected; the numbers above count th
 # Phones and utterances
 
 
-def kind_of(heard, predicted):
-    """One of MARKS for a pair of an alignment, None being a gap."""
-    if heard is None:
-        return "added"
-    return "missing" if predicted is None else "same" if heard == predicted else "substituted"
-
-
-def count_confusions(answers):
-    """The most frequent pairs of a heard phone and another one that was written for it, or nothing."""
-    pairs = Counter(pair for answer in answers if answer.transcripts for pair in answer.pairs)
-    times_heard, kinds = Counter(), Counter()
-    for pair, count in pairs.items():
-        times_heard[pair[0]] += count
-        kinds[kind_of(*pair)] += count
-    confused = [(pair, count) for pair, count in pairs.most_common() if kind_of(*pair) != "same"]
-    names = {"substituted": "substituted", "missing": "missing (deletion)", "added": "added (insertion)"}
-    rows = []
-    for (heard, predicted), count in confused[:CONFUSIONS]:
-        share = f"{count / times_heard[heard]:.1%}" if heard else "-"
-        rows.append(
-            (heard or "nothing", [predicted or "nothing", f"{count:,}", share, names[kind_of(heard, predicted)]])
-        )
-    unparsed = sum(answer.mdd is not None and not answer.transcripts for answer in answers)
-    counted = ", ".join(f"{kinds[kind]:,} {kind}" for kind in MARKS)
-    columns = ["heard", "written", "times", "of heard", "kind"]
-    note = f"Phones that raters heard and that the model wrote: {counted}. Unparsed outputs, left out: {unparsed:,}."
-    caption = f"The {len(rows)} most frequent of {len(confused)} confusions"
-    return f'<p class="note">{note}</p>{table(caption, columns, rows)}'
-
-
 def show_largest(answers, utterances):
     """The utterances with the largest errors, to read and to hear."""
     worst = sorted(answers, key=lambda answer: answer.error, reverse=True)[:SHOWN]
@@ -378,7 +345,7 @@ def show_phones(pairs):
     items = ""
     for pair in pairs:
         heard, predicted = (html.escape(phone or "–") for phone in pair)
-        kind = kind_of(*pair)
+        kind = metrics.kind_of(*pair)
         items += f'<li class="{kind}" title="{kind}"><b>{heard}</b><i>{MARKS[kind]}</i><b>{predicted}</b></li>'
     return f'<ol class="phones">{items}</ol>'
 

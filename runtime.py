@@ -1,4 +1,4 @@
-"""How does a long run survive, and show itself: processes, being stopped, files written whole, checkpoints, curves.
+"""How does a long run survive, and show itself: processes, being stopped, checkpoints, curves.
 
 Every function works in a plain `python train.py` as well: one process, rank 0. Under torchrun all processes call the
 functions marked "together", in the same order.
@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import data
@@ -44,17 +42,13 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    if rank():
+    if data.process_rank():
         sys.stdout = open(os.devnull, "w")
 
 
 def end_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes():
@@ -88,7 +82,7 @@ def whole_tensor(tensor):
 def on_rank_0(tensor):
     """The whole tensor on the CPU of rank 0, and None elsewhere: a machine has room for one copy; together."""
     tensor = whole_tensor(tensor)
-    return tensor.cpu() if rank() == 0 else None
+    return tensor.cpu() if data.process_rank() == 0 else None
 
 
 def like(tensor, other):
@@ -125,52 +119,6 @@ class StopRequest:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that appear whole or not at all
-
-
-@contextmanager
-def whole(path):
-    """Gives a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
-
-    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
-    goes nowhere.
-    """
-    if rank():
-        yield Path(os.devnull)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        _remove(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary)
-        reason = getattr(error, "strerror", None) or data.first_line(error)
-        raise data.RunError(f"{path} cannot be written: {reason}") from error
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: all that a run needs to go on to the same weights, to the bit
 
 
@@ -189,8 +137,8 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
         "settings": settings,
         "corpus": corpus,
     }  # fmt: skip
-    if rank() == 0:
-        with whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
+    if data.process_rank() == 0:
+        with data.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
             _write(state, file)
         for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
             old.unlink()
@@ -244,7 +192,7 @@ def restore(state, weights, optimiser):
     }
     optimiser.load_state_dict(state["optimiser"] | {"state": moments})
     if len(state["random"]) == processes():
-        _set_random_state(state["random"][rank()])
+        _set_random_state(state["random"][data.process_rank()])
 
 
 def _random_state():
@@ -272,12 +220,12 @@ def _set_random_state(state):
 @contextmanager
 def open_log(path, step):
     """log.jsonl to append to, without the lines of steps that will be done again; of rank 0 alone."""
-    if rank():
+    if data.process_rank():
         yield open(os.devnull, "w")
         return
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with whole(path) as temporary:
+    with data.whole(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))
     with open(path, "a") as file:
         yield file
@@ -289,12 +237,12 @@ def tracker(service, output, settings, step):
 
     step: that the run goes on from. TensorBoard forgets what came after it; in wandb each part is a run of its own.
     """
-    if service == "tensorboard" and rank() == 0:
+    if service == "tensorboard" and data.process_rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(output / "tensorboard", purge_step=step + 1) as writer:
             yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in _numbers(numbers)]
-    elif service == "wandb" and rank() == 0:
+    elif service == "wandb" and data.process_rank() == 0:
         import wandb
 
         with wandb.init(project="pronunciation", name=str(output), dir=output, config=settings) as run:
@@ -309,7 +257,7 @@ def _numbers(values):
 
 def draw_curves(output):
     """curves.png: loss and learning rate of every step in log.jsonl; by rank 0 alone."""
-    if rank():
+    if data.process_rank():
         return
     import matplotlib
 
@@ -328,7 +276,8 @@ def draw_curves(output):
         epochs = [json.loads(line) for line in validation.read_text().splitlines()]
         axes[0].plot([e["step"] for e in epochs], [e["loss"] for e in epochs], "o-", label="held-out speakers")
         axes[0].legend()
-    figure.savefig(output / "curves.png", dpi=150)
+    with data.whole(output / "curves.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 

@@ -50,7 +50,8 @@ PUBLISHED = {
 }
 COMPARED = ("wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_f1",
             "apa_unparsed", "mdd_unparsed")  # fmt: skip
-CONFUSIONS = 8  # the most frequent ones are printed
+INSTEAD = 4  # confusions shown of one phone
+CONFUSIONS = 12  # the most frequent ones are printed
 
 
 def result_tables(rows, floors):
@@ -108,7 +109,7 @@ def phone_tables(records):
     report = metrics.phone_report(*heard_and_written(records))
     phones = []
     for entry in report:
-        instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][: CONFUSIONS // 2])
+        instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         texts = [str(entry["support"]), *cells(entry, ("precision", "recall")), instead]
         phones += [(entry["phone"], texts)] if entry["phone"] else []
     pairs = [(entry["phone"] or "nothing", written or "nothing", count, entry["support"])
@@ -172,7 +173,7 @@ def summarise(runs):
     print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
     for key in next(iter(results.values())):
         values = [result[key] for result in results.values() if isinstance(result.get(key), (int, float))]
-        if key != "utterances" and values:
+        if key != "utterances" and not key.endswith(("_low", "_high")) and values:
             spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
             print(
                 f"{key:30}{statistics.fmean(values):10.3f}{spread:>10}{min(values):10.3f}{max(values):10.3f}{len(values):8}"

@@ -239,7 +239,7 @@ def train(settings):
     record = record_settings(settings)
 
     # From here on each process has random numbers of its own: dropout differs, the weights do not
-    torch.manual_seed(settings.seed + (runtime.rank() << 32))
+    torch.manual_seed(settings.seed + (data.process_rank() << 32))
     distributed = distribute(model, settings)
     weights = models.trained_parameters(model)
     optimiser = torch.optim.AdamW(
@@ -254,7 +254,7 @@ def train(settings):
     model.train()
     with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
           runtime.tracker(settings.track, settings.output, record, step) as track,
-          tqdm(total=plan["steps"], initial=step, unit="step", disable=runtime.rank() > 0) as bar):  # fmt: skip
+          tqdm(total=plan["steps"], initial=step, unit="step", disable=data.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
             order = data.epoch_steps(examples, plan["step_size"], settings.seed, epoch)
@@ -281,7 +281,7 @@ def train(settings):
                     bar.write(estimate(sum(durations), plan["steps"] - step))
 
                 # Checkpoint; the clock is rank 0's, and a signal to one process stops all
-                overdue = runtime.rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
+                overdue = data.process_rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
                 stopping, due = runtime.total(stop.name is not None, overdue)
                 if stopping or due or step == last_step:
                     save(step)
@@ -314,7 +314,7 @@ def train_step(distributed, weights, optimiser, examples, number, settings):
     # Gradient: the mean over all supervised tokens of the step, however it is cut into micro-batches and shared by
     # processes. PyTorch averages over processes where a sum is needed, hence the factor.
     supervised = sum(len(example.answer_ids) for example in examples)
-    share = data.micro_batches(examples, settings.micro_batch, runtime.rank(), runtime.processes())
+    share = data.micro_batches(examples, settings.micro_batch, data.process_rank(), runtime.processes())
     losses = []
     with memory_advice(share, settings):
         for micro_batch in share:
@@ -464,7 +464,7 @@ def record_settings(settings):
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
     values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     values["processes"] = runtime.processes()
-    with runtime.whole(settings.output / "settings.json") as temporary:
+    with data.whole(settings.output / "settings.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
     return values
 
@@ -557,7 +557,7 @@ def validate(model, examples, settings):
     utterances = [example.utterance for example in examples if example.task == "APA"]
     supervised = sum(len(example.answer_ids) for example in examples)
     # Under --shard the processes have to compute the same, because each layer's weights come from all of them
-    rank, processes = (0, 1) if settings.shard else (runtime.rank(), runtime.processes())
+    rank, processes = (0, 1) if settings.shard else (data.process_rank(), runtime.processes())
     loss, pairs = 0.0, {task: [] for task in prompts.TASKS}
     model.eval()
     with models.autocast():
@@ -590,7 +590,7 @@ def record_validated(output, validated):
     verdict = "the best so far" if epoch == best else f"epoch {best} is the best so far"
     tqdm.write(f"epoch {epoch} on held-out speakers: {' '.join(shown)}; {verdict}")
     lines = [{"epoch": epoch, "best": epoch == best, **numbers} for epoch, numbers in validated.items()]
-    with runtime.whole(output / "validation.jsonl") as temporary:
+    with data.whole(output / "validation.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -159,11 +159,11 @@ def test_marks_say_what_became_of_every_phone(heard, marks):
 
 def test_a_mark_holds_its_kind_and_both_phones():
     assert feedback.compare(words("TH IY M"), ["S", "IY", "AH"]) == [
-        [("substituted", "TH", "S"), ("right", "IY", "IY"), ("substituted", "M", "AH")]
+        [("substituted", "TH", "S"), ("same", "IY", "IY"), ("substituted", "M", "AH")]
     ]
     assert feedback.compare(words("T", "D AH"), ["D", "AH", "N"]) == [
         [("missing", "T", None)],
-        [("right", "D", "D"), ("right", "AH", "AH"), ("added", None, "N")],
+        [("same", "D", "D"), ("same", "AH", "AH"), ("added", None, "N")],
     ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import data
+import metrics
 import prompts
 import report
 
@@ -81,9 +82,9 @@ def test_the_sections_stand_in_their_order_and_without_probabilities_there_is_no
     png = tmp_path / "figure5.png"
     png.write_bytes(b"\x89PNG")
     plain = write(tmp_path, [apa("a"), mdd("a")])
-    assert headings(plain) == ["Results", "Predicted and human scores", "Phone confusions", "Largest errors"]
+    assert headings(plain) == ["Results", "Predicted and human scores", "Largest errors"]
     page = write(tmp_path, [apa("a", scores=one_hot(5)), mdd("a")], figure5=png)
-    assert headings(page) == ["Results", "Predicted and human scores", "PER and accuracy score", "Phone confusions",
+    assert headings(page) == ["Results", "Predicted and human scores", "PER and accuracy score",
                               "Calibration of the expected scores", "Largest errors"]  # fmt: skip
     assert page.count('role="img"') == 8 and "data:image/png;base64,iVBORw==" in page
     assert "<h3>Table &lt;3&gt;</h3>" in page and "<td>1,000.5</td>" in page
@@ -138,24 +139,11 @@ def test_forty_utterances_are_shown_and_only_their_recordings_are_read():
 
 def test_phones_are_aligned_and_marked_with_signs():
     pairs = [("W", "W"), ("IH", "IY"), ("S", None), (None, "T")]
-    assert [report.kind_of(*pair) for pair in pairs] == ["same", "substituted", "missing", "added"]
+    assert [metrics.kind_of(*pair) for pair in pairs] == ["same", "substituted", "missing", "added"]
     shown = re.sub(r"<.*?>", " ", report.show_phones(pairs)).split()
     assert shown == ["W", "=", "W", "IH", "≠", "IY", "S", "−", "–", "–", "+", "T"]
     (answer,) = report.read_answers([mdd("a", "W IY IY")])
     assert answer.pairs == [("W", "W"), ("IH", None), ("S", "IY"), ("IY", "IY")] and answer.per == 2 / 4
-
-
-def test_confusions_are_counted_and_named():
-    lines = [mdd("a", "W IY S IY"), mdd("b", "W IY S IY"), mdd("c", "W IH S"), mdd("d", "T W IH S IY"),
-             mdd("e", output="?")]  # fmt: skip
-    page = report.count_confusions(report.read_answers(lines))
-    assert "13 same, 2 substituted, 1 missing, 1 added. Unparsed outputs, left out: 1." in page
-    rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr><th scope=.row.*?</tr>", page)]
-    assert rows == [
-        ["IH", "IY", "2", "50.0%", "substituted"],
-        ["IY", "nothing", "1", "25.0%", "missing (deletion)"],
-        ["nothing", "T", "1", "-", "added (insertion)"],
-    ]
 
 
 def test_calibration_bins_are_one_point_wide_and_the_last_one_holds_ten():

@@ -71,7 +71,7 @@ def kill_self():
 
 def killed_in_save(count, moment):
     """Prepares a run that dies in its count-th checkpoint: half of it written, all written, or just renamed."""
-    save, sync, replace, seen = torch.save, runtime._sync, os.replace, []
+    save, sync, replace, seen = torch.save, data._sync, os.replace, []
 
     def half(state, file):
         buffer = io.BytesIO()
@@ -94,7 +94,7 @@ def killed_in_save(count, moment):
     if moment == "half written":
         torch.save = half
     elif moment == "written":
-        runtime._sync = partial(at, sync)
+        data._sync = partial(at, sync)
     else:
         os.replace = partial(at, replace)
 
@@ -198,14 +198,14 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, tmp_pa
 def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path, error, reason):
     (tmp_path / "file").write_text("old")
     with pytest.raises(data.RunError, match=f"file cannot be written: .*{reason}"):
-        with runtime.whole(tmp_path / "file") as temporary:
+        with data.whole(tmp_path / "file") as temporary:
             temporary.write_text("ne")
             raise error
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failure_that_is_not_the_disks_stays_what_it_is(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), runtime.whole(tmp_path / "file") as temporary:
+    with pytest.raises(torch.OutOfMemoryError), data.whole(tmp_path / "file") as temporary:
         temporary.touch()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
