@@ -26,12 +26,14 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
+import ijson
 import numpy as np
 from safetensors import SafetensorError
 
@@ -41,7 +43,6 @@ SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
-EXAMPLES_PER_UTTERANCE = len(prompts.TASKS)  # paper 4.2
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 MAX_NEW_TOKENS = 400  # of a generated answer; the corpus' longest has 46 phones
 
@@ -136,7 +137,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Word:
     text: str
     canonical: tuple[str, ...]  # phones that should be said, no stress digits
@@ -145,7 +146,7 @@ class Word:
     mispronounced: int  # how many canonical phones were labelled as mispronounced
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
     id: str
     recording: Callable[[], bytes]  # the sound file's content, read when it is needed
@@ -183,20 +184,22 @@ def read_corpus(source, split, revision=None, limit=None):
     Raises InputError with one line for every bad record or recording.
     """
     if Path(source).is_dir():
-        rows = _read_folder(Path(source), split)
+        rows = _read_folder(Path(source), split, limit)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir():
-        rows = read_hub(source, split, revision)
+        rows = read_hub(source, split, revision, limit)
     else:
         raise InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
-    utterances, problems = [], []
-    for row in rows[:limit]:
+    found, problems, words = {}, {}, {}
+    for position, row in rows:
         try:
-            utterances.append(_utterance(**row))
+            found[position] = _utterance(**row, known=words)
         except InputError as error:
-            problems.append(f"{row['id']}: {error}")
+            problems[position] = f"{row['id']}: {error}"
     if problems:
-        raise InputError(f"{len(problems)} of {len(rows[:limit])} utterances of {source} ({split}) cannot be used; "
-                         f"repair or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+        raise InputError(f"{len(problems)} of {len(found) + len(problems)} utterances of {source} ({split}) cannot be "
+                         f"used; repair or remove them:\n  "
+                         + "\n  ".join(problems[position] for position in sorted(problems)))  # fmt: skip
+    utterances = [found[position] for position in sorted(found)]
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
         raise InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
@@ -205,29 +208,48 @@ def read_corpus(source, split, revision=None, limit=None):
     return utterances
 
 
-def _read_folder(root, split):
-    """Rows of the public release: WAVE/, resource/scores.json and, per split, wav.scp, utt2spk, spk2age, spk2gender."""
+def _read_folder(root, split, limit):
+    """Rows of the public release: WAVE/, resource/scores.json and, per split, wav.scp, utt2spk, spk2age, spk2gender.
+
+    Yields (position in wav.scp, row). scores.json is read record by record: parsed whole, it would take some thirty
+    times the memory of what is kept of it.
+    """
     needed = [root / "resource" / "scores.json"]
     needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
     missing = [str(path) for path in needed if not path.is_file()]
     if missing:
         raise InputError(f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing")
-    try:
-        records = dict(json.loads(needed[0].read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{needed[0]} is not a JSON object of utterances: {error}") from error
     recordings, speakers, ages, genders = map(_read_list, needed[1:])
-    return [
-        {
+    position = {id: i for i, id in enumerate(list(recordings)[:limit])}
+
+    def row(id, record):
+        speaker = speakers.get(id)
+        return position.pop(id), {
             "id": id,
-            "recording": (root / path).read_bytes,
-            "record": records.get(id),
-            "speaker": speakers.get(id),
-            "age": ages.get(speakers.get(id)),
-            "gender": genders.get(speakers.get(id)),
+            "recording": partial(_read_file, str(root / recordings[id])),
+            "record": record,
+            "speaker": speaker,
+            "age": ages.get(speaker),
+            "gender": genders.get(speaker),
         }
-        for id, path in recordings.items()
-    ]
+
+    before = None
+    with open(needed[0], "rb") as file:
+        try:
+            for id, record in ijson.kvitems(file, "", use_float=True):
+                if id in position:
+                    yield row(id, record)
+                before = id
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            where = f"after utterance {before}" if before else "at its start"
+            raise InputError(f"{needed[0]} is not a JSON object of utterances {where}: {first_line(error)}") from error
+    for id in list(position):
+        yield row(id, None)
+
+
+def _read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _read_list(path):
@@ -238,12 +260,12 @@ def _read_list(path):
         if len(fields) != 2 or fields[0] in values:
             fault = "repeats a key" if len(fields) == 2 else "is not a key and a value"
             raise InputError(f"line {number} of {path} {fault}: {line!r}")
-        values[fields[0]] = fields[1].strip()
+        values[fields[0]] = sys.intern(fields[1].strip())
     return values
 
 
-def read_hub(name, split, revision):
-    """Rows of the hub dataset. Audio stays encoded: decoding is soundfile's work, not torchcodec's."""
+def read_hub(name, split, revision, limit=None):
+    """Rows of the hub dataset, as (position, row). Audio stays encoded: decoding is soundfile's work, not torchcodec's."""
     import datasets
 
     try:
@@ -252,26 +274,28 @@ def read_hub(name, split, revision):
         raise InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
                          f"(revision {revision}, split {split!r}): {first_line(error)}") from error  # fmt: skip
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
-    rows = []
-    for i, record in enumerate(dataset):
+    for i, record in enumerate(islice(dataset, limit)):
         # The hub has no id column: the name of the sound file is the release's utterance id.
         id = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
-        rows.append({
-            "id": id,
-            "recording": partial(_hub_recording, dataset, i),
-            "record": record,
-            "speaker": record["speaker"],
-            "age": record["age"],
-            "gender": record["gender"],
-        })  # fmt: skip
-    return rows
+        yield (
+            i,
+            {
+                "id": id,
+                "recording": partial(_hub_recording, dataset, i),
+                "record": record,
+                "speaker": record["speaker"],
+                "age": record["age"],
+                "gender": record["gender"],
+            },
+        )
 
 
 def _hub_recording(dataset, index):
     return dataset[index]["audio"]["bytes"]
 
 
-def _utterance(id, recording, record, speaker, age, gender):
+def _utterance(id, recording, record, speaker, age, gender, known):
+    """A checked utterance. known: {word: itself} of the corpus so far, so that equal words are held once."""
     if record is None:
         raise InputError("no entry in resource/scores.json")
     if speaker is None or age is None or gender is None:
@@ -285,7 +309,7 @@ def _utterance(id, recording, record, speaker, age, gender):
             samples=len(read_audio(recording)),
             text=record["text"],
             scores={name: _score(record, name) for name in prompts.SCORES},
-            words=tuple(_word(word) for word in record["words"]),
+            words=tuple(known.setdefault(word, word) for word in map(_word, record["words"])),
             speaker=speaker,
             age=int(age),
             gender=gender,
@@ -423,6 +447,31 @@ class Example:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
+class Examples(Sequence):
+    """The examples of a corpus, one an utterance and task (paper 4.2), each made when it is asked for.
+
+    Their token ids would take several times the memory of the corpus' labels.
+    """
+
+    def __init__(self, utterances, tokenizer, audio_id):
+        self.utterances, self.tokenizer, self.audio_id = utterances, tokenizer, audio_id
+
+    def __len__(self):
+        return len(self.utterances) * len(prompts.TASKS)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        utterance, task = self.utterances[index // len(prompts.TASKS)], prompts.TASKS[index % len(prompts.TASKS)]
+        if task == "APA":
+            answer = prompts.apa_target(utterance.scores)
+        else:
+            answer = prompts.mdd_target(utterance.text, utterance.heard)
+        prompt_ids = encode_prompt(utterance, task, self.tokenizer, self.audio_id)
+        return Example(utterance, task, prompt_ids,
+                       self.tokenizer.encode(answer + prompts.END, add_special_tokens=False))  # fmt: skip
+
+
 def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
     """Token ids of a prompt, up to and including <|assistant|>; the audio placeholder repeated for every embedding."""
     before, after = _encode_around_audio(tokenizer, task, control_token)
@@ -483,40 +532,22 @@ def _silence(samples):
     return file.getvalue()
 
 
-def make_examples(utterance, tokenizer, audio_id):
-    """The utterance's two examples, one for each task (paper 4.2)."""
-    answers = {
-        "APA": prompts.apa_target(utterance.scores),
-        "MDD": prompts.mdd_target(utterance.text, utterance.heard),
-    }
-    return [
-        Example(
-            utterance,
-            task,
-            encode_prompt(utterance, task, tokenizer, audio_id),
-            tokenizer.encode(answers[task] + prompts.END, add_special_tokens=False),
-        )
-        for task in prompts.TASKS
-    ]
-
-
 def collate(examples, pad_id):
-    """Examples as one batch, padded on the right so that a row's positions are those it has alone.
+    """Examples as one batch, padded on the right.
 
-    Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including <|assistant|> and on
+    A row's positions are then those it has alone, and causal attention needs no mask: what comes after a row's end is
+    seen by nothing in it. Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including <|assistant|> and on
     padding; the answer and its <|end|> are supervised.
-    Returns int64 arrays input_ids, labels, attention_mask, each (B, T).
+    Returns int64 arrays input_ids and labels, each (B, T).
     """
     longest = max(len(example) for example in examples)
     input_ids = np.full((len(examples), longest), pad_id, dtype=np.int64)  # (B, T)
     labels = np.full_like(input_ids, IGNORE)  # (B, T)
-    attention_mask = np.zeros_like(input_ids)  # (B, T)
     for row, example in enumerate(examples):
         start, end = len(example.prompt_ids), len(example)
         input_ids[row, :end] = example.prompt_ids + example.answer_ids
         labels[row, start:end] = example.answer_ids
-        attention_mask[row, :end] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def collate_prompts(prompt_ids, pad_id):
@@ -534,14 +565,14 @@ def collate_prompts(prompt_ids, pad_id):
 
 
 def epoch_steps(examples, step_size, seed, epoch):
-    """The steps of one epoch: lists of `step_size` examples drawn at random without replacement.
+    """The steps of one epoch: indices of `step_size` of the `examples`, drawn at random without replacement.
 
     The order depends on seed and epoch alone. What does not fill a step is left out of this epoch, a different
-    remainder each time; a corpus smaller than one step is one step.
+    remainder each time; a corpus smaller than one step is one step. Returns (steps, step_size).
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(examples))
-    count = max(1, len(examples) // step_size)
-    return [[examples[i] for i in order[s * step_size : (s + 1) * step_size]] for s in range(count)]
+    order = np.random.default_rng((seed, epoch)).permutation(examples)
+    step_size = min(step_size, examples)
+    return order[: examples // step_size * step_size].reshape(-1, step_size)
 
 
 def micro_batches(step, size, rank=0, processes=1):

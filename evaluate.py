@@ -254,7 +254,6 @@ def generate(evaluation, utterances, args):
             for batch in batches[rank::processes]:
                 own |= answers(model, batch, args, control_token=evaluation.adapter is not None)
                 bar.update(len(batch))
-            model.audio_cache.clear()  # each recording was embedded once for both tasks; the corpus need not fit
             lines = {key: line for lines in runtime.gather(own) for key, line in lines.items()}
             bar.update(start + len(chosen) - bar.n)  # what the other processes did
             for utterance in chosen:
@@ -320,14 +319,17 @@ def answers(model, batch, args, control_token):
     lines = {(u.id, task): {"id": u.id, "task": task, "speaker": u.speaker, "output": None,
                             "reference": data.reference(u, task)} for u in batch for task in prompts.TASKS}  # fmt: skip
     with models.autocast():
+        audio = model.audio_embeddings(batch)
         for task in prompts.TASKS:
             if task == "APA" and "greedy" not in args.scoring:
                 continue
-            outputs = model.generate(batch, task, args.max_new_tokens, control_token)
+            outputs = model.generate(batch, audio, task, args.max_new_tokens, control_token)
             for utterance, (text, tokens, truncated) in zip(batch, outputs, strict=True):
                 lines[utterance.id, task] |= {"output": text, "tokens": tokens, "truncated": truncated}
         if "expected" in args.scoring:
-            for utterance, distributions in zip(batch, model.score_distributions(batch, control_token).tolist()):
+            for utterance, distributions in zip(
+                batch, model.score_distributions(batch, audio, control_token).tolist(), strict=True
+            ):
                 line = lines[utterance.id, "APA"]
                 line["scores"] = dict(zip(prompts.SCORES, distributions))
                 if line["output"] is None:
@@ -354,8 +356,9 @@ def listen(args):
     results = []
     for utterance in utterances:
         with models.autocast():
-            (distributions,) = model.score_distributions([utterance], control_token).tolist()
-            ((text, *_),) = model.generate([utterance], "MDD", args.max_new_tokens, control_token)
+            audio = model.audio_embeddings([utterance])
+            (distributions,) = model.score_distributions([utterance], audio, control_token).tolist()
+            ((text, *_),) = model.generate([utterance], audio, "MDD", args.max_new_tokens, control_token)
         scores, transcript = dict(zip(prompts.SCORES, distributions)), prompts.parse_output("MDD", text)
         results.append(feedback.result(utterance.id, scores, transcript, words))
     if args.json:

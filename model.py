@@ -21,6 +21,7 @@ Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature 
 positions, V vocabulary.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -32,8 +33,10 @@ from pickle import UnpicklingError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import load_peft_weights
@@ -52,6 +55,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import data
+import loader
 import prompts
 import runtime
 
@@ -98,7 +102,7 @@ class SpeechModel(nn.Module):
         self.tokenizer = tokenizer
         self.extractor = extractor
         self.source = None  # (name, revision, speech adapter) that load_base was asked for
-        self.audio_cache = {}  # utterance id -> (A, D) on the CPU, while encoder and projector are frozen
+        self.prepare = loader.Preparation(extractor, self.pad_id, self.audio_id)
 
     @property
     def core(self):
@@ -120,21 +124,51 @@ class SpeechModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # Audio
 
-    def audio_embeddings(self, utterances):
-        """Embeddings of each recording, a list of (A, D); computed once per utterance while nothing there trains.
+    def keep_audio(self, folder):
+        """Keep audio embeddings in `folder`, and read them from there, while nothing trains that makes them."""
+        if not self._audio_trains:
+            self.prepare.cache = loader.AudioCache(Path(folder) / self._audio_digest())
 
-        Each is then computed alone: sums in a batch are rounded by the batch's shape, and a run that was resumed, or
-        an evaluation with another batch size, would differ in the last bits.
+    @property
+    def _audio_trains(self):
+        return self.core.model.embed_tokens_extend.audio_embed.up_proj_for_speech.weight.requires_grad
+
+    def _audio_digest(self):
+        """Names all that the embeddings of a recording depend on, besides the recording."""
+        audio = self.core.model.embed_tokens_extend.audio_embed
+        digest = hashlib.sha256(repr((torch.__version__, transformers.__version__, self.device.type)).encode())
+        digest.update(self.extractor.to_json_string().encode())
+        digest.update(audio.config.to_json_string().encode())
+        for name, weight in audio.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {[*weight.shape]}".encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+
+    def audio_embeddings(self, utterances):
+        """Embeddings of each utterance's recording, a list of (A, D)."""
+        return self.embed([self.prepare.recording(utterance) for utterance in utterances])
+
+    def embed(self, recordings):
+        """Embeddings of each loader.Recording, a list of (A, D).
+
+        While nothing there trains each is computed alone: sums in a batch are rounded by the batch's shape, and a run
+        that was resumed, or an evaluation with another batch size, would differ in the last bits.
         """
-        projector = self.core.model.embed_tokens_extend.audio_embed.up_proj_for_speech
-        if projector.weight.requires_grad:
-            return self.embed_audio([data.log_mel(utterance, self.extractor) for utterance in utterances])
-        for utterance in utterances:
-            if utterance.id not in self.audio_cache:
-                with torch.no_grad():
-                    (embedding,) = self.embed_audio([data.log_mel(utterance, self.extractor)])
-                self.audio_cache[utterance.id] = embedding.cpu()
-        return [self.audio_cache[utterance.id].to(self.device) for utterance in utterances]
+        if self._audio_trains:
+            return self.embed_audio([recording.features for recording in recordings])
+        return [self._embed_once(recording).to(self.device, non_blocking=True) for recording in recordings]
+
+    @torch.no_grad()
+    def _embed_once(self, recording):
+        cache, file = self.prepare.cache, recording.file
+        known = recording.embeddings
+        if known is None and file:
+            known = cache.read(file)  # it may have come since the micro-batch was prepared
+        if known is None:
+            (known,) = self.embed_audio([recording.features])
+            if file:
+                cache.write(file, known.cpu())
+        return known
 
     def embed_audio(self, features):
         """Audio encoder and projector, so that a recording's embeddings do not depend on what it is batched with.
@@ -171,58 +205,84 @@ class SpeechModel(nn.Module):
             hidden = layer(hidden, attention_mask)
         return hidden
 
-    def _inputs_embeds(self, input_ids, audio):
-        """Token embeddings with the audio embeddings in the place of their placeholders, (B, T, D)."""
-        embeds = self.core.get_input_embeddings()(input_ids)  # (B, T, D)
+    def _inputs_embeds(self, input_ids, placeholders, audio):
+        """Token embeddings with the audio embeddings in the place of their placeholders, (B, T, D).
+
+        placeholders: (P,), positions in the rows laid end to end; audio: list of (A, D).
+        """
+        embeds = self._embed_tokens(input_ids)  # (B, T, D)
         audio = torch.cat(audio).to(embeds.dtype)  # (sum of A, D)
-        placeholders = input_ids == self.audio_id  # (B, T)
-        if placeholders.sum() != len(audio):
-            raise ValueError(f"{placeholders.sum()} audio placeholders for {len(audio)} audio embeddings")
-        return embeds.masked_scatter(placeholders[..., None], audio)
+        if len(placeholders) != len(audio):
+            raise ValueError(f"{len(placeholders)} audio placeholders for {len(audio)} audio embeddings")
+        return embeds.flatten(0, 1).index_copy(0, placeholders, audio).view_as(embeds)
+
+    # The rows of the control tokens train while the matrix they lie in is frozen. PEFT's layer copies the matrix with
+    # the rows put in, for the embedding and once more for the head, and the gradient is as large: 1.2 GB each at full
+    # size. These two give the same numbers from the frozen matrix and the few rows.
+
+    def _embed_tokens(self, input_ids):
+        layer = self.core.get_input_embeddings()
+        rows = _trained_rows(layer)
+        embeds = layer.base_layer(input_ids) if rows else layer(input_ids)  # (B, T, D)
+        for token, row in rows.items():
+            embeds = torch.where((input_ids == token)[..., None], row.to(embeds.dtype), embeds)
+        return embeds
+
+    def _logits(self, hidden):
+        """Logits (N, V) of hidden states (N, D)."""
+        layer = self.core.lm_head
+        rows = _trained_rows(layer)
+        logits = layer.base_layer(hidden) if rows else layer(hidden)
+        for token, row in rows.items():
+            logits[:, token] = F.linear(hidden, row.to(layer.base_layer.weight.dtype)[None])[:, 0]
+        return logits
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loss and answers
 
-    def forward(self, examples):
-        """Summed loss of a micro-batch of data.Example; see `loss`."""
-        return self.loss(
-            data.collate(examples, self.pad_id), self.audio_embeddings([example.utterance for example in examples])
-        )
+    def forward(self, batch):
+        """Summed loss of a loader.MicroBatch; see `loss`."""
+        return self.loss(batch, self.embed(batch.recordings))
 
     def loss(self, batch, audio):
         """Cross-entropy summed over the supervised tokens of a micro-batch.
 
         The caller divides by the supervised tokens of the whole step, so that every token counts alike however the
         step is cut. Logits exist at supervised positions only: with a vocabulary of 200,064 they are the largest
-        tensor of a step, and most positions hold prompt or audio.
+        tensor of a step, and most positions hold prompt or audio. Rows are padded on the right, so causal attention
+        needs no mask, and the faster kernels take none.
 
-        batch: arrays of data.collate; audio: list of (A, D), one for each row.
+        batch: loader.MicroBatch; audio: list of (A, D), one for each row.
         """
-        input_ids, labels, attention_mask = self._tensors(batch, "input_ids", "labels", "attention_mask")  # (B, T)
+        input_ids, placeholders, supervised, targets = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.input_ids, batch.placeholders, batch.supervised, batch.targets)
+        )
         hidden = self.core.model(
-            inputs_embeds=self._inputs_embeds(input_ids, audio), attention_mask=attention_mask, use_cache=False
+            inputs_embeds=self._inputs_embeds(input_ids, placeholders, audio), use_cache=False
         ).last_hidden_state  # (B, T, D)
-        targets = labels[:, 1:]  # (B, T-1): position t predicts token t+1
-        supervised = targets != data.IGNORE
-        logits = self.core.lm_head(hidden[:, :-1][supervised])  # (N, V)
-        return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        logits = self._logits(hidden.flatten(0, 1)[supervised])  # (N, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    def _tensors(self, batch, *keys):
-        return [torch.as_tensor(batch[key], device=self.device) for key in keys]
+    def _prompts(self, utterances, task, control_token, audio, following=()):
+        """Prompts with their audio as embeddings (B, T, D), padded on the left, and the mask (B, T) that says where."""
+        ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]
+        batch = data.collate_prompts([[*prompt, *following] for prompt in ids], self.pad_id)
+        input_ids, mask = (torch.as_tensor(batch[key], device=self.device) for key in ("input_ids", "attention_mask"))
+        placeholders = np.flatnonzero(batch["input_ids"] == self.audio_id)
+        return self._inputs_embeds(input_ids, torch.as_tensor(placeholders, device=self.device), audio), mask
 
     @torch.no_grad()
-    def generate(self, utterances, task, max_new_tokens, control_token=True):
-        """Greedy answers for a batch of utterances.
+    def generate(self, utterances, audio, task, max_new_tokens, control_token=True):
+        """Greedy answers for a batch of utterances. audio: their embeddings, of `audio_embeddings`.
 
         Returns a list of (text, number of tokens, truncated); truncated: the limit came before <|end|>.
         """
-        ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]
-        batch = data.collate_prompts(ids, self.pad_id)
-        input_ids, attention_mask = self._tensors(batch, "input_ids", "attention_mask")  # (B, T)
+        embeds, mask = self._prompts(utterances, task, control_token, audio)
         stop = {self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id}
         sequences = self.core.generate(
-            inputs_embeds=self._inputs_embeds(input_ids, self.audio_embeddings(utterances)),
-            attention_mask=attention_mask,
+            inputs_embeds=embeds,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -237,18 +297,15 @@ class SpeechModel(nn.Module):
         return answers
 
     @torch.no_grad()
-    def score_distributions(self, utterances, control_token=True):
-        """Probabilities of the values 0-10 for each score of an APA answer, (B, 4, 11).
+    def score_distributions(self, utterances, audio, control_token=True):
+        """Probabilities of the values 0-10 for each score of an APA answer, (B, 4, 11). audio: as for `generate`.
 
         The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
         normalised over them, and the likeliest value is given as the model's own before the next score is read: four
         short passes with one cache, and no output that could be malformed.
         """
         before, values = data.encode_score_slots(self.tokenizer)
-        ids = [data.encode_prompt(u, "APA", self.tokenizer, self.audio_id, control_token) for u in utterances]
-        batch = data.collate_prompts([prompt + before[0] for prompt in ids], self.pad_id)
-        input_ids, mask = self._tensors(batch, "input_ids", "attention_mask")  # (B, T)
-        embeds = self._inputs_embeds(input_ids, self.audio_embeddings(utterances))  # (B, T, D)
+        embeds, mask = self._prompts(utterances, "APA", control_token, audio, before[0])
         values = torch.tensor(values, device=self.device)  # (11,)
         cache, distributions = None, []
         for following in [*before[1:], []]:
@@ -256,14 +313,21 @@ class SpeechModel(nn.Module):
             output = self.core.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                      past_key_values=cache, use_cache=True)  # fmt: skip
             cache = output.past_key_values
-            logits = self.core.lm_head(output.last_hidden_state[:, -1])[:, values]  # (B, 11)
+            logits = self._logits(output.last_hidden_state[:, -1])[:, values]  # (B, 11)
             distributions.append(logits.float().softmax(dim=-1))
             own = values[distributions[-1].argmax(dim=-1)][:, None]  # (B, 1)
             text = torch.tensor(following, dtype=own.dtype, device=own.device).expand(len(own), -1)
             given = torch.cat([own, text], dim=1)  # (B, 1 + following)
-            embeds = self.core.get_input_embeddings()(given)
+            embeds = self._embed_tokens(given)
             mask = torch.cat([mask, torch.ones_like(given)], dim=1)
         return torch.stack(distributions, dim=1)
+
+
+def _trained_rows(layer):
+    """{token: row (D,)} of an embedding or head in which PEFT trains rows that are not merged; empty otherwise."""
+    if not isinstance(layer, TrainableTokensLayer) or layer.merged:
+        return {}
+    return dict(zip(layer.token_indices["default"], layer.trainable_tokens_delta["default"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -530,7 +594,6 @@ def load_trained(model, folder, strategy):
                 parameter.data = weights[name].to(parameter.device)
     except LOADING_ERRORS as error:
         raise data.InputError(f"adapter {folder} cannot be loaded: {data.first_line(error)}") from error
-    model.audio_cache.clear()
     model.eval()
 
 

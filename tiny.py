@@ -196,8 +196,11 @@ def _word_record(word, canonical, mispronunciations):
             "total": accuracy, "mispronunciations": mispronunciations}  # fmt: skip
 
 
-def write_corpus(root, speakers, per_speaker, seed):
-    """Write a corpus folder in the release's layout. speakers: {"train": number, "test": number}; none is in both."""
+def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
+    """Write a corpus folder in the release's layout. speakers: {"train": number, "test": number}; none is in both.
+
+    speech: makes one utterance, as learner_speech does.
+    """
     rng = np.random.default_rng((seed, 1))
     records, number = {}, 0
     for split, count in speakers.items():
@@ -211,7 +214,7 @@ def write_corpus(root, speakers, per_speaker, seed):
             lines["spk2gender"].append(f"{speaker}\t{'f' if voice.pitch > 165 else 'm'}")
             (root / "WAVE" / f"SPEAKER{speaker}").mkdir(parents=True)
             for id in ids:
-                records[id], wave = learner_speech(rng, voice)
+                records[id], wave = speech(rng, voice)
                 path = f"WAVE/SPEAKER{speaker}/{id}.WAV"
                 soundfile.write(root / path, wave, data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
                 lines["wav.scp"].append(f"{id}\t{path}")
@@ -351,8 +354,8 @@ class Pretraining:
             rows.append(self._encode(QUESTIONS[task], " ".join(answer), audio_tokens=len(frame_labels)))
             chosen.append((features, frame_labels))
         audio = self.model.embed_audio([features for features, _ in chosen])
-        batch = data.collate(rows, self.model.pad_id)
-        loss = self.model.loss(batch, audio) / (batch["labels"] != data.IGNORE).sum()
+        batch = self.model.prepare(rows)
+        loss = self.model.loss(batch, audio) / len(batch.targets)
 
         logits = self.frame_head(torch.cat(audio)).view(-1, len(PHONES) + 1)  # (2 x sum of A, phones + silence)
         targets = torch.as_tensor(np.concatenate([labels for _, labels in chosen]).reshape(-1) + 1)

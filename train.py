@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import loader
 import metrics
 import model as models
 import prompts
@@ -37,7 +38,7 @@ import runtime
 FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
 # What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
 MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "max_tokens", "patience",
-              "track", "data", "data_revision")  # fmt: skip
+              "track", "data", "data_revision", "audio_cache", "workers")  # fmt: skip
 ESTIMATE_AFTER = 10  # steps
 VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
 
@@ -114,6 +115,9 @@ def parse_settings():
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
+    add("--audio-cache", type=Path, default=Path("audio-cache"), help="folder for audio embeddings, computed once "
+        "while encoder and projector are frozen; runs share it, and it may be removed")  # fmt: skip
+    add("--workers", type=whole_number, default=2, help="processes that read and prepare the next steps; 0: none")
     add("--save-minutes", type=positive_float, default=30.0, help="time between checkpoints within an epoch")
     add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
     add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
@@ -180,6 +184,12 @@ def positive_int(text):
     return int(text)
 
 
+def whole_number(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
+    return int(text)
+
+
 def positive_float(text):
     if not 0 < _float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -229,8 +239,9 @@ def train(settings):
     corpus = data.fingerprint(utterances)
     state = read_state(checkpoint, given, corpus) if checkpoint else None
     utterances, held_out = split(utterances, settings)
-    plan = batch_arithmetic(len(utterances) * data.EXAMPLES_PER_UTTERANCE, settings)
-    make_output(settings.output)
+    plan = batch_arithmetic(len(utterances) * len(prompts.TASKS), settings)
+    make_folder(settings.output, "--output")
+    make_folder(settings.audio_cache, "--audio-cache")
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
@@ -242,9 +253,7 @@ def train(settings):
     torch.manual_seed(settings.seed + (data.process_rank() << 32))
     distributed = distribute(model, settings)
     weights = models.trained_parameters(model)
-    optimiser = torch.optim.AdamW(
-        weights.values(), betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
-    )
+    optimiser = new_optimiser(weights, settings)
     save = partial(runtime.save_checkpoint, settings.output / "checkpoints", weights=weights, optimiser=optimiser,
                    settings=given, corpus=corpus)  # fmt: skip
     step = resume(state, weights, optimiser) if state else 0
@@ -257,16 +266,19 @@ def train(settings):
           tqdm(total=plan["steps"], initial=step, unit="step", disable=data.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
-            order = data.epoch_steps(examples, plan["step_size"], settings.seed, epoch)
-            for step_examples in order[len(order) - (last_step - step) :]:
+            order = data.epoch_steps(len(examples), plan["step_size"], settings.seed, epoch)
+            left = order[len(order) - (last_step - step) :]
+            prepared = iter(loader.load_steps(examples, left, settings.micro_batch, model.prepare, settings.workers))
+            for _ in left:
                 # Learning rate: a function of the step alone
                 rate = learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
                 for group in optimiser.param_groups:
                     group["lr"] = rate
 
                 step_started = time.perf_counter()
+                supervised, share = next(prepared)
                 step += 1
-                numbers = train_step(distributed, weights, optimiser, step_examples, step, settings)
+                numbers = train_step(distributed, weights, optimiser, supervised, share, step, settings)
                 durations.append(time.perf_counter() - step_started)
 
                 # Log
@@ -306,15 +318,21 @@ def train(settings):
     print(f"adapters in {settings.output}/epoch-*; next: python evaluate.py --adapter {settings.output}/")
 
 
-def train_step(distributed, weights, optimiser, examples, number, settings):
+def new_optimiser(weights, settings):
+    """AdamW over what trains; fused: one pass over weights, gradients and moments, and no copies."""
+    return torch.optim.AdamW(
+        weights.values(), betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def train_step(distributed, weights, optimiser, supervised, share, number, settings):
     """One update of the weights. Returns what is logged of it; together.
 
-    Raises RunError, before the update, when loss or gradient is not finite.
+    supervised: tokens of the whole step; share: this process' list of loader.MicroBatch. Raises RunError, before the
+    update, when loss or gradient is not finite.
     """
     # Gradient: the mean over all supervised tokens of the step, however it is cut into micro-batches and shared by
     # processes. PyTorch averages over processes where a sum is needed, hence the factor.
-    supervised = sum(len(example.answer_ids) for example in examples)
-    share = data.micro_batches(examples, settings.micro_batch, data.process_rank(), runtime.processes())
     losses = []
     with memory_advice(share, settings):
         for micro_batch in share:
@@ -415,15 +433,15 @@ def batch_arithmetic(examples, settings):
     return {"step_size": step_size, "per_epoch": per_epoch, "steps": steps, "warmup": warmup}
 
 
-def make_output(folder):
-    """Make the output folder now, so that a run does not fail on it after hours."""
+def make_folder(folder, setting):
+    """Make a folder that will be written into now, so that a run does not fail on it after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f"log.jsonl.tmp-{os.getpid()}"
+        trial = folder / f"trial.tmp-{os.getpid()}"
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise data.InputError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
+        raise data.InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
 
 
 def build_model(settings):
@@ -440,6 +458,7 @@ def build_model(settings):
         lora = models.add_adapter(model, settings.rank, settings.alpha, settings.dropout)
         settings.rank, settings.alpha, settings.dropout = lora.r, lora.lora_alpha, lora.lora_dropout
     counts = models.set_trainable(model, settings.strategy)
+    model.keep_audio(settings.audio_cache)
     if settings.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -449,8 +468,8 @@ def build_model(settings):
 
 
 def make_examples(utterances, model, longest):
-    """All examples of the utterances. Raises InputError naming those of more than `longest` tokens."""
-    examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    """data.Examples of the utterances. Raises InputError naming those of more than `longest` tokens."""
+    examples = data.Examples(utterances, model.tokenizer, model.audio_id)
     if long := [f"{e.utterance.id} ({e.task}) has {len(e):,}" for e in examples if len(e) > longest]:
         named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
         raise data.InputError(f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
@@ -502,8 +521,8 @@ def synchronised(distributed, last):
 def count_tokens(share):
     """Tokens of some micro-batches, without and with padding."""
     return (
-        sum(len(example) for micro_batch in share for example in micro_batch),
-        sum(max(map(len, micro_batch)) * len(micro_batch) for micro_batch in share),
+        sum(micro_batch.tokens for micro_batch in share),
+        sum(micro_batch.input_ids.numel() for micro_batch in share),
     )
 
 
@@ -514,7 +533,7 @@ def memory_advice(share, settings):
         yield
     except torch.OutOfMemoryError as error:
         raise data.RunError(
-            f"out of memory with micro-batches of {settings.micro_batch}, longest sequence {len(share[0][0])} tokens: "
+            f"out of memory with micro-batches of {settings.micro_batch}, longest sequence {share[0].input_ids.shape[1]} tokens: "
             f"lower --micro-batch, or add --gradient-checkpointing (the step stays the same), and --resume"
         ) from error
 
@@ -522,10 +541,9 @@ def memory_advice(share, settings):
 def not_finite(step, loss, gradient_norm, share, losses):
     """The error of a step whose loss or gradient is not finite; together."""
     suspects = [batch for batch, value in zip(share, losses) if not value.isfinite()]
-    names = {e.utterance.id for batch in suspects for e in batch}
-    names = set().union(*runtime.gather(names)) or set().union(
-        *runtime.gather({e.utterance.id for batch in share for e in batch})
-    )
+    named = (set().union(*(batch.utterances for batch in batches)) for batches in (suspects, share))
+    suspected, all_of_them = (set().union(*runtime.gather(names)) for names in named)
+    names = suspected or all_of_them
     return data.RunError(
         f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}. The step was not applied and the last "
         f"checkpoint is as it was. It comes from one of: {', '.join(sorted(names))}"
@@ -554,20 +572,24 @@ def estimate(seconds, left):
 @torch.no_grad()
 def validate(model, examples, settings):
     """Loss per supervised token and the metrics on held-out speakers; together."""
-    utterances = [example.utterance for example in examples if example.task == "APA"]
-    supervised = sum(len(example.answer_ids) for example in examples)
     # Under --shard the processes have to compute the same, because each layer's weights come from all of them
     rank, processes = (0, 1) if settings.shard else (data.process_rank(), runtime.processes())
-    loss, pairs = 0.0, {task: [] for task in prompts.TASKS}
+    step_size = settings.batch_size * settings.accumulation
+    steps = [range(start, min(start + step_size, len(examples))) for start in range(0, len(examples), step_size)]
+    loss, supervised, pairs = 0.0, 0, {task: [] for task in prompts.TASKS}
     model.eval()
     with models.autocast():
-        for micro_batch in data.micro_batches(examples, settings.micro_batch, rank, processes):
-            loss += float(model(micro_batch))
-        share = utterances[rank::processes]
+        for count, share in loader.load_steps(examples, steps, settings.micro_batch, model.prepare, settings.workers,
+                                              rank, processes):  # fmt: skip
+            supervised += count
+            loss += sum(float(model(micro_batch)) for micro_batch in share)
+        share = examples.utterances[rank::processes]
         for start in range(0, len(share), settings.micro_batch):
             batch = share[start : start + settings.micro_batch]
+            audio = model.audio_embeddings(batch)
             for task in prompts.TASKS:
-                for utterance, (text, *_) in zip(batch, model.generate(batch, task, data.MAX_NEW_TOKENS), strict=True):
+                texts = model.generate(batch, audio, task, data.MAX_NEW_TOKENS)
+                for utterance, (text, *_) in zip(batch, texts, strict=True):
                     pairs[task].append((prompts.parse_output(task, text), data.reference(utterance, task)))
     model.train()
     if not settings.shard:

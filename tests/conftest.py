@@ -23,6 +23,17 @@ def script(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    """What a test writes to a relative path, such as audio-cache/, is its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def greedy(model, utterances, task, max_new_tokens):
+    """Greedy answers, as SpeechModel.generate gives them."""
+    return model.generate(utterances, model.audio_embeddings(utterances), task, max_new_tokens)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
@@ -59,7 +70,7 @@ def new_model(checkpoint):
 @pytest.fixture
 def examples(new_model, utterances):
     model = new_model()
-    return [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    return list(data.Examples(utterances, model.tokenizer, model.audio_id))
 
 
 @pytest.fixture(scope="session")

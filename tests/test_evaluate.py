@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, greedy, script
 from processes import Process
 
 import data
@@ -180,9 +180,9 @@ def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, arg
     chosen = dict(zip(arguments[::2], arguments[1::2]))
     way, quantize = chosen.get("--speech-adapter", "merge"), chosen.get("--quantize")
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", way, quantize)
-    untrained = model.generate(data.read_corpus(corpus, "test", limit=3), "MDD", 20)
+    untrained = greedy(model, data.read_corpus(corpus, "test", limit=3), "MDD", 20)
     models.load_trained(model, tmp_path / "out" / "epoch-3", chosen.get("--strategy", "lora"))
-    expected = model.generate(data.read_corpus(corpus, "test", limit=3), "MDD", 20)
+    expected = greedy(model, data.read_corpus(corpus, "test", limit=3), "MDD", 20)
     assert [line["output"] for line in written if line["task"] == "MDD"] == [text for text, _, _ in expected]
     assert expected != untrained
     folder = tmp_path / "out" / "epoch-3"
@@ -236,7 +236,7 @@ def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
     seen = []
     load_base, generate = models.load_base, models.SpeechModel.generate
     monkeypatch.setattr(models, "load_base", lambda *args: seen.append(args[4]) or load_base(*args))
-    monkeypatch.setattr(models.SpeechModel, "generate", lambda *args: seen.append(args[4]) or generate(*args))
+    monkeypatch.setattr(models.SpeechModel, "generate", lambda *args: seen.append(args[5]) or generate(*args))
     utterances = data.read_corpus(corpus, "test", limit=1)
     arguments = how()
     evaluate.generate(evaluation, utterances, arguments)

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT
+from conftest import ROOT, greedy
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -32,7 +32,7 @@ def gradients(model, micro_batches):
     model.zero_grad()
     total = 0.0
     for micro_batch in micro_batches:
-        loss = model(micro_batch) / supervised
+        loss = model(model.prepare(micro_batch)) / supervised
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -46,18 +46,27 @@ def train_one_step(model, examples, rate=1e-3):
         optimiser.step()
 
 
+def score(model, utterances):
+    return model.score_distributions(utterances, model.audio_embeddings(utterances))
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
 
 
+def lengths_mask(examples):
+    lengths = torch.tensor([len(example) for example in examples])
+    return (torch.arange(max(lengths)) < lengths[:, None]).long()
+
+
 def logits(model, examples):
     """Logits at every position of a batch, by transformers' own forward."""
-    batch = data.collate(examples, model.pad_id)
+    batch = model.prepare(examples)
     with torch.no_grad():
         audio = model.audio_embeddings([example.utterance for example in examples])
         return model.core(
-            inputs_embeds=model._inputs_embeds(torch.as_tensor(batch["input_ids"]), audio),
-            attention_mask=torch.as_tensor(batch["attention_mask"]),
+            inputs_embeds=model._inputs_embeds(batch.input_ids, batch.placeholders, audio),
+            attention_mask=lengths_mask(examples),
         ).logits
 
 
@@ -69,8 +78,8 @@ def test_the_loss_of_a_padded_batch_equals_that_of_its_rows_alone(new_model, exa
     model, batch = new_model(), examples[:8]
     assert len({len(example) for example in batch}) > 2
     with torch.no_grad():
-        together, alone = model(batch), sum(model([example]) for example in batch)
-    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+        together, *alone = (model(model.prepare(rows)) for rows in (batch, *([example] for example in batch)))
+    assert together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
 
 
 def test_eight_micro_batches_of_one_and_one_of_eight_give_equal_gradients(new_model, examples):
@@ -85,15 +94,15 @@ def test_eight_micro_batches_of_one_and_one_of_eight_give_equal_gradients(new_mo
 
 def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples):
     model, batch = new_model(), examples[:4]
-    arrays = data.collate(batch, model.pad_id)
-    audio = model.audio_embeddings([example.utterance for example in batch])
+    prepared, labels = model.prepare(batch), data.collate(batch, model.pad_id)["labels"]
+    audio = model.embed(prepared.recordings)
     with torch.no_grad():
         mean = model.core(
-            inputs_embeds=model._inputs_embeds(torch.as_tensor(arrays["input_ids"]), audio),
-            attention_mask=torch.as_tensor(arrays["attention_mask"]),
-            labels=torch.as_tensor(arrays["labels"]),
+            inputs_embeds=model._inputs_embeds(prepared.input_ids, prepared.placeholders, audio),
+            attention_mask=lengths_mask(batch),
+            labels=torch.as_tensor(labels),
         ).loss
-        ours = model(batch) / sum(len(example.answer_ids) for example in batch)
+        ours = model(prepared) / sum(len(example.answer_ids) for example in batch)
     assert ours.item() == pytest.approx(mean.item(), rel=1e-5)
 
 
@@ -104,7 +113,7 @@ def test_only_the_answer_changes_the_loss(new_model, examples):
     start = len(example.prompt_ids)
     expected = -sum(scores[start - 1 + i, token] for i, token in enumerate(example.answer_ids))
     with torch.no_grad():
-        assert model([example]).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert model(model.prepare([example])).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", models.STRATEGIES)
@@ -115,7 +124,7 @@ def test_bfloat16_weights_under_autocast_train_in_float32_and_stay_near_it(new_m
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, found = gradients(model, [examples[:4], examples[4:8]])
-        assert len(model.eval().generate(utterances[:3], "APA", 5)) == 3
+        assert len(greedy(model.eval(), utterances[:3], "APA", 5)) == 3
     exact, expected = gradients(new_model(strategy), [examples[:8]])
     assert loss == pytest.approx(exact, rel=0.02)
     for name, gradient in found.items():
@@ -168,25 +177,76 @@ def test_embeddings_of_a_frozen_encoder_are_equal_to_the_bit_whatever_they_are_a
     assert all(torch.equal(a, b) for a, b in zip(together, alone))
 
 
-def test_embeddings_are_computed_once_while_encoder_and_projector_are_frozen(new_model, examples, monkeypatch):
-    model, calls = new_model(), []
-    embed = model.embed_audio
+def count_embedded(model, monkeypatch):
+    """A list that gets the number of recordings of each call of the audio encoder."""
+    calls, embed = [], model.embed_audio
     monkeypatch.setattr(model, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
+    return calls
+
+
+def test_embeddings_are_computed_once_while_encoder_and_projector_are_frozen(
+    new_model, examples, monkeypatch, tmp_path
+):
+    model = new_model()
+    model.keep_audio(tmp_path)
+    calls = count_embedded(model, monkeypatch)
+    losses = [model(model.prepare(examples[:6])).item() for _ in range(2)]  # three utterances, two tasks each
+    assert calls == [1] * 3 and losses[0] == losses[1]
+
+    another_run = new_model()
+    another_run.keep_audio(tmp_path)
+    calls = count_embedded(another_run, monkeypatch)
+    assert another_run(another_run.prepare(examples[:6])).item() == losses[0] and calls == []
+
+
+def test_an_encoder_that_trains_embeds_a_micro_batch_together_and_nothing_is_kept(
+    new_model, examples, monkeypatch, tmp_path
+):
+    model = new_model("unfreeze")
+    model.keep_audio(tmp_path)
+    calls = count_embedded(model, monkeypatch)
     for _ in range(2):
-        model(examples[:6])  # three utterances, two tasks each
-    assert calls == [1] * 3
-    unfrozen = new_model("unfreeze")
-    monkeypatch.setattr(unfrozen, "embed_audio", lambda features: calls.append(len(features)) or embed(features))
-    for _ in range(2):
-        unfrozen(examples[:6])
-    assert calls == [1] * 3 + [6, 6]
+        model(model.prepare(examples[:6]))
+    assert calls == [6, 6] and list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_of_other_weights_or_another_type_are_never_used(new_model, utterances, tmp_path):
+    model, other, half = new_model(), new_model(), new_model(dtype="bfloat16")
+    other.core.model.embed_tokens_extend.audio_embed.down_proj_for_speech.bias.data[0] += 1
+    found = []
+    for changed in (model, other, half):
+        changed.keep_audio(tmp_path)
+        found.append(changed.audio_embeddings(utterances[:1])[0])
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not torch.equal(found[0], found[1]) and found[2].dtype == torch.bfloat16
+    assert all(torch.equal(changed.audio_embeddings(utterances[:1])[0], embeddings)
+               for changed, embeddings in zip((model, other, half), found))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_the_control_tokens_enter_loss_and_gradient_as_in_pefts_own_layers(new_model, examples, dtype):
+    """PEFT puts the trained rows into a copy of the matrix, for the embedding and for the head tied to it."""
+    model = new_model(dtype=dtype)
+    rows = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
+    rows.data += torch.randn_like(rows)
+    batch = model.prepare(examples[:4])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        ours = model(batch)
+        ours.backward()
+        gradient, rows.grad = rows.grad, None
+        model._embed_tokens, model._logits = model.core.get_input_embeddings(), model.core.lm_head
+        theirs = model(batch)
+        theirs.backward()
+    exact = 1e-5 if dtype == "float32" else 0.02
+    assert ours.item() == pytest.approx(theirs.item(), rel=exact)
+    assert rows.grad.norm() > 0 and relative(gradient, rows.grad) < exact
 
 
 def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, examples):
     model = new_model()
     audio = model.audio_embeddings([examples[0].utterance])
     with pytest.raises(ValueError, match="audio placeholders for"):
-        model.loss(data.collate([examples[0]], model.pad_id), [audio[0][1:]])
+        model.loss(model.prepare([examples[0]]), [audio[0][1:]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +261,7 @@ def fluent(checkpoint, utterances):
     models.set_trainable(model, "unfreeze")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3)
-    examples = [e for u in utterances[::5] for e in data.make_examples(u, model.tokenizer, model.audio_id)]
+    examples = list(data.Examples(utterances[::5], model.tokenizer, model.audio_id))
     for _ in range(120):
         gradients(model, [examples])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,7 +272,7 @@ def fluent(checkpoint, utterances):
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_the_text_of_an_utterance_does_not_depend_on_its_batch(fluent, utterances, task):
     chosen = [*utterances[::5], utterances[1]]
-    texts = [[fluent.generate(chosen[i : i + size], task, 40) for i in range(0, 9, size)] for size in (1, 3, 9)]
+    texts = [[greedy(fluent, chosen[i : i + size], task, 40) for i in range(0, 9, size)] for size in (1, 3, 9)]
     one, three, nine = ([answer for batch in batches for answer in batch] for batches in texts)
     assert one == three == nine
     assert len({text for text, _, _ in one}) > 2
@@ -220,7 +280,7 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(fluent, utterance
 
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_what_was_learnt_by_heart_is_written_and_parsed(fluent, utterances, task):
-    outputs = [prompts.parse_output(task, text) for text, _, _ in fluent.generate(utterances[::5], task, 60)]
+    outputs = [prompts.parse_output(task, text) for text, _, _ in greedy(fluent, utterances[::5], task, 60)]
     assert None not in outputs
 
 
@@ -255,10 +315,10 @@ def test_greedy_texts_and_expected_scores_do_not_depend_on_the_batch_at_real_len
     for size in (1, 3, 8):
         batches = [long_and_short[i : i + size] for i in range(0, len(long_and_short), size)]
         texts.append(
-            [answer for batch in batches for task in prompts.TASKS for answer in fluent.generate(batch, task, 40)]
+            [answer for batch in batches for task in prompts.TASKS for answer in greedy(fluent, batch, task, 40)]
         )
         texts[-1] = sorted(texts[-1])
-        distributions.append(torch.cat([fluent.score_distributions(batch) for batch in batches]))
+        distributions.append(torch.cat([score(fluent, batch) for batch in batches]))
     assert texts[0] == texts[1] == texts[2]
     values = torch.arange(11.0)
     expected = [(d * values).sum(dim=-1) for d in distributions]
@@ -269,7 +329,7 @@ def test_greedy_texts_and_expected_scores_do_not_depend_on_the_batch_at_real_len
 def test_score_distributions_are_those_of_the_whole_answer_read_at_once(fluent, utterances):
     """Without a cache: transformers' own forward over prompt and answer, read where the scores stand."""
     batch = utterances[:3]
-    distributions = fluent.score_distributions(batch)
+    distributions = score(fluent, batch)
     before, values = data.encode_score_slots(fluent.tokenizer)
     for utterance, ours in zip(batch, distributions):
         modes = [values[i] for i in ours.argmax(dim=-1)]
@@ -282,8 +342,8 @@ def test_score_distributions_are_those_of_the_whole_answer_read_at_once(fluent, 
 
 
 def test_the_likeliest_scores_are_those_that_greedy_decoding_writes(fluent, utterances):
-    written = [prompts.parse_output("APA", text) for text, _, _ in fluent.generate(utterances[::5], "APA", 60)]
-    likeliest = fluent.score_distributions(utterances[::5]).argmax(dim=-1).tolist()
+    written = [prompts.parse_output("APA", text) for text, _, _ in greedy(fluent, utterances[::5], "APA", 60)]
+    likeliest = score(fluent, utterances[::5]).argmax(dim=-1).tolist()
     assert [list(scores.values()) for scores in written] == likeliest
 
 
@@ -293,7 +353,7 @@ def test_generation_stops_at_the_end_token_and_says_when_it_did_not(new_model, u
     favourite = torch.zeros(model.core.config.vocab_size)
     favourite[model.tokenizer.convert_tokens_to_ids(token)] = 1
     model.core.lm_head.forward = lambda hidden: favourite.expand(*hidden.shape[:-1], -1)
-    assert model.generate(utterances[:2], "MDD", 3) == [expected] * 2
+    assert greedy(model, utterances[:2], "MDD", 3) == [expected] * 2
 
 
 def test_the_attention_setting_is_the_language_models_and_gives_the_same_logits(checkpoint, examples):
