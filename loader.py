@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,10 +175,13 @@ class Steps(Dataset):
             return error  # raised by load_steps: DataLoader would put a traceback into its message
 
 
+@contextmanager
 def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, processes=None):
-    """Yield each step, prepared ahead by `workers` processes (0: by this one, when it is asked for).
+    """An iterator over steps, prepared ahead by `workers` processes (0: by this one, when it is asked for).
 
-    examples: data.Examples; steps: indices of each step's examples. rank and processes: whose share; by default this
+    The workers end with the context: else they would outlive an error and spoil what is said about it.
+
+    examples: data.Examples; steps: indices of each step's examples; rank and processes: whose share, by default this
     process' of all. The order, and what is in a step, do not depend on the number of workers.
     """
     rank = data.process_rank() if rank is None else rank
@@ -193,7 +197,15 @@ def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, proces
         worker_init_fn=_leave_signals_to_the_loop,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the numbers that a resumed run goes on with
     )
-    for step in loader:
+    prepared = _raise_errors(loader)
+    try:
+        yield prepared
+    finally:
+        prepared.close()
+
+
+def _raise_errors(steps):
+    for step in steps:
         if isinstance(step, Exception):
             raise step
         yield step

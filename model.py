@@ -604,9 +604,17 @@ def _load_adapter(model, folder):
         raise ValueError("its control tokens are not this base model's")
     model.network = _attach(model.network, config)
     _load_exactly(model.network, load_file(folder / "adapter_model.safetensors"))
+    merge_rows(model)
+
+
+def merge_rows(model):
+    """Put the trained rows of the control tokens into the embedding matrix, for good.
+
+    Else PEFT would copy the whole matrix in every decoding step, twice.
+    """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            module.merge()  # else every decoding step would copy the whole embedding matrix, twice
+            module.merge()
 
 
 def _outside_adapter(model, strategy):

@@ -18,7 +18,7 @@ import math
 import os
 import random
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -261,14 +261,16 @@ def train(settings):
     started = saved = time.perf_counter()
     durations = []  # seconds of each step
     model.train()
-    with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
+    with (ExitStack() as loaders, runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
           runtime.tracker(settings.track, settings.output, record, step) as track,
           tqdm(total=plan["steps"], initial=step, unit="step", disable=data.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
             order = data.epoch_steps(len(examples), plan["step_size"], settings.seed, epoch)
             left = order[len(order) - (last_step - step) :]
-            prepared = iter(loader.load_steps(examples, left, settings.micro_batch, model.prepare, settings.workers))
+            prepared = loaders.enter_context(
+                loader.load_steps(examples, left, settings.micro_batch, model.prepare, settings.workers)
+            )
             for _ in left:
                 # Learning rate: a function of the step alone
                 rate = learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
@@ -579,10 +581,11 @@ def validate(model, examples, settings):
     loss, supervised, pairs = 0.0, 0, {task: [] for task in prompts.TASKS}
     model.eval()
     with models.autocast():
-        for count, share in loader.load_steps(examples, steps, settings.micro_batch, model.prepare, settings.workers,
-                                              rank, processes):  # fmt: skip
-            supervised += count
-            loss += sum(float(model(micro_batch)) for micro_batch in share)
+        with loader.load_steps(examples, steps, settings.micro_batch, model.prepare, settings.workers, rank,
+                               processes) as prepared:  # fmt: skip
+            for count, share in prepared:
+                supervised += count
+                loss += sum(float(model(micro_batch)) for micro_batch in share)
         share = examples.utterances[rank::processes]
         for start in range(0, len(share), settings.micro_batch):
             batch = share[start : start + settings.micro_batch]

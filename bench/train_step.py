@@ -1,43 +1,44 @@
 """One optimiser step: transformers' Trainer, TRL's SFTTrainer and this project's loop, side by side.
 
-    python bench/train_step.py                    # on a CPU: a model scaled down in all its proportions, ten minutes
+    python bench/train_step.py                    # on a CPU: a model scaled down in all its proportions, 40 minutes
     python bench/train_step.py --data CORPUS      # real recordings instead of noise of the same lengths
-    python bench/train_step.py --full             # on a CUDA GPU: the full-size model in bfloat16
+    python bench/train_step.py --full             # on a CUDA GPU: the full-size model in bfloat16, and variants of ours
 
-All train the same model on the same 64 examples a step (32 utterances of ordinary lengths, both tasks), with the same
-LoRA, optimiser, rate and clipping, and no dropout, so that their losses have to agree. Each run is a process of its
-own, and the contestants take turns. A process does one step to warm up and then two steps that are timed, on the same
-64 examples: in the first one no recording has been embedded, in the second one this project finds all embeddings on
-disk. Over the paper's three epochs an example is of the first kind once in six times.
+All train the same model on the same 64 utterances a step, half of them for each task, with the same LoRA, optimiser,
+rate and clipping, and without dropout, so that their losses have to agree. Each run is a process of its own, and the
+contestants take turns. A process does one step to warm up, on other utterances, and then the same step twice: "new"
+recordings have not been embedded before, "known" ones have, which makes a difference to this project alone. Over the
+paper's three epochs an example's recording is new once in six times.
 """
 
 import argparse
+import importlib.metadata
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import workload  # first: it finds the project
+from workload import clock
 
 # isort: split
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import data
+import loader
 import model as models
 import runtime
 import train
 
-STEPS = 3  # a warm-up, all recordings new, all recordings known
-UTTERANCES = 32  # of a step, both tasks each
-BATCH, ACCUMULATION, RATE, CLIP = 8, 8, 2e-5, 1.0  # paper 4.2; clipping as train.py's
+STEP = 64  # examples, each of another utterance; paper 4.2
+MICRO_BATCH, RATE, CLIP = 8, 2e-5, 1.0  # paper 4.2; clipping as in train.py
+WORKERS = 2  # as in train.py
 SEED = 0
 
 
@@ -45,41 +46,93 @@ SEED = 0
 # The contestants: each takes a model with its LoRA and the steps' examples, and returns a list of dicts, one a step
 
 
-def ours(model, steps, folder, options):
+def ours(model, steps, folder, compiled=False, checkpointing=False):
     """The loop of train.py."""
-    settings = SimpleNamespace(micro_batch=BATCH, clip=CLIP, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+    if checkpointing:
+        model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        for layer in model.core.model.layers:
+            layer.compile(dynamic=True)
+    settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=CLIP, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
     weights = models.trained_parameters(model)
-    optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0)
+    optimiser = train.new_optimiser(weights, settings)
+    optimiser.param_groups[0]["lr"] = RATE
+    model.keep_audio(folder)
     model.train()
-    measured = []
-    for number, examples in enumerate(steps, 1):
-        started = clock()
-        line = train.train_step(model, weights, optimiser, examples, number, settings)
-        measured.append(line | {"seconds": clock() - started})
+    examples = [example for step in steps for example in step]
+    indices = np.arange(len(examples)).reshape(len(steps), -1)
+    measured, ended = [], clock()
+    with loader.load_steps(examples, indices, MICRO_BATCH, model.prepare, WORKERS) as prepared:
+        for number, (supervised, share) in enumerate(prepared, 1):
+            line = train.train_step(model, weights, optimiser, supervised, share, number, settings)
+            started, ended = ended, clock()
+            line["work"] = sum(operations(model, micro_batch) for micro_batch in share)
+            measured.append(line | {"seconds": ended - started})
     return measured
 
 
-def trainer(model, steps, folder, options):
-    """transformers.Trainer as it is, with a plain collator and the model's own forward and loss."""
-    return run_trainer(Trainer, TrainingArguments, model, steps, folder, options)
+def trainer(model, steps, folder, unpadded=False, checkpointing=False):
+    """transformers.Trainer with a plain collator and the model's own forward and loss."""
+    return run_trainer(Trainer, TrainingArguments, model, steps, folder, unpadded, checkpointing)
 
 
-def sft_trainer(model, steps, folder, options):
-    """TRL's SFTTrainer, told that the examples are prepared already, which it cannot do for audio."""
+def sft_trainer(model, steps, folder):
+    """TRL's SFTTrainer. It prepares text alone, so it is told that the examples are ready."""
     from trl import SFTConfig, SFTTrainer
 
-    return run_trainer(SFTTrainer, SFTConfig, model, steps, folder, options, processing_class=model.tokenizer,
+    return run_trainer(SFTTrainer, SFTConfig, model, steps, folder, processing_class=model.tokenizer,
                        how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})  # fmt: skip
 
 
-CONTESTANTS = {"Trainer": trainer, "SFTTrainer": sft_trainer, "ours": ours}
+CONTESTANTS = {
+    "Trainer": (trainer, {}),
+    "Trainer, audio unpadded": (trainer, {"unpadded": True}),
+    "SFTTrainer": (sft_trainer, {}),
+    "ours": (ours, {}),
+    "ours, torch.compile": (ours, {"compiled": True}),
+    "Trainer, gradient checkpointing": (trainer, {"checkpointing": True}),
+    "ours, gradient checkpointing": (ours, {"checkpointing": True}),
+    "ours, NF4": (ours, {}),
+    "ours, flash attention": (ours, {}),
+}
+QUANTISED, FLASH = "ours, NF4", "ours, flash attention"  # these need another model
+ON_A_CPU = ("Trainer", "Trainer, audio unpadded", "SFTTrainer", "ours", "ours, torch.compile")
 
 
-def run_trainer(trainer_class, arguments_class, model, steps, folder, options, how=None, **more):
+def why_not(name):
+    """Why a contestant cannot run here, or None."""
+    for needed, package in (("SFTTrainer", "trl"), (QUANTISED, "bitsandbytes"), (FLASH, "flash_attn")):
+        if name == needed and not workload.installed(package):
+            return f"{package} is not installed"
+    if not torch.cuda.is_available() and name not in ON_A_CPU:
+        return "no CUDA GPU"
+
+
+class Unpadded(nn.Module):
+    """The model's own forward and loss behind audio embeddings that do not depend on the other recordings."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.core.config
+
+    def forward(self, input_ids, audio_input_features, audio_attention_mask, audio_embed_sizes, **rest):
+        frames = audio_attention_mask.sum(dim=1).tolist()
+        with torch.no_grad():
+            audio = self.model.embed_audio([f[:length] for f, length in zip(audio_input_features, frames)])
+        embeds = self.model.core.get_input_embeddings()(input_ids)
+        placeholders = (input_ids == self.model.audio_id)[..., None]
+        return self.model.core(inputs_embeds=embeds.masked_scatter(placeholders, torch.cat(audio).to(embeds)), **rest)
+
+
+def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=False, checkpointing=False, how=None,
+                **more):  # fmt: skip
+    import datasets
+
+    examples = [example for step in steps for example in step]
     collated, times = [], []
 
-    def collate(examples):
-        batch = plain_batch(examples, model)
+    def collate(rows):
+        batch = plain_batch([examples[row["index"]] for row in rows], model)
         collated.append((batch["attention_mask"].numel(), int(batch["attention_mask"].sum())))
         return batch
 
@@ -90,99 +143,134 @@ def run_trainer(trainer_class, arguments_class, model, steps, folder, options, h
         def on_step_end(self, *args, **kwargs):
             times.append(clock())
 
+    cuda = torch.cuda.is_available()
     arguments = arguments_class(
-        str(folder), per_device_train_batch_size=BATCH, gradient_accumulation_steps=ACCUMULATION, max_steps=len(steps),
-        learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=CLIP, logging_steps=1,
-        train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[], save_strategy="no",
-        disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(),
-        gradient_checkpointing=options.gradient_checkpointing, **(how or {}),
+        folder, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=STEP // MICRO_BATCH,
+        max_steps=len(steps), learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=CLIP,
+        logging_steps=1, train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=not cuda, bf16=cuda, gradient_checkpointing=checkpointing,
+        **(how or {}),
     )  # fmt: skip
-    examples = [{"example": example} for step in steps for example in step]
-    trainer = trainer_class(model.network, arguments, train_dataset=examples, data_collator=collate,
-                            callbacks=[Clock()], **more)  # fmt: skip
-    trainer.train()
+    run = trainer_class(Unpadded(model) if unpadded else model.network, arguments, data_collator=collate,
+                        train_dataset=datasets.Dataset.from_dict({"index": list(range(len(examples)))}),
+                        callbacks=[Clock()], **more)  # fmt: skip
+    run.train()
     measured = []
-    for i, line in enumerate(trainer.state.log_history[: len(steps)]):
-        computed, tokens = map(sum, zip(*collated[i * ACCUMULATION : (i + 1) * ACCUMULATION]))
+    for i, line in enumerate(run.state.log_history[: len(steps)]):
+        computed, tokens = map(sum, zip(*collated[i * STEP // MICRO_BATCH : (i + 1) * STEP // MICRO_BATCH]))
         measured.append({"loss": line["loss"], "gradient_norm": line["grad_norm"], "tokens": tokens,
                          "padding": 1 - tokens / computed, "seconds": times[i + 1] - times[i]})  # fmt: skip
     return measured
 
 
-def plain_batch(rows, model):
+def plain_batch(examples, model):
     """What the model's own forward takes: padded ids, labels and features."""
-    examples = [row["example"] for row in rows]
     batch = {key: torch.as_tensor(value) for key, value in data.collate(examples, model.pad_id).items()}
+    lengths = torch.tensor([len(example) for example in examples])
     # One at a time: the extractor fails on some sets of lengths
     features = [torch.as_tensor(data.log_mel(example.utterance, model.extractor)) for example in examples]
     frames = torch.tensor([len(feature) for feature in features])
     return batch | {
+        "attention_mask": (torch.arange(max(lengths)) < lengths[:, None]).long(),
         "audio_input_features": pad_sequence(features, batch_first=True),  # (B, longest F, 80)
         "audio_attention_mask": torch.arange(max(frames)) < frames[:, None],  # (B, longest F)
         "audio_embed_sizes": torch.tensor([example.utterance.audio_tokens for example in examples]),
     }
 
 
-def clock():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# ----------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def operations(model, batch):
+    """Multiplications and additions that a micro-batch needs in forward and backward pass, audio encoder left out.
+
+    Frozen weights need no gradient of their own: two products a token, of LoRA's three. Attention is causal; its
+    backward pass has five products for the forward pass' two.
+    """
+    rows, longest = batch.input_ids.shape
+    per_token = 0
+    for name, parameter in model.core.model.layers.named_parameters():
+        if parameter.ndim == 2:  # stored as bytes of two values each where quantised
+            count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+            per_token += count * (3 if parameter.requires_grad else 2)
+    config = model.core.config
+    attention = 7 * rows * longest**2 / 2 * config.hidden_size * config.num_hidden_layers
+    head = 2 * len(batch.supervised) * config.vocab_size * config.hidden_size
+    return 2 * (per_token * rows * longest + attention + head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def measure(options):
-    """One contestant's run, as a dict."""
-    utterances = data.read_corpus(options.data, "train", limit=2 * UTTERANCES)
-    shape = "full" if options.full else "scaled"
-    model = workload.new_model(shape, workload.texts_of(utterances))
+def new_model(name, full, texts):
+    shape = "full" if full else "scaled"
+    model = workload.new_model(shape, texts, nf4=name == QUANTISED)
+    if name == FLASH:
+        model.core.set_attn_implementation({"": "flash_attention_2", "audio_config": "sdpa", "vision_config": "sdpa"})
     models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
     models.set_trainable(model, "lora")
-    examples = [e for u in utterances for e in data.make_examples(u, model.tokenizer, model.audio_id)]
-    half = len(examples) // 2
-    order = np.random.default_rng(SEED).permutation(half)
-    warm_up, step = ([examples[start + i] for i in order] for start in (0, half))
+    return model
+
+
+def measure(name, corpus, full):
+    """One contestant's run, as a dict."""
+    utterances = data.read_corpus(corpus, "train", limit=2 * STEP)
+    model = new_model(name, full, workload.texts_of(utterances))
+    pairs = data.Examples(utterances, model.tokenizer, model.audio_id)
+    examples = [pairs[2 * i + i % 2] for i in np.random.default_rng(SEED).permutation(len(utterances))]
+    contestant, how = CONTESTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
-        steps = CONTESTANTS[options.contestant](model, [warm_up, step, step], folder, options)
+        steps = contestant(model, [examples[:STEP], examples[STEP:], examples[STEP:]], folder, **how)
     return {"steps": steps, "peak_gb": runtime.peak_memory()}
 
 
-def compare(options):
+def compare(names, runs, corpus, full):
     """Run the contestants in turn, each in a process of its own; returns {name: list of runs}."""
-    runs = {name: [] for name in options.contestants}
-    for number in range(options.runs):
-        for name in options.contestants:
+    found = {name: [] for name in names}
+    for number in range(runs):
+        for name in names:
             with tempfile.NamedTemporaryFile() as file:
-                command = [sys.executable, __file__, "--contestant", name, "--data", options.data, "--result", file.name]
-                subprocess.run(command + ["--full"] * options.full, check=True, stdout=subprocess.DEVNULL)
-                runs[name].append(json.loads(Path(file.name).read_text()))
-            seconds = ", ".join(f"{step['seconds']:.2f}" for step in runs[name][-1]["steps"])
-            print(f"run {number + 1}: {name}: {seconds} s, loss {runs[name][-1]['steps'][0]['loss']:.6f}, "
-                  f"peak {runs[name][-1]['peak_gb']:.2f} GB")
-    return runs
+                command = [sys.executable, __file__, "--alone", name, "--data", corpus, "--result", file.name]
+                subprocess.run(command + ["--full"] * full, check=True, stdout=subprocess.DEVNULL)
+                run = json.loads(Path(file.name).read_text())
+            _, new, known = run["steps"]
+            print(f"run {number + 1}, {name}: new {new['seconds']:.2f} s, known {known['seconds']:.2f} s, "
+                  f"loss {new['loss']:.6f}, peak {run['peak_gb']:.2f} GB", flush=True)  # fmt: skip
+            found[name].append(run)
+    return found
 
 
 def main():
     parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS))
-    parser.add_argument("--contestant")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--result")
+    parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
+    parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
+    parser.add_argument("--runs", type=train.positive_int, default=5, help="of each contestant (5)")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME",
+                        help=", ".join(CONTESTANTS))  # fmt: skip
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.contestant:
-        Path(options.result).write_text(json.dumps(measure(options)))
+    if options.full and not torch.cuda.is_available():
+        parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
+    if options.alone:
+        options.result.write_text(json.dumps(measure(options.alone, options.data, options.full)))
         return
+    skipped = {name: reason for name in options.contestants if (reason := why_not(name))}
+    for name, reason in skipped.items():
+        print(f"skipped: {name}: {reason}")
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
-            workload.write_corpus(Path(folder), 2 * UTTERANCES)
-            options.data = folder
-        runs = compare(options)
-    print(json.dumps(runs)[:300])
+            workload.write_corpus(Path(folder), 2 * STEP)
+        names = [name for name in options.contestants if name not in skipped]
+        runs = compare(names, options.runs, options.data or folder, options.full)
+    dtype, size = (torch.bfloat16, 8192) if torch.cuda.is_available() else (torch.float32, 2048)
+    workload.write_result("train_step", {
+        "model": "full" if options.full else "scaled", "corpus": "speechocean762" if options.data else "noise",
+        "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
+        "matrix_peak": workload.matrix_peak(dtype, size), "skipped": skipped, "runs": runs,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

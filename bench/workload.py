@@ -3,11 +3,18 @@
 Time and memory depend on shapes alone, so neither the checkpoint nor the real corpus is needed. Outputs mean nothing.
 """
 
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+BENCH = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCH.parent))
 
 import model as models  # first: it quiets the libraries it imports
 
@@ -76,14 +83,21 @@ def new_tokenizer(texts):
     return fast
 
 
-def new_model(shape, texts, seed=0):
-    """A SpeechModel of the shape, frozen, with random weights: bfloat16 on a GPU, float32 on a CPU."""
+def new_model(shape, texts, seed=0, nf4=False):
+    """A SpeechModel of the shape, frozen, with random weights: bfloat16 on a GPU, float32 on a CPU; or quantised."""
     torch.manual_seed(seed)
     config = Phi4MultimodalConfig(**SHAPES[shape])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         network = Phi4MultimodalForCausalLM._from_config(config, dtype=getattr(torch, models.default_dtype()))
     network.requires_grad_(False)
-    model = models.SpeechModel(network, new_tokenizer(texts), Phi4MultimodalFeatureExtractor())
+    tokenizer, extractor = new_tokenizer(texts), Phi4MultimodalFeatureExtractor()
+    if nf4:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (network, tokenizer, extractor):
+                part.save_pretrained(folder)
+            del network
+            return models.load_base(folder, None, models.default_dtype(), "sdpa", "none", "nf4")
+    model = models.SpeechModel(network, tokenizer, extractor)
     model.source = ("random weights", None, "none")
     return model
 
@@ -106,3 +120,47 @@ def write_corpus(folder, utterances, seed=0):
 def texts_of(utterances):
     """What a tokenizer has to know as words."""
     return [f"{u.text} {' '.join(u.heard)}" for u in utterances]
+
+
+def clock():
+    """Seconds; a GPU has finished what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def machine():
+    """What the figures were measured on."""
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "flash-attn")
+    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                     platform.processor()) if sys.platform == "linux" else platform.processor()  # fmt: skip
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {processor}",
+        "versions": {name: importlib.metadata.version(name) for name in names if installed(name.replace("-", "_"))},
+    }
+
+
+def matrix_peak(dtype, size):
+    """Multiplications and additions a second of a large square matrix product: the best of ten."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        started = clock()
+        a @ b
+        times.append(clock() - started)
+    return 2 * size**3 / min(times)
+
+
+def write_result(name, content):
+    """Keep a benchmark's figures in bench/results/, and put them into the tables of bench/README.md."""
+    import readme
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    with data.whole(BENCH / "results" / f"{name}-{kind}.json") as temporary:
+        temporary.write_text(json.dumps({"benchmark": name, **machine(), **content}, indent=1) + "\n")
+    readme.write_tables()

@@ -230,7 +230,9 @@ def test_a_value_that_is_not_json_is_located_by_the_utterance_before_it(corpus, 
     first, second = list(records)[:2]
     records[second]["accuracy"] = float("nan")
     scores.write_text(json.dumps(records))
-    with pytest.raises(data.InputError, match=f"scores.json is not a JSON object of utterances after utterance {first}"):
+    with pytest.raises(
+        data.InputError, match=f"scores.json is not a JSON object of utterances after utterance {first}"
+    ):
         data.read_corpus(root, "test")
 
 

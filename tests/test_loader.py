@@ -117,7 +117,8 @@ def test_a_supervised_token_at_the_start_of_a_row_is_not_predicted_from_the_row_
 def loaded(model, utterances, workers):
     examples = data.Examples(utterances, model.tokenizer, model.audio_id)
     steps = data.epoch_steps(len(examples), 8, seed=0, epoch=1)
-    return list(loader.load_steps(examples, steps, 3, model.prepare, workers))
+    with loader.load_steps(examples, steps, 3, model.prepare, workers) as prepared:
+        return list(prepared)
 
 
 def test_workers_change_neither_order_nor_content_and_draw_no_random_numbers(new_model, utterances):

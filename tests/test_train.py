@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 import data
 import evaluate
 import model as models
+import prompts
 import train
 
 
@@ -109,8 +110,7 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint,
     models.add_adapter(model, None, None, None)
     models.set_trainable(model, strategy)
     examples = [
-        (i // len(prompts.TASKS), e)
-        for i, e in enumerate(data.Examples(utterances, model.tokenizer, model.audio_id))
+        (i // len(prompts.TASKS), e) for i, e in enumerate(data.Examples(utterances, model.tokenizer, model.audio_id))
     ]
 
     def trained():
@@ -192,10 +192,10 @@ def test_a_value_that_is_not_finite_stops_the_run_names_step_and_utterances_and_
     guilty, seen = data.read_corpus(corpus, "train", limit=8)[3].id, []
     forward = models.SpeechModel.forward
 
-    def spoil(model, examples):
-        seen.append({e.utterance.id for e in examples})
+    def spoil(model, batch):
+        seen.append(set(batch.utterances))
         bad = guilty in seen[-1] and len(seen) > 4  # in the second epoch
-        loss = forward(model, examples)
+        loss = forward(model, batch)
         if bad and what == "loss":
             return loss * float("nan")
         if bad:
@@ -319,7 +319,9 @@ def test_the_validation_loss_is_that_of_the_held_out_examples(validated, checkpo
     models.load_trained(model, folder / "out" / "epoch-4", "lora")
     examples = train.make_examples(held_out, model, 2048)
     with torch.no_grad():
-        loss = sum(model(model.prepare([example])).item() for example in examples) / sum(len(e.answer_ids) for e in examples)
+        loss = sum(model(model.prepare([example])).item() for example in examples) / sum(
+            len(e.answer_ids) for e in examples
+        )
     assert line["loss"] == pytest.approx(loss, rel=1e-5)
 
 

@@ -1,0 +1,116 @@
+"""Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
+
+    python bench/evaluate.py               # on a CPU: the scaled model, ten minutes
+    python bench/evaluate.py --full        # on a CUDA GPU: the full-size model in bfloat16
+
+"one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
+model's own forward. Random weights never write <|end|>, so every answer is given the length of the right one; a batch
+goes on until its longest answer is written, as it does with a trained model. The ways take turns.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import workload  # first: it finds the project
+from workload import clock
+
+# isort: split
+import torch
+
+import data
+import model as models
+import prompts
+import runtime
+import train
+
+BATCH = 16  # as in evaluate.py
+ALL = 2500  # utterances of the test part
+
+
+def answer_length(model, utterances, task):
+    """Tokens of the longest right answer."""
+    examples = data.Examples(utterances, model.tokenizer, model.audio_id)
+    place = prompts.TASKS.index(task)
+    return max(len(examples[len(prompts.TASKS) * i + place].answer_ids) for i in range(len(utterances)))
+
+
+@torch.no_grad()
+def one_at_a_time(model, utterances, task):
+    for utterance in utterances:
+        features = torch.as_tensor(data.log_mel(utterance, model.extractor), device=model.device)[None]
+        ids = data.encode_prompt(utterance, task, model.tokenizer, model.audio_id)
+        input_ids = torch.tensor([ids], device=model.device)
+        model.core.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            audio_input_features=features,
+            audio_embed_sizes=torch.tensor([utterance.audio_tokens]),
+            max_new_tokens=answer_length(model, [utterance], task),
+            do_sample=False,
+            eos_token_id=None,
+        )
+
+
+def batches(utterances):
+    ordered = sorted(utterances, key=lambda utterance: utterance.samples)
+    return [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+
+
+def batched(model, utterances, task):
+    for batch in batches(utterances):
+        model.generate(batch, model.audio_embeddings(batch), task, answer_length(model, batch, task))
+
+
+def expected(model, utterances, task):
+    for batch in batches(utterances):
+        model.score_distributions(batch, model.audio_embeddings(batch))
+
+
+WAYS = {
+    "APA, one at a time": (one_at_a_time, "APA"),
+    "APA, batched": (batched, "APA"),
+    "APA, expected scores": (expected, "APA"),
+    "MDD, one at a time": (one_at_a_time, "MDD"),
+    "MDD, batched": (batched, "MDD"),
+}
+
+
+def main():
+    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
+    parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
+    parser.add_argument("--utterances", type=train.positive_int, default=2 * BATCH, help="of the test part (32)")
+    parser.add_argument("--runs", type=train.positive_int, default=5, help="of each way (5)")
+    options = parser.parse_args()
+    if options.full and not torch.cuda.is_available():
+        parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            workload.write_corpus(Path(folder), options.utterances)
+        utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
+        shape = "full" if options.full else "scaled"
+        model = workload.new_model(shape, workload.texts_of(utterances))
+        models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
+        models.merge_rows(model.eval())
+        seconds = {name: [] for name in WAYS}
+        with models.autocast():
+            for way, task in WAYS.values():
+                way(model, utterances[:2], task)  # to warm up
+            for number in range(options.runs):
+                for name, (way, task) in WAYS.items():
+                    started = clock()
+                    way(model, utterances, task)
+                    seconds[name].append(clock() - started)
+                print(
+                    f"run {number + 1}: " + ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
+                )
+    workload.write_result("evaluate", {
+        "model": shape, "corpus": "speechocean762" if options.data else "noise",
+        "utterances": len(utterances), "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
+        "answer_tokens": {task: [answer_length(model, [u], task) for u in utterances] for task in prompts.TASKS},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    data.run_script("evaluate.py", main)

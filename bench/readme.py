@@ -1,0 +1,110 @@
+"""The tables of bench/README.md, made from bench/results/: python bench/readme.py"""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import workload  # first: it finds the project
+
+# isort: split
+import data
+
+README = workload.BENCH / "README.md"
+BASELINE = "Trainer"
+NEW = 1 / 6  # share of an example's uses, over three epochs of two tasks, in which its recording is new
+STEPS = 3 * 78  # of the paper's run
+HOUR = 3600
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values, digits=2):
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def train_step(result):
+    """Seconds of a step in each contestant's runs, and how many times faster than Trainer beside it."""
+    peak = result["matrix_peak"]
+    mean = {name: [NEW * run["steps"][1]["seconds"] + (1 - NEW) * run["steps"][2]["seconds"] for run in runs]
+            for name, runs in result["runs"].items()}  # fmt: skip
+    rows = []
+    for name, runs in result["runs"].items():
+        first, new, known = zip(*(run["steps"] for run in runs))
+        seconds = [step["seconds"] for step in known]
+        ratios = [theirs / ours for theirs, ours in zip(mean[BASELINE], mean[name])]
+        share = f"{median(step['work'] / step['seconds'] for step in known) / peak:.0%}" if "work" in known[0] else ""
+        rows.append([
+            name, spread([step["seconds"] for step in new]), spread(seconds), spread(ratios),
+            f"{known[0]['tokens'] / median(seconds):,.0f}", f"{known[0]['padding']:.1%}",
+            f"{median(run['peak_gb'] for run in runs):.2f}", share,
+            f"{first[0]['loss']:.5f}, {new[0]['loss']:.5f}, {known[0]['loss']:.5f}",
+        ])  # fmt: skip
+    hours = STEPS * median(mean["ours"]) / HOUR
+    header = [
+        "",
+        "new, s",
+        "known, s",
+        f"times {BASELINE}",
+        "tokens/s",
+        "padding",
+        "peak GB",
+        "of matrix peak",
+        "losses",
+    ]
+    skipped = "".join(f"; skipped: {name} ({reason})" for name, reason in result["skipped"].items())
+    return f"""{table(header, rows)}
+
+{result["model"]} model, {result["corpus"]}, {len(next(iter(result["runs"].values())))} runs, medians (and ranges); \
+matrix peak {peak / 1e12:.2f} TFLOP/s measured. Three epochs of 5,000 examples with ours: {hours:.1f} hours at this \
+rate{skipped}."""
+
+
+def evaluate(result):
+    """Utterances a second of each way, and how many times faster than the loop."""
+    number, rows = result["utterances"], []
+    for name, seconds in result["seconds"].items():
+        slow = result["seconds"][f"{name[:3]}, one at a time"]
+        rows.append([name, spread([number / value for value in seconds]),
+                     spread([theirs / value for theirs, value in zip(slow, seconds)], 1),
+                     f"{median(seconds) / number * result['all'] / HOUR:.2f}"])  # fmt: skip
+    seconds = {name: [*map(sum, zip(*(result["seconds"][f"{task}, {name}"] for task in ("APA", "MDD"))))]
+               for name in ("one at a time", "batched")}  # fmt: skip
+    both = [a / b for a, b in zip(seconds["one at a time"], seconds["batched"])]
+    scores = [a / b for a, b in zip(result["seconds"]["APA, batched"], result["seconds"]["APA, expected scores"])]
+    header = ["", "utterances/s", "times one at a time", f"hours for {result['all']:,}"]
+    return f"""{table(header, rows)}
+
+{result["model"]} model, {result["corpus"]}, {number} utterances, batches of {result["batch"]}. Both tasks: batched is \
+{spread(both, 1)} times the loop. APA: expected scores are {spread(scores, 1)} times batched greedy."""
+
+
+def scaling(result):
+    """Seconds and GB by size of the corpus."""
+    rows = [[f"{int(size):,}", f"{f['read']:.1f}", f"{f['check']:.1f}", f"{f['first_step']:.1f}",
+             f"{f['held_gb']:.3f}", f"{f['peak_gb']:.2f}"] for size, f in result["sizes"].items()]  # fmt: skip
+    return table(["utterances", "reading, s", "checking lengths, s", "first step, s", "held, GB", "peak, GB"], rows)
+
+
+def write_tables():
+    """Put a table of every result between its marks in the README."""
+    text = README.read_text()
+    for name, describe in (("train_step", train_step), ("evaluate", evaluate), ("scaling", scaling)):
+        parts = []
+        for path in sorted((workload.BENCH / "results").glob(f"{name}-*.json")):
+            result = json.loads(path.read_text())
+            versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+            parts.append(f"**{result['device']}** ({versions}):\n\n{describe(result)}")
+        marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+        text = re.sub(
+            f"{marks[0]}.*{marks[1]}", lambda _: "\n".join([marks[0], *parts, marks[1]]), text, flags=re.DOTALL
+        )
+    with data.whole(Path(README)) as temporary:
+        temporary.write_text(text)
+
+
+if __name__ == "__main__":
+    write_tables()

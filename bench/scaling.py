@@ -1,0 +1,128 @@
+"""What a larger corpus costs: time until the first step, and memory.
+
+    python bench/scaling.py                # 250 to 50,000 utterances by repetition, ten minutes and 5 GB of disk
+
+A corpus of each size is read, checked, and one step is made, as train.py does it, with the scaled model. Then audio
+embeddings of the whole corpus are written to disk and read in the order of an epoch. Each size is a process of its
+own. "held" is memory of the process' own after all that; pages of files that the system keeps are not in it.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import workload  # first: it finds the project
+from workload import clock
+
+# isort: split
+import numpy as np
+import torch
+
+import data
+import loader
+import model as models
+import runtime
+import train
+
+SIZES = (250, 1_000, 5_000, 50_000)
+STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, 2, 0  # as in train.py
+MOST_TOKENS = 2048  # of an example, train.py's --max-tokens
+
+
+def repeat(source, folder, utterances):
+    """A corpus folder with `utterances` of the source's train part, over and over, under new names."""
+    source, folder = Path(source), Path(folder)
+    recordings, speakers, records = [], [], {}
+    originals = [line.split() for line in (source / "train" / "wav.scp").read_text().splitlines()]
+    owner = dict(line.split() for line in (source / "train" / "utt2spk").read_text().splitlines())
+    labels = json.loads((source / "resource" / "scores.json").read_text())
+    for number in range(utterances):
+        id, path = originals[number % len(originals)]
+        name = f"{number:06d}"
+        recordings.append(f"{name}\t{source / path}")
+        speakers.append(f"{name} {owner[id]}")
+        records[name] = labels[id]
+    (folder / "train").mkdir(parents=True)
+    (folder / "resource").mkdir()
+    (folder / "resource" / "scores.json").write_text(json.dumps(records))
+    for name, lines in (("wav.scp", recordings), ("utt2spk", speakers)):
+        (folder / "train" / name).write_text("\n".join(lines) + "\n")
+    for name in ("spk2age", "spk2gender"):
+        (folder / "train" / name).write_text((source / "train" / name).read_text())
+
+
+def held():
+    """Memory of the process' own, in GB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+
+
+def measure(folder):
+    """Time and memory of one corpus, as a dict."""
+    started = clock()
+    utterances = data.read_corpus(folder, "train")
+    data.describe(utterances), data.fingerprint(utterances)
+    read = clock()
+    model = workload.new_model("scaled", workload.texts_of(utterances[:250]))
+    models.add_adapter(model, workload.RANK["scaled"], 2 * workload.RANK["scaled"], dropout=0.0)
+    models.set_trainable(model, "lora")
+    built = clock()
+    examples = train.make_examples(utterances, model, MOST_TOKENS)
+    checked = clock()
+    with tempfile.TemporaryDirectory() as cache:
+        model.keep_audio(cache)
+        settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=1.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0)
+        weights = models.trained_parameters(model)
+        optimiser = train.new_optimiser(weights, settings)
+        order = data.epoch_steps(len(examples), STEP, SEED, epoch=1)
+        with loader.load_steps(examples, order, MICRO_BATCH, model.prepare, WORKERS) as prepared:
+            supervised, share = next(prepared)
+        train.train_step(model, weights, optimiser, supervised, share, 1, settings)
+        stepped = clock()
+        embed(model, utterances)
+    return {"read": read - started, "check": checked - built, "first_step": stepped - checked, "held_gb": held(),
+            "peak_gb": runtime.peak_memory()}  # fmt: skip
+
+
+def embed(model, utterances):
+    """Write an embedding for every utterance, as if all recordings differed, and read them all at random."""
+    cache, width = model.prepare.cache, model.core.config.hidden_size
+    files = (cache.file(utterance.id.encode()) for utterance in utterances)
+    for file, utterance in zip(files, utterances):
+        cache.write(file, torch.zeros(utterance.audio_tokens, width))
+    for index in np.random.default_rng(SEED).permutation(len(utterances)):
+        embeddings = cache.read(cache.file(utterances[index].id.encode()))
+        assert embeddings.shape == (utterances[index].audio_tokens, width)
+
+
+def main():
+    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="corpus folder to repeat (default: noise of the corpus' lengths)")
+    parser.add_argument("--sizes", type=train.positive_int, nargs="+", default=SIZES, help="utterances (250 to 50,000)")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(measure(options.alone)))
+        return
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            workload.write_corpus(Path(folder) / "source", SIZES[0])
+        for size in options.sizes:
+            corpus = Path(folder) / str(size)
+            repeat(Path(options.data or Path(folder) / "source").resolve(), corpus, size)
+            command = [sys.executable, __file__, "--alone", str(corpus)]
+            result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            figures[size] = json.loads(result.stdout.splitlines()[-1])
+            print(f"{size:,} utterances: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[size].items()))
+    corpus = "speechocean762" if options.data else "noise"
+    workload.write_result("scaling", {"model": "scaled", "corpus": corpus, "sizes": figures})
+
+
+if __name__ == "__main__":
+    data.run_script("scaling.py", main)
