@@ -18,7 +18,6 @@ import argparse
 import errno
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -265,7 +264,7 @@ def _read_list(path):
 
 
 def read_hub(name, split, revision, limit=None):
-    """Rows of the hub dataset, as (position, row). Audio stays encoded: decoding is soundfile's work, not torchcodec's."""
+    """Rows of the hub dataset, as (position, row). Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
     try:

@@ -77,9 +77,13 @@ def trainer(model, steps, folder, unpadded=False, checkpointing=False):
 
 
 def sft_trainer(model, steps, folder):
-    """TRL's SFTTrainer. It prepares text alone, so it is told that the examples are ready."""
+    """TRL's SFTTrainer. It prepares text alone, so it is told that the examples are ready.
+
+    Its head needs an attribute that PEFT's wrapper, which trains the control tokens' rows, does not pass on.
+    """
     from trl import SFTConfig, SFTTrainer
 
+    model.core.lm_head.bias = None
     return run_trainer(SFTTrainer, SFTConfig, model, steps, folder, processing_class=model.tokenizer,
                        how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})  # fmt: skip
 
