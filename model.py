@@ -264,6 +264,11 @@ class SpeechModel(nn.Module):
         logits = self._logits(hidden.flatten(0, 1)[supervised])  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
+    def compile_layers(self):
+        """Compile each layer of the language model, for micro-batches of any length."""
+        for layer in self.core.model.layers:
+            layer.compile(dynamic=True)
+
     def _prompts(self, utterances, task, control_token, audio, following=()):
         """Prompts with their audio as embeddings (B, T, D), padded on the left, and the mask (B, T) that says where."""
         ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]

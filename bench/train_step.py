@@ -51,8 +51,7 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
     if checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        for layer in model.core.model.layers:
-            layer.compile(dynamic=True)
+        model.compile_layers()
     settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=CLIP, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
     weights = models.trained_parameters(model)
     optimiser = train.new_optimiser(weights, settings)
