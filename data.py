@@ -188,10 +188,10 @@ def read_corpus(source, split, revision=None, limit=None):
         rows = read_hub(source, split, revision, limit)
     else:
         raise InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
-    found, problems, words = {}, {}, {}
+    found, problems, known = {}, {}, {}
     for position, row in rows:
         try:
-            found[position] = _utterance(**row, known=words)
+            found[position] = _utterance(**row, known=known)
         except InputError as error:
             problems[position] = f"{row['id']}: {error}"
     if problems:
@@ -294,7 +294,7 @@ def _hub_recording(dataset, index):
 
 
 def _utterance(id, recording, record, speaker, age, gender, known):
-    """A checked utterance. known: {word: itself} of the corpus so far, so that equal words are held once."""
+    """A checked utterance. known: words and scores of the corpus so far, so that equal ones are held once."""
     if record is None:
         raise InputError("no entry in resource/scores.json")
     if speaker is None or age is None or gender is None:
@@ -302,12 +302,13 @@ def _utterance(id, recording, record, speaker, age, gender, known):
     try:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise InputError(f"text {record['text']!r} is not a sentence")
+        scores = tuple(_score(record, name) for name in prompts.SCORES)
         return Utterance(
             id=id,
             recording=recording,
             samples=len(read_audio(recording)),
             text=record["text"],
-            scores={name: _score(record, name) for name in prompts.SCORES},
+            scores=known.setdefault(scores, dict(zip(prompts.SCORES, scores))),
             words=tuple(known.setdefault(word, word) for word in map(_word, record["words"])),
             speaker=speaker,
             age=int(age),

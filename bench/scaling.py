@@ -73,7 +73,7 @@ def measure(folder):
     models.set_trainable(model, "lora")
     built = clock()
     examples = train.make_examples(utterances, model, MOST_TOKENS)
-    checked = clock()
+    checked, started_gb = clock(), held()
     with tempfile.TemporaryDirectory() as cache:
         model.keep_audio(cache)
         settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=1.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0)
@@ -85,7 +85,7 @@ def measure(folder):
         train.train_step(model, weights, optimiser, supervised, share, 1, settings)
         stepped = clock()
         embed(model, utterances)
-    return {"read": read - started, "check": checked - built, "first_step": stepped - checked, "held_gb": held(),
+    return {"read": read - started, "check": checked - built, "first_step": stepped - checked, "started_gb": started_gb, "held_gb": held(),
             "peak_gb": runtime.peak_memory()}  # fmt: skip
 
 

@@ -70,14 +70,19 @@ RANK = {"scaled": 8, "full": 64}  # the paper's setting is full size; the same s
 
 
 def new_tokenizer(texts):
-    """Byte-level BPE in which every word of the prompts and of `texts` is one token, as in a large vocabulary."""
+    """Byte-level BPE in which every word of the prompts and of `texts` is one token, as in a large vocabulary.
+
+    So is every score: expected scoring needs it.
+    """
+    low, high = prompts.SCORE_RANGE
+    answers = [prompts.apa_target(dict.fromkeys(prompts.SCORES, score)) for score in range(low, high + 1)]
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 100, show_progress=False,
                                   special_tokens=["<|endoftext|>", *prompts.TURN_TOKENS],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    tokenizer.train_from_iterator([*prompts.PROMPTS.values(), *texts], trainer)
+    tokenizer.train_from_iterator([*prompts.PROMPTS.values(), *answers, *texts], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     fast.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
     return fast
