@@ -550,20 +550,6 @@ def collate(examples, pad_id):
     return {"input_ids": input_ids, "labels": labels}
 
 
-def collate_prompts(prompt_ids, pad_id):
-    """Prompts as one batch, padded on the left so that every answer starts at the same column.
-
-    Returns int64 arrays input_ids and attention_mask, each (B, T).
-    """
-    longest = max(len(ids) for ids in prompt_ids)
-    input_ids = np.full((len(prompt_ids), longest), pad_id, dtype=np.int64)  # (B, T)
-    attention_mask = np.zeros_like(input_ids)  # (B, T)
-    for row, ids in enumerate(prompt_ids):
-        input_ids[row, longest - len(ids) :] = ids
-        attention_mask[row, longest - len(ids) :] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
 def epoch_steps(examples, step_size, seed, epoch):
     """The steps of one epoch: indices of `step_size` of the `examples`, drawn at random without replacement.
 

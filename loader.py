@@ -107,8 +107,8 @@ class MicroBatch:
     supervised: torch.Tensor  # (N,), positions whose *next* token is supervised
     targets: torch.Tensor  # (N,), those next tokens
     tokens: int  # without padding
-    recordings: list[Recording]  # of each row
-    utterances: list[str]  # id of each row
+    recordings: list[Recording] = ()  # of each row
+    utterances: list[str] = ()  # id of each row
 
     def pin_memory(self):
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -125,6 +125,13 @@ class Preparation:
     cache: AudioCache | None = None  # None: encoder or projector train, or nothing is to be kept
 
     def __call__(self, examples):
+        batch = self.pad(examples)
+        batch.recordings = [self.recording(example.utterance) for example in examples]
+        batch.utterances = [example.utterance.id for example in examples]
+        return batch
+
+    def pad(self, examples):
+        """A micro-batch without recordings."""
         batch = data.collate(examples, self.pad_id)
         input_ids, labels = batch["input_ids"], batch["labels"]  # (B, T)
         following = np.full_like(labels, data.IGNORE)  # (B, T): position t predicts token t+1
@@ -136,8 +143,6 @@ class Preparation:
             torch.from_numpy(supervised),
             torch.from_numpy(following.reshape(-1)[supervised]),
             sum(map(len, examples)),
-            [self.recording(example.utterance) for example in examples if example.utterance],
-            [example.utterance.id for example in examples if example.utterance],
         )
 
     def recording(self, utterance):

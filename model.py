@@ -269,13 +269,32 @@ class SpeechModel(nn.Module):
         for layer in self.core.model.layers:
             layer.compile(dynamic=True)
 
-    def _prompts(self, utterances, task, control_token, audio, following=()):
-        """Prompts with their audio as embeddings (B, T, D), padded on the left, and the mask (B, T) that says where."""
+    def _read_prompts(self, utterances, audio, task, control_token, following=()):
+        """Read prompts and the `following` tokens. Returns hidden states of their last tokens (B, D), and where it is.
+
+        Padded on the right, so that no mask is needed (see `loss`); `_read_on` leaves the padding out of its attention.
+        """
         ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]
-        batch = data.collate_prompts([[*prompt, *following] for prompt in ids], self.pad_id)
-        input_ids, mask = (torch.as_tensor(batch[key], device=self.device) for key in ("input_ids", "attention_mask"))
-        placeholders = np.flatnonzero(batch["input_ids"] == self.audio_id)
-        return self._inputs_embeds(input_ids, torch.as_tensor(placeholders, device=self.device), audio), mask
+        batch = self.prepare.pad([data.Example(None, task, [*prompt, *following], []) for prompt in ids])
+        input_ids, placeholders = batch.input_ids.to(self.device), batch.placeholders.to(self.device)
+        output = self.core.model(inputs_embeds=self._inputs_embeds(input_ids, placeholders, audio), use_cache=True)
+        lengths = torch.tensor([len(prompt) + len(following) for prompt in ids], device=self.device)
+        mask = (torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]).long()  # (B, T)
+        ends = output.last_hidden_state[torch.arange(len(ids), device=self.device), lengths - 1]
+        return ends, (output.past_key_values, mask)
+
+    def _read_on(self, tokens, where):
+        """Read further tokens (B, n). Returns hidden states of the last ones (B, D), and where it is then."""
+        cache, mask = where
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        output = self.core.model(
+            inputs_embeds=self._embed_tokens(tokens),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :],  # padding counts nowhere
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1], (output.past_key_values, mask)
 
     @torch.no_grad()
     def generate(self, utterances, audio, task, max_new_tokens, control_token=True):
@@ -283,22 +302,20 @@ class SpeechModel(nn.Module):
 
         Returns a list of (text, number of tokens, truncated); truncated: the limit came before <|end|>.
         """
-        embeds, mask = self._prompts(utterances, task, control_token, audio)
-        stop = {self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id}
-        sequences = self.core.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(stop),
-            pad_token_id=self.pad_id,
-        )  # (B, new tokens): with inputs_embeds, generate returns the answer alone
+        stop = [self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id]
+        stops = torch.tensor(stop, device=self.device)
+        hidden, where = self._read_prompts(utterances, audio, task, control_token)
+        written = [self._logits(hidden).argmax(dim=-1)]  # of each step, (B,)
+        ended = torch.isin(written[-1], stops)
+        while len(written) < max_new_tokens and not ended.all():
+            hidden, where = self._read_on(written[-1][:, None], where)
+            written.append(self._logits(hidden).argmax(dim=-1))
+            ended |= torch.isin(written[-1], stops)
         answers = []
-        for sequence in sequences.tolist():
-            length = next((i for i, token in enumerate(sequence) if token in stop), None)
-            text = self.tokenizer.decode(sequence[:length], skip_special_tokens=False)
-            answers.append((text, len(sequence) if length is None else length + 1, length is None))
+        for tokens in torch.stack(written, dim=1).tolist():
+            length = next((i for i, token in enumerate(tokens) if token in stop), None)
+            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=False)
+            answers.append((text, len(tokens) if length is None else length + 1, length is None))
         return answers
 
     @torch.no_grad()
@@ -310,21 +327,14 @@ class SpeechModel(nn.Module):
         short passes with one cache, and no output that could be malformed.
         """
         before, values = data.encode_score_slots(self.tokenizer)
-        embeds, mask = self._prompts(utterances, "APA", control_token, audio, before[0])
         values = torch.tensor(values, device=self.device)  # (11,)
-        cache, distributions = None, []
-        for following in [*before[1:], []]:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]  # padding counts nowhere
-            output = self.core.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                     past_key_values=cache, use_cache=True)  # fmt: skip
-            cache = output.past_key_values
-            logits = self._logits(output.last_hidden_state[:, -1])[:, values]  # (B, 11)
-            distributions.append(logits.float().softmax(dim=-1))
+        hidden, where = self._read_prompts(utterances, audio, "APA", control_token, before[0])
+        distributions = [self._logits(hidden)[:, values].float().softmax(dim=-1)]  # of each score, (B, 11)
+        for following in before[1:]:
             own = values[distributions[-1].argmax(dim=-1)][:, None]  # (B, 1)
-            text = torch.tensor(following, dtype=own.dtype, device=own.device).expand(len(own), -1)
-            given = torch.cat([own, text], dim=1)  # (B, 1 + following)
-            embeds = self._embed_tokens(given)
-            mask = torch.cat([mask, torch.ones_like(given)], dim=1)
+            text = torch.tensor(following, device=own.device).expand(len(own), -1)
+            hidden, where = self._read_on(torch.cat([own, text], dim=1), where)
+            distributions.append(self._logits(hidden)[:, values].float().softmax(dim=-1))
         return torch.stack(distributions, dim=1)
 
 
@@ -415,8 +425,6 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
         raise data.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
-    # generate() would otherwise mix our greedy settings with sampling settings of the checkpoint
-    model.core.generation_config = type(model.core.generation_config)()
     model.source = (name, revision, speech_adapter)
     return model
 

@@ -354,7 +354,7 @@ class Pretraining:
             rows.append(self._encode(QUESTIONS[task], " ".join(answer), audio_tokens=len(frame_labels)))
             chosen.append((features, frame_labels))
         audio = self.model.embed_audio([features for features, _ in chosen])
-        batch = self.model.prepare(rows)
+        batch = self.model.prepare.pad(rows)
         loss = self.model.loss(batch, audio) / len(batch.targets)
 
         logits = self.frame_head(torch.cat(audio)).view(-1, len(PHONES) + 1)  # (2 x sum of A, phones + silence)

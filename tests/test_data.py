@@ -344,12 +344,6 @@ def test_a_genuine_pad_token_in_an_answer_would_still_be_supervised():
     assert data.collate([example], pad_id=0)["labels"].tolist() == [[-100, -100, 7, 0, 8]]
 
 
-def test_prompts_are_padded_on_the_left():
-    batch = data.collate_prompts([[1, 2, 3], [4]], pad_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
 def test_an_epoch_visits_each_example_once_in_an_order_of_seed_and_epoch():
     def steps(seed, epoch):
         return data.epoch_steps(40, 8, seed, epoch).tolist()

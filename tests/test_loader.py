@@ -106,7 +106,7 @@ def test_positions_point_at_the_token_before_each_supervised_one_and_at_every_pl
 
 def test_a_supervised_token_at_the_start_of_a_row_is_not_predicted_from_the_row_above():
     first, second = data.Example(None, "APA", [5], [7]), data.Example(None, "APA", [], [8, 9])
-    batch = loader.Preparation(None, pad_id=0, audio_id=1)([first, second])
+    batch = loader.Preparation(None, pad_id=0, audio_id=1).pad([first, second])
     assert batch.supervised.tolist() == [0, 2] and batch.targets.tolist() == [7, 9]
 
 

@@ -279,6 +279,20 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(fluent, utterance
 
 
 @pytest.mark.parametrize("task", prompts.TASKS)
+def test_answers_are_those_of_transformers_own_generate(fluent, utterances, task):
+    """One utterance at a time, from ids and features, with its cache."""
+    for utterance, (text, length, truncated) in zip(utterances[:4], greedy(fluent, utterances[:4], task, 25)):
+        input_ids = torch.tensor([data.encode_prompt(utterance, task, fluent.tokenizer, fluent.audio_id)])
+        sequence = fluent.core.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=25, do_sample=False,
+            audio_input_features=data.log_mel(utterance, fluent.extractor)[None],
+            audio_embed_sizes=torch.tensor([utterance.audio_tokens]),
+            eos_token_id=fluent.tokenizer.convert_tokens_to_ids(prompts.END),
+        )[0, input_ids.shape[1] :]  # fmt: skip
+        assert fluent.tokenizer.decode(sequence) == text + prompts.END * (not truncated) and len(sequence) == length
+
+
+@pytest.mark.parametrize("task", prompts.TASKS)
 def test_what_was_learnt_by_heart_is_written_and_parsed(fluent, utterances, task):
     outputs = [prompts.parse_output(task, text) for text, _, _ in greedy(fluent, utterances[::5], task, 60)]
     assert None not in outputs
@@ -352,7 +366,7 @@ def test_generation_stops_at_the_end_token_and_says_when_it_did_not(new_model, u
     model = new_model().eval()
     favourite = torch.zeros(model.core.config.vocab_size)
     favourite[model.tokenizer.convert_tokens_to_ids(token)] = 1
-    model.core.lm_head.forward = lambda hidden: favourite.expand(*hidden.shape[:-1], -1)
+    model._logits = lambda hidden: favourite.expand(len(hidden), -1)
     assert greedy(model, utterances[:2], "MDD", 3) == [expected] * 2
 
 
