@@ -536,8 +536,8 @@ def collate(examples, pad_id):
     """Examples as one batch, padded on the right.
 
     A row's positions are then those it has alone, and causal attention needs no mask: what comes after a row's end is
-    seen by nothing in it. Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including <|assistant|> and on
-    padding; the answer and its <|end|> are supervised.
+    seen by nothing in it. Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including
+    <|assistant|> and on padding; the answer and its <|end|> are supervised.
     Returns int64 arrays input_ids and labels, each (B, T).
     """
     longest = max(len(example) for example in examples)

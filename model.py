@@ -33,7 +33,6 @@ from pickle import UnpicklingError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -367,6 +366,11 @@ def check_model(name):
 def default_dtype():
     """Type of frozen weights where none is asked for."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def default_workers():
+    """Processes that prepare steps, where no number is asked for: they pay beside a GPU, which waits for them."""
+    return 2 if torch.cuda.is_available() else 0
 
 
 def autocast():

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -38,8 +39,9 @@ import runtime
 FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
 # What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
 MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "max_tokens", "patience",
-              "track", "data", "data_revision", "audio_cache", "workers")  # fmt: skip
+              "track", "data", "data_revision", "audio_cache", "workers", "compile")  # fmt: skip
 ESTIMATE_AFTER = 10  # steps
+COMPILERS = ("g++", "clang++", "c++")
 VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +121,8 @@ def parse_settings():
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
     add("--audio-cache", type=Path, default=Path("audio-cache"), help="folder for audio embeddings, computed once "
         "while encoder and projector are frozen; runs share it, and it may be removed")  # fmt: skip
-    add("--workers", type=whole_number, default=2, help="processes that read and prepare the next steps; 0: none")
+    add("--workers", type=whole_number, default=models.default_workers(), help="processes that read and prepare the "
+        "next steps; without a GPU 0, because they would take their time from the step")  # fmt: skip
     add("--save-minutes", type=positive_float, default=30.0, help="time between checkpoints within an epoch")
     add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
     add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
@@ -170,6 +173,8 @@ def conflicts(settings, given):
          f"--validation 0.1"),
         (settings.attention == "flash_attention_2" and settings.dtype == "float32",
          "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (the default on a CPU)"),
+        (settings.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)),
+         f"--compile needs a C++ compiler where there is no GPU, and finds none: install {' or '.join(COMPILERS)}"),
         *((option and importlib.util.find_spec(package) is None,
            f"{option} needs the package {package}, which is not installed: pip install {package.replace('_', '-')}")
           for option, package in (
@@ -263,7 +268,8 @@ def train(settings):
     started = saved = time.perf_counter()
     durations = []  # seconds of each step
     model.train()
-    with (ExitStack() as loaders, runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
+    with (ExitStack() as loaders, runtime.StopRequest() as stop,
+          runtime.open_log(settings.output / "log.jsonl", step) as log,
           runtime.tracker(settings.track, settings.output, record, step) as track,
           tqdm(total=plan["steps"], initial=step, unit="step", disable=data.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
@@ -539,8 +545,9 @@ def memory_advice(share, settings):
         yield
     except torch.OutOfMemoryError as error:
         raise data.RunError(
-            f"out of memory with micro-batches of {settings.micro_batch}, longest sequence {share[0].input_ids.shape[1]} tokens: "
-            f"lower --micro-batch, or add --gradient-checkpointing (the step stays the same), and --resume"
+            f"out of memory with micro-batches of {settings.micro_batch}, longest sequence "
+            f"{share[0].input_ids.shape[1]} tokens: lower --micro-batch, or add --gradient-checkpointing (the step stays "
+            f"the same), and --resume"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
 
-    python bench/evaluate.py               # on a CPU: the scaled model, ten minutes
-    python bench/evaluate.py --full        # on a CUDA GPU: the full-size model in bfloat16
+    python bench/evaluate.py                                               # the scaled model, ten minutes on two cores
+    python bench/evaluate.py --model tiny/model --data tiny/corpus         # a checkpoint, such as the demo's
+    python bench/evaluate.py --full                                        # on a CUDA GPU: the full-size model
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
 model's own forward. Random weights never write <|end|>, so every answer is given the length of the right one; a batch
@@ -26,6 +27,7 @@ import train
 
 BATCH = 16  # as in evaluate.py
 ALL = 2500  # utterances of the test part
+TINY_RANK = 16  # the demo's
 
 
 def answer_length(model, utterances, task):
@@ -80,6 +82,7 @@ def main():
     parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
+    parser.add_argument("--model", help="checkpoint folder (default: random weights)")
     parser.add_argument("--utterances", type=train.positive_int, default=2 * BATCH, help="of the test part (32)")
     parser.add_argument("--runs", type=train.positive_int, default=5, help="of each way (5)")
     options = parser.parse_args()
@@ -89,9 +92,13 @@ def main():
         if options.data is None:
             workload.write_corpus(Path(folder), options.utterances)
         utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
-        shape = "full" if options.full else "scaled"
-        model = workload.new_model(shape, workload.texts_of(utterances))
-        models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
+        if options.model:
+            name, rank = "checkpoint", TINY_RANK
+            model = models.load_base(options.model, None, models.default_dtype(), "sdpa", "merge")
+        else:
+            name = "full" if options.full else "scaled"
+            model, rank = workload.new_model(name, workload.texts_of(utterances)), workload.RANK[name]
+        models.add_adapter(model, rank, 2 * rank, dropout=0.0)
         models.merge_rows(model.eval())
         seconds = {name: [] for name in WAYS}
         with models.autocast():
@@ -105,8 +112,8 @@ def main():
                 print(
                     f"run {number + 1}: " + ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
                 )
-    workload.write_result("evaluate", {
-        "model": shape, "corpus": "speechocean762" if options.data else "noise",
+    workload.write_result(f"evaluate-{name}", {
+        "model": name, "corpus": "speechocean762" if options.data else "noise",
         "utterances": len(utterances), "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
         "answer_tokens": {task: [answer_length(model, [u], task) for u in utterances] for task in prompts.TASKS},
     })  # fmt: skip

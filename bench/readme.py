@@ -15,6 +15,7 @@ BASELINE = "Trainer"
 NEW = 1 / 6  # share of an example's uses, over three epochs of two tasks, in which its recording is new
 STEPS = 3 * 78  # of the paper's run
 HOUR = 3600
+MODELS = {"scaled": "Scaled model", "full": "Full-size model", "checkpoint": "The demo's model"}
 
 
 def table(header, rows):
@@ -58,7 +59,7 @@ def train_step(result):
     skipped = "".join(f"; skipped: {name} ({reason})" for name, reason in result["skipped"].items())
     return f"""{table(header, rows)}
 
-{result["model"]} model, {result["corpus"]}, {len(next(iter(result["runs"].values())))} runs, medians (and ranges); \
+{MODELS[result["model"]]}, {result["corpus"]}, {len(next(iter(result["runs"].values())))} runs, medians (and ranges); \
 matrix peak {peak / 1e12:.2f} TFLOP/s measured. Three epochs of 5,000 examples with ours: {hours:.1f} hours at this \
 rate{skipped}."""
 
@@ -78,15 +79,17 @@ def evaluate(result):
     header = ["", "utterances/s", "times one at a time", f"hours for {result['all']:,}"]
     return f"""{table(header, rows)}
 
-{result["model"]} model, {result["corpus"]}, {number} utterances, batches of {result["batch"]}. Both tasks: batched is \
-{spread(both, 1)} times the loop. APA: expected scores are {spread(scores, 1)} times batched greedy."""
+{MODELS[result["model"]]}, {result["corpus"]}, {number} utterances, batches of {result["batch"]}. Both tasks: \
+batched is {spread(both, 1)} times the loop. APA: expected scores are {spread(scores, 1)} times batched greedy."""
 
 
 def scaling(result):
     """Seconds and GB by size of the corpus."""
     rows = [[f"{int(size):,}", f"{f['read']:.1f}", f"{f['check']:.1f}", f"{f['first_step']:.1f}",
-             f"{f['held_gb']:.3f}", f"{f['peak_gb']:.2f}"] for size, f in result["sizes"].items()]  # fmt: skip
-    return table(["utterances", "reading, s", "checking lengths, s", "first step, s", "held, GB", "peak, GB"], rows)
+             f"{f['started_gb']:.3f}", f"{f['held_gb']:.3f}", f"{f['peak_gb']:.2f}"]
+            for size, f in result["sizes"].items()]  # fmt: skip
+    return table(["utterances", "reading, s", "checking lengths, s", "first step, s", "held before it, GB",
+                  "held at the end, GB", "peak, GB"], rows)  # fmt: skip
 
 
 def write_tables():

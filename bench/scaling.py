@@ -30,7 +30,7 @@ import runtime
 import train
 
 SIZES = (250, 1_000, 5_000, 50_000)
-STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, 2, 0  # as in train.py
+STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, models.default_workers(), 0  # as in train.py
 MOST_TOKENS = 2048  # of an example, train.py's --max-tokens
 
 
@@ -85,8 +85,8 @@ def measure(folder):
         train.train_step(model, weights, optimiser, supervised, share, 1, settings)
         stepped = clock()
         embed(model, utterances)
-    return {"read": read - started, "check": checked - built, "first_step": stepped - checked, "started_gb": started_gb, "held_gb": held(),
-            "peak_gb": runtime.peak_memory()}  # fmt: skip
+    return {"read": read - started, "check": checked - built, "first_step": stepped - checked,
+            "started_gb": started_gb, "held_gb": held(), "peak_gb": runtime.peak_memory()}  # fmt: skip
 
 
 def embed(model, utterances):
@@ -121,7 +121,7 @@ def main():
             figures[size] = json.loads(result.stdout.splitlines()[-1])
             print(f"{size:,} utterances: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[size].items()))
     corpus = "speechocean762" if options.data else "noise"
-    workload.write_result("scaling", {"model": "scaled", "corpus": corpus, "sizes": figures})
+    workload.write_result("scaling-scaled", {"model": "scaled", "corpus": corpus, "sizes": figures})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import train
 
 STEP = 64  # examples, each of another utterance; paper 4.2
 MICRO_BATCH, RATE, CLIP = 8, 2e-5, 1.0  # paper 4.2; clipping as in train.py
-WORKERS = 2  # as in train.py
+WORKERS = models.default_workers()
 SEED = 0
 
 
@@ -221,6 +221,8 @@ def measure(name, corpus, full):
     """One contestant's run, as a dict."""
     utterances = data.read_corpus(corpus, "train", limit=2 * STEP)
     model = new_model(name, full, workload.texts_of(utterances))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # building the model is not measured
     pairs = data.Examples(utterances, model.tokenizer, model.audio_id)
     examples = [pairs[2 * i + i % 2] for i in np.random.default_rng(SEED).permutation(len(utterances))]
     contestant, how = CONTESTANTS[name]
@@ -269,8 +271,9 @@ def main():
         names = [name for name in options.contestants if name not in skipped]
         runs = compare(names, options.runs, options.data or folder, options.full)
     dtype, size = (torch.bfloat16, 8192) if torch.cuda.is_available() else (torch.float32, 2048)
-    workload.write_result("train_step", {
-        "model": "full" if options.full else "scaled", "corpus": "speechocean762" if options.data else "noise",
+    name = "full" if options.full else "scaled"
+    workload.write_result(f"train_step-{name}", {
+        "model": name, "corpus": "speechocean762" if options.data else "noise",
         "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
         "matrix_peak": workload.matrix_peak(dtype, size), "skipped": skipped, "runs": runs,
     })  # fmt: skip

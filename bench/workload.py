@@ -101,6 +101,8 @@ def new_model(shape, texts, seed=0, nf4=False):
             for part in (network, tokenizer, extractor):
                 part.save_pretrained(folder)
             del network
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             return models.load_base(folder, None, models.default_dtype(), "sdpa", "none", "nf4")
     model = models.SpeechModel(network, tokenizer, extractor)
     model.source = ("random weights", None, "none")

@@ -10,7 +10,8 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"`((?:data|evaluate|metrics|model|prompts|tables|train)\.(?!py)\w+)", README)))
+    "name",
+    sorted(set(re.findall(r"`((?:data|evaluate|loader|metrics|model|prompts|tables|train)\.(?!py)\w+)", README))),
 )
 def test_every_function_the_walkthrough_names_exists(name):
     module, attribute = name.split(".")

@@ -268,6 +268,30 @@ def test_gradient_checkpointing_computes_the_layers_twice(small, monkeypatch):
     assert len(calls) == 2 * layers * micro_batches
 
 
+def test_a_folder_for_embeddings_that_cannot_be_written_is_named_before_anything_slow(small):
+    with pytest.raises(
+        data.InputError, match="cannot write into .*cache: Not a directory; choose another --audio-cache"
+    ):
+        train.train(small("--audio-cache", Path(__file__) / "cache"))
+
+
+def test_compiled_layers_and_worker_processes_leave_steps_and_validation_as_they_are(small, tmp_path):
+    numbers = []
+    for i, change in enumerate(([], ["--compile", "--workers", 2])):
+        train.train(small("--limit", 20, "--validation", 0.5, "--epochs", 1, "--dropout", 0, *change,
+                          "--output", tmp_path / str(i)))  # fmt: skip
+        lines = [json.loads(line) for name in ("log", "validation")
+                 for line in (tmp_path / str(i) / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip
+        numbers.append([line["loss"] for line in lines])
+    assert len(numbers[0]) == 3 and np.allclose(*numbers, rtol=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    with pytest.raises(data.InputError, match="--compile needs a C.. compiler where there is no GPU, and finds none"):
+        settings(monkeypatch, "--compile")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Validation
 
@@ -515,6 +539,7 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
     (["--weight-decay", "nan"], "nan is not a fraction"),
     (["--validation", "1"], "1 is not a fraction"),
     (["--save-minutes", "0"], "0 is not a positive number"),
+    (["--workers", "-1"], "-1 is not a whole number from 0 up"),
     (["--quantize", "int8"], "invalid choice: 'int8'"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message):
