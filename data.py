@@ -32,7 +32,6 @@ from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
-import ijson
 import numpy as np
 from safetensors import SafetensorError
 
@@ -213,6 +212,8 @@ def _read_folder(root, split, limit):
     Yields (position in wav.scp, row). scores.json is read record by record: parsed whole, it would take some thirty
     times the memory of what is kept of it.
     """
+    import ijson
+
     needed = [root / "resource" / "scores.json"]
     needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
     missing = [str(path) for path in needed if not path.is_file()]

@@ -209,11 +209,17 @@ def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, proces
         prepared.close()
 
 
-def _raise_errors(steps):
-    for step in steps:
-        if isinstance(step, Exception):
-            raise step
-        yield step
+def _raise_errors(loader):
+    try:
+        for step in loader:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+    except RuntimeError as error:
+        if not loader.num_workers:
+            raise
+        raise data.RunError(f"a worker process failed: {data.first_line(error)} Perhaps memory is short, or shared "
+                            f"memory (/dev/shm): --workers 0 does without, and --resume goes on") from error  # fmt: skip
 
 
 def _leave_signals_to_the_loop(worker):

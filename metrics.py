@@ -16,7 +16,6 @@ import re
 import warnings
 from collections import Counter
 
-import jiwer
 import numpy as np
 from scipy import stats
 
@@ -44,6 +43,8 @@ def error_counts(references, hypotheses):
 
     Both are lists with one list of words or phones per utterance.
     """
+    import jiwer
+
     if not references:
         return np.zeros((0, 4))
     output = jiwer.process_words([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])

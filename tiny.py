@@ -23,7 +23,6 @@ from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel  # first: it quiets 
 
 # isort: split
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -201,6 +200,8 @@ def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
 
     speech: makes one utterance, as learner_speech does.
     """
+    import soundfile
+
     rng = np.random.default_rng((seed, 1))
     records, number = {}, 0
     for split, count in speakers.items():

@@ -546,8 +546,8 @@ def memory_advice(share, settings):
     except torch.OutOfMemoryError as error:
         raise data.RunError(
             f"out of memory with micro-batches of {settings.micro_batch}, longest sequence "
-            f"{share[0].input_ids.shape[1]} tokens: lower --micro-batch, or add --gradient-checkpointing (the step stays "
-            f"the same), and --resume"
+            f"{share[0].input_ids.shape[1]} tokens: lower --micro-batch, or add --gradient-checkpointing (the step "
+            f"stays the same), and --resume"
         ) from error
 
 

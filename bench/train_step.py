@@ -80,10 +80,12 @@ def sft_trainer(model, steps, folder):
 
     Its head needs an attribute that PEFT's wrapper, which trains the control tokens' rows, does not pass on.
     """
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     model.core.lm_head.bias = None
     return run_trainer(SFTTrainer, SFTConfig, model, steps, folder, processing_class=model.tokenizer,
+                       as_dataset=Dataset.from_list,
                        how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})  # fmt: skip
 
 
@@ -127,10 +129,8 @@ class Unpadded(nn.Module):
         return self.model.core(inputs_embeds=embeds.masked_scatter(placeholders, torch.cat(audio).to(embeds)), **rest)
 
 
-def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=False, checkpointing=False, how=None,
-                **more):  # fmt: skip
-    import datasets
-
+def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=False, checkpointing=False,
+                as_dataset=list, how=None, **more):  # fmt: skip
     examples = [example for step in steps for example in step]
     collated, times = [], []
 
@@ -155,7 +155,7 @@ def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=F
         **(how or {}),
     )  # fmt: skip
     run = trainer_class(Unpadded(model) if unpadded else model.network, arguments, data_collator=collate,
-                        train_dataset=datasets.Dataset.from_dict({"index": list(range(len(examples)))}),
+                        train_dataset=as_dataset([{"index": i} for i in range(len(examples))]),
                         callbacks=[Clock()], **more)  # fmt: skip
     run.train()
     measured = []
