@@ -218,8 +218,10 @@ def _raise_errors(loader):
     except RuntimeError as error:
         if not loader.num_workers:
             raise
-        raise data.RunError(f"a worker process failed: {data.first_line(error)} Perhaps memory is short, or shared "
-                            f"memory (/dev/shm): --workers 0 does without, and --resume goes on") from error  # fmt: skip
+        raise data.RunError(
+            f"a worker process failed: {data.first_line(error)} Perhaps memory is short, or shared memory (/dev/shm): "
+            f"--workers 0 does without, and --resume goes on"
+        ) from error
 
 
 def _leave_signals_to_the_loop(worker):

@@ -1,16 +1,19 @@
 """Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
 
-    python bench/evaluate.py                                               # the scaled model, ten minutes on two cores
-    python bench/evaluate.py --model tiny/model --data tiny/corpus         # a checkpoint, such as the demo's
-    python bench/evaluate.py --full                                        # on a CUDA GPU: the full-size model
+    python bench/evaluate.py                                                   # the scaled model, five minutes
+    python bench/evaluate.py --adapter out/epoch-8 --data tiny/corpus          # a trained one, such as the demo's
+    python bench/evaluate.py --full                                            # on a CUDA GPU: the full-size model
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
-model's own forward. Random weights never write <|end|>, so every answer is given the length of the right one; a batch
-goes on until its longest answer is written, as it does with a trained model. The ways take turns.
+model's own forward. A trained model ends its answers itself. Random weights hardly ever write <|end|>, so an answer is
+given the length of the right one; a batch goes on until its longest answer is written, as with a trained model. The
+ways take turns.
 """
 
 import argparse
+import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import workload  # first: it finds the project
@@ -27,18 +30,21 @@ import train
 
 BATCH = 16  # as in evaluate.py
 ALL = 2500  # utterances of the test part
-TINY_RANK = 16  # the demo's
 
 
-def answer_length(model, utterances, task):
+def answer_tokens(model, utterances, task):
     """Tokens of the longest right answer."""
     examples = data.Examples(utterances, model.tokenizer, model.audio_id)
     place = prompts.TASKS.index(task)
     return max(len(examples[len(prompts.TASKS) * i + place].answer_ids) for i in range(len(utterances)))
 
 
+def no_limit(utterances, task):
+    return data.MAX_NEW_TOKENS
+
+
 @torch.no_grad()
-def one_at_a_time(model, utterances, task):
+def one_at_a_time(model, utterances, task, limit):
     for utterance in utterances:
         features = torch.as_tensor(data.log_mel(utterance, model.extractor), device=model.device)[None]
         ids = data.encode_prompt(utterance, task, model.tokenizer, model.audio_id)
@@ -48,9 +54,9 @@ def one_at_a_time(model, utterances, task):
             attention_mask=torch.ones_like(input_ids),
             audio_input_features=features,
             audio_embed_sizes=torch.tensor([utterance.audio_tokens]),
-            max_new_tokens=answer_length(model, [utterance], task),
+            max_new_tokens=limit([utterance], task),
             do_sample=False,
-            eos_token_id=None,
+            eos_token_id=model.tokenizer.convert_tokens_to_ids(prompts.END),
         )
 
 
@@ -59,12 +65,12 @@ def batches(utterances):
     return [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
 
 
-def batched(model, utterances, task):
+def batched(model, utterances, task, limit):
     for batch in batches(utterances):
-        model.generate(batch, model.audio_embeddings(batch), task, answer_length(model, batch, task))
+        model.generate(batch, model.audio_embeddings(batch), task, limit(batch, task))
 
 
-def expected(model, utterances, task):
+def expected(model, utterances, task, limit):
     for batch in batches(utterances):
         model.score_distributions(batch, model.audio_embeddings(batch))
 
@@ -78,44 +84,51 @@ WAYS = {
 }
 
 
+def load(options, utterances):
+    """What the figures are called, the model, and how long an answer may get."""
+    if options.adapter:
+        settings = json.loads((options.adapter / "settings.json").read_text())
+        model = models.load_base(settings["model"], settings["revision"], settings["dtype"], settings["attention"],
+                                 settings["speech_adapter"], settings["quantize"])  # fmt: skip
+        models.load_trained(model, options.adapter, settings["strategy"])
+        return "trained", model, no_limit
+    shape = "full" if options.full else "scaled"
+    model = workload.new_model(shape, workload.texts_of(utterances))
+    models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
+    models.merge_rows(model.eval())
+    return shape, model, partial(answer_tokens, model)
+
+
 def main():
     parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
-    parser.add_argument("--model", help="checkpoint folder (default: random weights)")
+    parser.add_argument("--adapter", type=Path, help="epoch folder of train.py (default: random weights)")
     parser.add_argument("--utterances", type=train.positive_int, default=2 * BATCH, help="of the test part (32)")
     parser.add_argument("--runs", type=train.positive_int, default=5, help="of each way (5)")
     options = parser.parse_args()
     if options.full and not torch.cuda.is_available():
         parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
+    if options.adapter and not (options.adapter / "settings.json").is_file():
+        parser.error(f"--adapter {options.adapter} is no epoch folder of train.py: it has no settings.json")
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
             workload.write_corpus(Path(folder), options.utterances)
         utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
-        if options.model:
-            name, rank = "checkpoint", TINY_RANK
-            model = models.load_base(options.model, None, models.default_dtype(), "sdpa", "merge")
-        else:
-            name = "full" if options.full else "scaled"
-            model, rank = workload.new_model(name, workload.texts_of(utterances)), workload.RANK[name]
-        models.add_adapter(model, rank, 2 * rank, dropout=0.0)
-        models.merge_rows(model.eval())
+        name, model, limit = load(options, utterances)
         seconds = {name: [] for name in WAYS}
         with models.autocast():
             for way, task in WAYS.values():
-                way(model, utterances[:2], task)  # to warm up
+                way(model, utterances[:2], task, limit)  # to warm up
             for number in range(options.runs):
-                for name, (way, task) in WAYS.items():
+                for way_name, (way, task) in WAYS.items():
                     started = clock()
-                    way(model, utterances, task)
-                    seconds[name].append(clock() - started)
-                print(
-                    f"run {number + 1}: " + ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
-                )
+                    way(model, utterances, task, limit)
+                    seconds[way_name].append(clock() - started)
+                print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
     workload.write_result(f"evaluate-{name}", {
-        "model": name, "corpus": "speechocean762" if options.data else "noise",
-        "utterances": len(utterances), "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
-        "answer_tokens": {task: [answer_length(model, [u], task) for u in utterances] for task in prompts.TASKS},
+        "model": name, "corpus": options.data and Path(options.data).name or "noise", "utterances": len(utterances),
+        "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
     })  # fmt: skip
 
 

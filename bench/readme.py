@@ -15,7 +15,7 @@ BASELINE = "Trainer"
 NEW = 1 / 6  # share of an example's uses, over three epochs of two tasks, in which its recording is new
 STEPS = 3 * 78  # of the paper's run
 HOUR = 3600
-MODELS = {"scaled": "Scaled model", "full": "Full-size model", "checkpoint": "The demo's model"}
+MODELS = {"scaled": "Scaled model", "full": "Full-size model", "trained": "The demo's model"}
 
 
 def table(header, rows):
