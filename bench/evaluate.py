@@ -127,7 +127,7 @@ def main():
                     seconds[way_name].append(clock() - started)
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
     workload.write_result(f"evaluate-{name}", {
-        "model": name, "corpus": options.data and Path(options.data).name or "noise", "utterances": len(utterances),
+        "model": name, "corpus": Path(options.data).name if options.data else "noise", "utterances": len(utterances),
         "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
     })  # fmt: skip
 

@@ -4,10 +4,13 @@
 
 A corpus of each size is read, checked, and one step is made, as train.py does it, with the scaled model. Then audio
 embeddings of the whole corpus are written to disk and read in the order of an epoch. Each size is a process of its
-own. "held" is memory of the process' own after all that; pages of files that the system keeps are not in it.
+own. "held" is memory of the process' own before the step and after all that; pages of files that the system keeps are
+not in it. Linux only.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import re
 import subprocess
@@ -57,7 +60,9 @@ def repeat(source, folder, utterances):
 
 
 def held():
-    """Memory of the process' own, in GB."""
+    """Memory of the process' own, in GB, without what it has freed and the C library keeps for later."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
@@ -79,7 +84,8 @@ def measure(folder):
         settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=1.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0)
         weights = models.trained_parameters(model)
         optimiser = train.new_optimiser(weights, settings)
-        order = data.epoch_steps(len(examples), STEP, SEED, epoch=1)
+        # the same step for every size: the recordings that are repeated
+        order = data.epoch_steps(min(len(examples), SIZES[0]), STEP, SEED, epoch=1)
         with loader.load_steps(examples, order, MICRO_BATCH, model.prepare, WORKERS) as prepared:
             supervised, share = next(prepared)
         train.train_step(model, weights, optimiser, supervised, share, 1, settings)
