@@ -1,7 +1,7 @@
 """Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
 
     python bench/evaluate.py                                                   # the scaled model, five minutes
-    python bench/evaluate.py --adapter out/epoch-8 --data tiny/corpus          # a trained one, such as the demo's
+    python bench/evaluate.py --adapter out/epoch-8 --data tiny/corpus --batch-size 4   # a trained one, the demo's
     python bench/evaluate.py --full                                            # on a CUDA GPU: the full-size model
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
@@ -28,7 +28,6 @@ import prompts
 import runtime
 import train
 
-BATCH = 16  # as in evaluate.py
 ALL = 2500  # utterances of the test part
 
 
@@ -44,7 +43,7 @@ def no_limit(utterances, task):
 
 
 @torch.no_grad()
-def one_at_a_time(model, utterances, task, limit):
+def one_at_a_time(model, utterances, task, limit, size):
     for utterance in utterances:
         features = torch.as_tensor(data.log_mel(utterance, model.extractor), device=model.device)[None]
         ids = data.encode_prompt(utterance, task, model.tokenizer, model.audio_id)
@@ -60,18 +59,18 @@ def one_at_a_time(model, utterances, task, limit):
         )
 
 
-def batches(utterances):
+def batches(utterances, size):
     ordered = sorted(utterances, key=lambda utterance: utterance.samples)
-    return [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def batched(model, utterances, task, limit):
-    for batch in batches(utterances):
+def batched(model, utterances, task, limit, size):
+    for batch in batches(utterances, size):
         model.generate(batch, model.audio_embeddings(batch), task, limit(batch, task))
 
 
-def expected(model, utterances, task, limit):
-    for batch in batches(utterances):
+def expected(model, utterances, task, limit, size):
+    for batch in batches(utterances, size):
         model.score_distributions(batch, model.audio_embeddings(batch))
 
 
@@ -104,7 +103,8 @@ def main():
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
     parser.add_argument("--adapter", type=Path, help="epoch folder of train.py (default: random weights)")
-    parser.add_argument("--utterances", type=train.positive_int, default=2 * BATCH, help="of the test part (32)")
+    parser.add_argument("--utterances", type=train.positive_int, default=32, help="of the test part (32)")
+    parser.add_argument("--batch-size", type=train.positive_int, default=16, help="as of evaluate.py (16)")
     parser.add_argument("--runs", type=train.positive_int, default=5, help="of each way (5)")
     options = parser.parse_args()
     if options.full and not torch.cuda.is_available():
@@ -119,16 +119,16 @@ def main():
         seconds = {name: [] for name in WAYS}
         with models.autocast():
             for way, task in WAYS.values():
-                way(model, utterances[:2], task, limit)  # to warm up
+                way(model, utterances[:2], task, limit, options.batch_size)  # to warm up
             for number in range(options.runs):
                 for way_name, (way, task) in WAYS.items():
                     started = clock()
-                    way(model, utterances, task, limit)
+                    way(model, utterances, task, limit, options.batch_size)
                     seconds[way_name].append(clock() - started)
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
-    workload.write_result(f"evaluate-{name}", {
+    workload.write_result(f"evaluate-{name}-{options.batch_size}", {
         "model": name, "corpus": Path(options.data).name if options.data else "noise", "utterances": len(utterances),
-        "batch": BATCH, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
+        "batch": options.batch_size, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
     })  # fmt: skip
 
 

@@ -103,14 +103,13 @@ def test_every_way_to_write_answers_runs_on_the_same_utterances(noise, monkeypat
     model = workload.new_model("scaled", workload.texts_of(utterances))
     models.add_adapter(model, 8, 16, dropout=0.0)
     models.merge_rows(model.eval())
-    monkeypatch.setattr(evaluation, "BATCH", 2)
     forward, read = type(model.core.model).forward, []
     monkeypatch.setattr(type(model.core.model), "forward", lambda self, *args, **kwargs: read.append(1) or
                         forward(self, *args, **kwargs))  # fmt: skip
     passes = {}
     for name, (way, task) in evaluation.WAYS.items():
         read.clear()
-        way(model, utterances, task, lambda batch, task: 3)
+        way(model, utterances, task, lambda batch, task: 3, size=2)
         passes[name] = len(read)
     assert passes == {"APA, one at a time": 9, "MDD, one at a time": 9, "APA, batched": 6, "MDD, batched": 6,
                       "APA, expected scores": 8}  # fmt: skip
