@@ -14,125 +14,39 @@ gives two examples, one a task (Table 2). The phone transcript is what was *hear
 Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
-import argparse
-import errno
 import hashlib
 import io
 import math
-import os
 import re
-import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
+import cli
 import prompts
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg")
+# A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
+FULL_SCALE = 0.99
+# Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
+CLIPPED = 0.01  # share of a channel's samples
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 MAX_NEW_TOKENS = 400  # of a generated answer; the corpus' longest has 46 phones
 
-RANK_0_FIRST = 3  # seconds that another process waits with an error message
 HUB_CORPUS = "mispeech/speechocean762"
 # The dataset's main in 2025, when the paper was written. The labels corrected on 2026-04-30 are in
 # 06385584fad212b26134c656fdd3ccf9f093f33e.
 HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
-
-
-class InputError(Exception):
-    """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2."""
-
-
-class RunError(Exception):
-    """The run cannot go on: the message says what happened and what helps. Scripts print it and exit with 1."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """One whose errors are InputErrors, so that they are said like all others: in one line, by one process."""
-
-    def error(self, message):
-        raise InputError(message)
-
-
-def run_script(name, main):
-    """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
-
-    Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
-    """
-    try:
-        main()
-    except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        if process_rank():
-            time.sleep(RANK_0_FIRST)
-            name += f" (rank {process_rank()})"
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-
-
-def process_rank():
-    """Which of torchrun's processes this is; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-@contextmanager
-def whole(path):
-    """Gives a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
-
-    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
-    goes nowhere.
-    """
-    if process_rank():
-        yield Path(os.devnull)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        _remove(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"{path} cannot be written: {reason}") from error
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def first_line(error):
-    """What a library's error says, as far as it fits in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,23 +100,23 @@ def read_corpus(source, split, revision=None, limit=None):
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir():
         rows = read_hub(source, split, revision, limit)
     else:
-        raise InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
+        raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
     found, problems, known = {}, {}, {}
     for position, row in rows:
         try:
             found[position] = _utterance(**row, known=known)
-        except InputError as error:
+        except cli.InputError as error:
             problems[position] = f"{row['id']}: {error}"
     if problems:
-        raise InputError(f"{len(problems)} of {len(found) + len(problems)} utterances of {source} ({split}) cannot be "
-                         f"used; repair or remove them:\n  "
-                         + "\n  ".join(problems[position] for position in sorted(problems)))  # fmt: skip
+        raise cli.InputError(f"{len(problems)} of {len(found) + len(problems)} utterances of {source} ({split}) cannot "
+                             f"be used; repair or remove them:\n  "
+                             + "\n  ".join(problems[position] for position in sorted(problems)))  # fmt: skip
     utterances = [found[position] for position in sorted(found)]
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
-        raise InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
+        raise cli.InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
     if not utterances:
-        raise InputError(f"{source} has no utterances in split {split!r}")
+        raise cli.InputError(f"{source} has no utterances in split {split!r}")
     return utterances
 
 
@@ -218,7 +132,9 @@ def _read_folder(root, split, limit):
     needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
     missing = [str(path) for path in needed if not path.is_file()]
     if missing:
-        raise InputError(f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing")
+        raise cli.InputError(
+            f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing"
+        )
     recordings, speakers, ages, genders = map(_read_list, needed[1:])
     position = {id: i for i, id in enumerate(list(recordings)[:limit])}
 
@@ -242,7 +158,9 @@ def _read_folder(root, split, limit):
                 before = id
         except (ijson.JSONError, UnicodeDecodeError) as error:
             where = f"after utterance {before}" if before else "at its start"
-            raise InputError(f"{needed[0]} is not a JSON object of utterances {where}: {first_line(error)}") from error
+            raise cli.InputError(
+                f"{needed[0]} is not a JSON object of utterances {where}: {cli.first_line(error)}"
+            ) from error
     for id in list(position):
         yield row(id, None)
 
@@ -259,7 +177,7 @@ def _read_list(path):
         fields = line.split(maxsplit=1)
         if len(fields) != 2 or fields[0] in values:
             fault = "repeats a key" if len(fields) == 2 else "is not a key and a value"
-            raise InputError(f"line {number} of {path} {fault}: {line!r}")
+            raise cli.InputError(f"line {number} of {path} {fault}: {line!r}")
         values[fields[0]] = sys.intern(fields[1].strip())
     return values
 
@@ -271,8 +189,8 @@ def read_hub(name, split, revision, limit=None):
     try:
         dataset = datasets.load_dataset(name, split=split, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
-                         f"(revision {revision}, split {split!r}): {first_line(error)}") from error  # fmt: skip
+        raise cli.InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
+                             f"(revision {revision}, split {split!r}): {cli.first_line(error)}") from error  # fmt: skip
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     for i, record in enumerate(islice(dataset, limit)):
         # The hub has no id column: the name of the sound file is the release's utterance id.
@@ -297,12 +215,12 @@ def _hub_recording(dataset, index):
 def _utterance(id, recording, record, speaker, age, gender, known):
     """A checked utterance. known: words and scores of the corpus so far, so that equal ones are held once."""
     if record is None:
-        raise InputError("no entry in resource/scores.json")
+        raise cli.InputError("no entry in resource/scores.json")
     if speaker is None or age is None or gender is None:
-        raise InputError(f"no speaker, or none with age and gender (speaker {speaker}, age {age}, gender {gender})")
+        raise cli.InputError(f"no speaker, or none with age and gender (speaker {speaker}, age {age}, gender {gender})")
     try:
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise InputError(f"text {record['text']!r} is not a sentence")
+            raise cli.InputError(f"text {record['text']!r} is not a sentence")
         scores = tuple(_score(record, name) for name in prompts.SCORES)
         return Utterance(
             id=id,
@@ -316,15 +234,15 @@ def _utterance(id, recording, record, speaker, age, gender, known):
             gender=gender,
         )
     except KeyError as error:
-        raise InputError(f"no {error.args[0]!r} in its record") from error
+        raise cli.InputError(f"no {error.args[0]!r} in its record") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"a field of its record has the wrong type: {error}") from error
+        raise cli.InputError(f"a field of its record has the wrong type: {error}") from error
 
 
 def _score(record, name):
     score, (low, high) = record[name], prompts.SCORE_RANGE
     if not isinstance(score, (int, float)) or not low <= score <= high or score != int(score):
-        raise InputError(f"{name} score {score!r} is not a whole number from {low} to {high}")
+        raise cli.InputError(f"{name} score {score!r} is not a whole number from {low} to {high}")
     return int(score)
 
 
@@ -340,7 +258,9 @@ def _word(record):
     for label in record["mispronunciations"]:
         index = label["index"]
         if not 0 <= index < len(canonical):
-            raise InputError(f"mispronunciation index {index} is outside {record['text']} ({len(canonical)} phones)")
+            raise cli.InputError(
+                f"mispronunciation index {index} is outside {record['text']} ({len(canonical)} phones)"
+            )
         heard[index] = _strip_stress(label["pronounced-phone"])
     return Word(
         text=record["text"],
@@ -367,20 +287,57 @@ def read_audio(recording):
     try:
         audio, rate = soundfile.read(io.BytesIO(recording()), dtype="float32", always_2d=True)  # (S, channels)
     except OSError as error:
-        raise InputError(f"recording {error.filename} cannot be read: {error.strerror}") from error
+        raise cli.InputError(f"recording {error.filename} cannot be read: {error.strerror}") from error
     except soundfile.LibsndfileError as error:
-        raise InputError(f"recording is not a readable sound file: {error.error_string}") from error
+        raise cli.InputError(f"recording is not a readable sound file: {error.error_string}") from error
     audio = audio.mean(axis=1)  # (S,)
     if not len(audio):
-        raise InputError("recording is empty")
+        raise cli.InputError("recording is empty")
     if not np.isfinite(audio).all():
-        raise InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
+        raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
         audio = resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
     if len(audio) < FRAME:
-        raise InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
+        raise cli.InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
     return audio
+
+
+def sound_files(folder):
+    """The recordings in a folder and the folders in it, by name. Raises InputError when there are none."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
+    if not files:
+        raise cli.InputError(f"{folder} has no recordings ({', '.join(SOUND_FILES)}): give a folder with sound files")
+    return files
+
+
+def read_sound_file(path, longest=math.inf, lowest_rate=1):
+    """A sound file as `read_audio` gives it, (S,). longest: seconds; lowest_rate: Hz.
+
+    Raises InputError, naming the file, for what cannot be read, what is longer than `longest`, of a rate below
+    `lowest_rate` (its upper band would be empty), or clipped: more than CLIPPED of a channel at full scale.
+    """
+    import soundfile
+
+    path = Path(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = file.frames / file.samplerate
+            if seconds > longest:  # by the header: hours of sound are not decoded to be refused
+                raise cli.InputError(f"{seconds:.2f} s is longer than {longest} s: cut it into sentences")
+            if file.samplerate < lowest_rate:
+                raise cli.InputError(f"{file.samplerate:,} Hz is below {lowest_rate:,} Hz, so the upper band is "
+                                     f"missing: record it again at a higher rate, or leave it out")  # fmt: skip
+            channels = file.read(dtype="float32", always_2d=True)  # (S, channels) at the file's own rate
+        clipped = (np.abs(channels) >= FULL_SCALE).mean(axis=0).max() if len(channels) else 0.0
+        if clipped > CLIPPED:  # not after resampling, which rounds flat tops
+            raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the sound "
+                                 f"is distorted: record it again at a lower level")  # fmt: skip
+        return read_audio(path.read_bytes)
+    except soundfile.LibsndfileError as error:
+        raise cli.InputError(f"{path}: not a readable sound file: {error.error_string}") from error
+    except cli.InputError as error:
+        raise cli.InputError(f"{path}: {error}") from error
 
 
 def log_mel(utterance, extractor):
@@ -420,8 +377,8 @@ def hold_out_speakers(utterances, share, seed):
     speakers = sorted({utterance.speaker for utterance in utterances})
     count = max(1, round(share * len(speakers)))
     if count >= len(speakers):
-        raise InputError(f"--validation {share} of {len(speakers)} speakers leaves none to train on: "
-                         f"use more utterances or a smaller share")  # fmt: skip
+        raise cli.InputError(f"--validation {share} of {len(speakers)} speakers leaves none to train on: "
+                             f"use more utterances or a smaller share")  # fmt: skip
     held_out = set(np.random.default_rng(seed).choice(speakers, count, replace=False))
     return [u for u in utterances if u.speaker not in held_out], [u for u in utterances if u.speaker in held_out]
 
@@ -503,8 +460,8 @@ def encode_score_slots(tokenizer):
         for slot in slots:
             answer[slot] = value
     if len(slots) != len(prompts.SCORES) or answers != expected or len(set(values)) != len(values):
-        raise InputError(f"expected scoring reads one token for each score, and this model's tokenizer does not write "
-                         f"each of {low} to {high} as one token: use --scoring greedy")  # fmt: skip
+        raise cli.InputError(f"expected scoring reads one token for each score, and this model's tokenizer does not "
+                             f"write each of {low} to {high} as one token: use --scoring greedy")  # fmt: skip
     starts = [0, *(slot + 1 for slot in slots)]
     return [answers[0][start:slot] for start, slot in zip(starts, slots)], values
 
@@ -517,7 +474,7 @@ def ablate(utterances, how):
     if how == "silence":
         return [replace(u, recording=partial(_silence, u.samples)) for u in utterances]
     if len({u.speaker for u in utterances}) < 2:
-        raise InputError("--audio-ablation swap needs recordings of two speakers: use more utterances, or silence")
+        raise cli.InputError("--audio-ablation swap needs recordings of two speakers: use more utterances, or silence")
     others = []
     for i, utterance in enumerate(utterances):
         following = utterances[i + 1 :] + utterances[:i]

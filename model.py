@@ -53,6 +53,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import cli
 import data
 import loader
 import prompts
@@ -352,12 +353,12 @@ def check_model(name):
     """Stop before anything slow has started: a folder without a checkpoint, or 5.6 billion parameters without a GPU."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise data.InputError(f"model folder {name} holds no checkpoint: there is no config.json in it")
+        raise cli.InputError(f"model folder {name} holds no checkpoint: there is no config.json in it")
     if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
         return
     if not torch.cuda.is_available():
         kind = "" if folder.is_dir() or name == HUB_MODEL else " (not a folder here, so one from the hub)"
-        raise data.InputError(
+        raise cli.InputError(
             f"{name}{kind} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
             f"or use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
         )
@@ -418,15 +419,15 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
             network = _with_speech_adapter(network, name, revision).merge_and_unload()
     except LOADING_ERRORS as error:
         at = f" (revision {revision})" if source else ""
-        raise data.InputError(f"model {name!r}{at} cannot be loaded: {data.first_line(error)}") from error
+        raise cli.InputError(f"model {name!r}{at} cannot be loaded: {cli.first_line(error)}") from error
 
     for token in prompts.TURN_TOKENS:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            raise data.InputError(f"model {name!r} has no token {token}: it is not a Phi-4-multimodal checkpoint")
+            raise cli.InputError(f"model {name!r} has no token {token}: it is not a Phi-4-multimodal checkpoint")
     tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
     rows = network.get_input_embeddings().weight.shape[0]
     if max(control_token_ids(tokenizer)) >= rows:
-        raise data.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
+        raise cli.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.source = (name, revision, speech_adapter)
@@ -585,9 +586,9 @@ def save_trained(model, folder, settings):
     for name, parameter in _outside_adapter(model, settings["strategy"]).items():
         if (weight := runtime.on_rank_0(parameter)) is not None:
             weights[name] = weight.to(dtype).contiguous()
-    if data.process_rank():
+    if cli.process_rank():
         return
-    with data.whole(Path(folder)) as temporary:
+    with cli.whole(Path(folder)) as temporary:
         temporary.mkdir()
         if isinstance(model.network, PeftModel):
             # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved anyway
@@ -610,7 +611,7 @@ def load_trained(model, folder, strategy):
             for name, parameter in parameters.items():
                 parameter.data = weights[name].to(parameter.device)
     except LOADING_ERRORS as error:
-        raise data.InputError(f"adapter {folder} cannot be loaded: {data.first_line(error)}") from error
+        raise cli.InputError(f"adapter {folder} cannot be loaded: {cli.first_line(error)}") from error
     model.eval()
 
 

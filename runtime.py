@@ -1,10 +1,11 @@
-"""How does a long run survive, and show itself: processes, being stopped, checkpoints, curves.
+"""How does a run go on, survive, and show itself: schedule, update, processes, being stopped, checkpoints, curves.
 
 Every function works in a plain `python train.py` as well: one process, rank 0. Under torchrun all processes call the
 functions marked "together", in the same order.
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -19,12 +20,40 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import data
+import cli
 
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
 CHECKPOINT_NAME = "step-????????.pt"
 CHECKPOINT_KEYS = {"step", "weights", "optimiser", "random", "settings", "corpus"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One update
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Rate of a step (counted from 0): linear over the warmup steps up to the peak, then a cosine down to 0.
+
+    The first step has peak / warmup, not 0, and the step after the last one would have 0.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def update(optimiser, weights, loss, clip, not_finite):
+    """Clip the gradient's norm, update the weights, and return the norm as it was before clipping; together.
+
+    loss: of the step, a number. Where it or the gradient is not finite, the error not_finite(loss, norm) is raised
+    before the update: a single such value would spoil every weight.
+    """
+    norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(weights, clip)))
+    if not math.isfinite(loss + norm):
+        raise not_finite(loss, norm)
+    optimiser.step()
+    optimiser.zero_grad()
+    return norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,7 +71,7 @@ def start_processes():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    if data.process_rank():
+    if cli.process_rank():
         sys.stdout = open(os.devnull, "w")
 
 
@@ -82,7 +111,7 @@ def whole_tensor(tensor):
 def on_rank_0(tensor):
     """The whole tensor on the CPU of rank 0, and None elsewhere: a machine has room for one copy; together."""
     tensor = whole_tensor(tensor)
-    return tensor.cpu() if data.process_rank() == 0 else None
+    return tensor.cpu() if cli.process_rank() == 0 else None
 
 
 def like(tensor, other):
@@ -137,8 +166,8 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
         "settings": settings,
         "corpus": corpus,
     }  # fmt: skip
-    if data.process_rank() == 0:
-        with data.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
+    if cli.process_rank() == 0:
+        with cli.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
             _write(state, file)
         for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
             old.unlink()
@@ -170,7 +199,7 @@ def read_checkpoint(path):
         older = [file for file in checkpoints(path.parent) if file.name < path.name]
         way = f"the one before it: --resume {older[-1]}" if older else "there is no older one"
         what = "is missing" if isinstance(error, FileNotFoundError) else "is cut off, or not a checkpoint of train.py"
-        raise data.InputError(f"checkpoint {path} {what}; {way}") from error
+        raise cli.InputError(f"checkpoint {path} {what}; {way}") from error
     return state
 
 
@@ -181,7 +210,7 @@ def restore(state, weights, optimiser):
     """
     shapes = {name: (*parameter.shape,) for name, parameter in weights.items()}
     if shapes != {name: (*value.shape,) for name, value in state["weights"].items()}:
-        raise data.InputError("the checkpoint's weights are those of another model")
+        raise cli.InputError("the checkpoint's weights are those of another model")
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(like(state["weights"][name], parameter))
@@ -192,7 +221,7 @@ def restore(state, weights, optimiser):
     }
     optimiser.load_state_dict(state["optimiser"] | {"state": moments})
     if len(state["random"]) == processes():
-        _set_random_state(state["random"][data.process_rank()])
+        _set_random_state(state["random"][cli.process_rank()])
 
 
 def _random_state():
@@ -220,12 +249,12 @@ def _set_random_state(state):
 @contextmanager
 def open_log(path, step):
     """log.jsonl to append to, without the lines of steps that will be done again; of rank 0 alone."""
-    if data.process_rank():
+    if cli.process_rank():
         yield open(os.devnull, "w")
         return
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with data.whole(path) as temporary:
+    with cli.whole(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))
     with open(path, "a") as file:
         yield file
@@ -237,12 +266,12 @@ def tracker(service, output, settings, step):
 
     step: that the run goes on from. TensorBoard forgets what came after it; in wandb each part is a run of its own.
     """
-    if service == "tensorboard" and data.process_rank() == 0:
+    if service == "tensorboard" and cli.process_rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(output / "tensorboard", purge_step=step + 1) as writer:
             yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in _numbers(numbers)]
-    elif service == "wandb" and data.process_rank() == 0:
+    elif service == "wandb" and cli.process_rank() == 0:
         import wandb
 
         with wandb.init(project="pronunciation", name=str(output), dir=output, config=settings) as run:
@@ -257,7 +286,7 @@ def _numbers(values):
 
 def draw_curves(output):
     """curves.png: loss and learning rate of every step in log.jsonl; by rank 0 alone."""
-    if data.process_rank():
+    if cli.process_rank():
         return
     import matplotlib
 
@@ -276,7 +305,7 @@ def draw_curves(output):
         epochs = [json.loads(line) for line in validation.read_text().splitlines()]
         axes[0].plot([e["step"] for e in epochs], [e["loss"] for e in epochs], "o-", label="held-out speakers")
         axes[0].legend()
-    with data.whole(output / "curves.png") as temporary:
+    with cli.whole(output / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 

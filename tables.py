@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 
-import data
+import cli
 import metrics
 import prompts
 
@@ -164,10 +164,10 @@ def summarise(runs):
     results = {run: _read_metrics(run if run.is_file() else run / "metrics.json") for run in runs}
     counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
     if len(set(counted.values())) > 1:
-        raise data.InputError("these runs were evaluated on different utterances: "
-                              + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
+        raise cli.InputError("these runs were evaluated on different utterances: "
+                             + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
     if len(runs) < 2:
-        raise data.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
+        raise cli.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
     print(f"{len(runs)} runs, {counted[runs[0]]} each: "
           + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
     print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
@@ -186,7 +186,7 @@ def _read_metrics(path):
         values = json.loads(path.read_text())
         values["evaluated"], values["utterances"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise data.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
+        raise cli.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
     return values
 
 

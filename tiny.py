@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import cli
 import data
 import prompts
 
@@ -431,7 +432,7 @@ def split_off_adapter(network, initial, rank=8):
 
 def main():
     """Write tiny/corpus and tiny/model."""
-    parser = data.ArgumentParser(
+    parser = cli.ArgumentParser(
         description=__doc__, usage="python tiny.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("tiny"), help="folder for model/ and corpus/ (tiny)")
@@ -455,4 +456,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script("tiny.py", main)
+    cli.run_script("tiny.py", main)

@@ -29,6 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cli
 import data
 import loader
 import metrics
@@ -50,7 +51,7 @@ VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.S
 
 def parse_settings():
     """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
-    parser = data.ArgumentParser(
+    parser = cli.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
         usage="python train.py [settings]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -58,15 +59,15 @@ def parse_settings():
     add = parser.add_argument_group("data (paper 4.1)").add_argument
     add("--data", default=data.HUB_CORPUS, help="corpus folder in the release's layout, or hub id")
     add("--data-revision", default=data.HUB_CORPUS_REVISION, help="of the hub id; the labels changed in April 2026")
-    add("--limit", type=positive_int, help="use only the first N utterances")
+    add("--limit", type=cli.positive_int, help="use only the first N utterances")
 
     add(
         "--validation",
-        type=fraction,
+        type=cli.fraction,
         default=0.0,
         help="share of the training speakers held out, to choose an epoch by",
     )
-    add("--max-tokens", type=positive_int, default=2048, help="an example longer than this is an error, never cut")
+    add("--max-tokens", type=cli.positive_int, default=2048, help="an example longer than this is an error, never cut")
 
     add = parser.add_argument_group("model (paper 3.2)").add_argument
     add("--model", default=models.HUB_MODEL, help="checkpoint folder or hub id")
@@ -85,9 +86,9 @@ def parse_settings():
         help="the shipped one: fold it into the "
         "frozen weights and train a fresh LoRA, train it on at its own rank (the paper's wording), or leave it out",
     )
-    add("--rank", type=positive_int, default=64, help="of the fresh LoRA (not in the paper; our choice)")
-    add("--alpha", type=positive_int, default=128, help="of the fresh LoRA, scale alpha / rank (our choice)")
-    add("--dropout", type=fraction, default=0.05, help="of the fresh LoRA's input (our choice)")
+    add("--rank", type=cli.positive_int, default=64, help="of the fresh LoRA (not in the paper; our choice)")
+    add("--alpha", type=cli.positive_int, default=128, help="of the fresh LoRA, scale alpha / rank (our choice)")
+    add("--dropout", type=cli.fraction, default=0.05, help="of the fresh LoRA's input (our choice)")
     add("--quantize", choices=("nf4",), help="QLoRA: keep the language model's frozen layers in 4 bits")
     add(
         "--dtype",
@@ -98,32 +99,32 @@ def parse_settings():
     add("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", help="implementation")
 
     add = parser.add_argument_group("optimisation (paper 4.2)").add_argument
-    add("--epochs", type=positive_int, default=3, help="passes over the corpus (Table 3 reports 1-4, 3 is best)")
-    add("--batch-size", type=positive_int, default=8, help="examples in a micro-batch (paper 4.2)")
-    add("--accumulation", type=positive_int, default=8, help="micro-batches in a step (paper 4.2)")
-    add("--learning-rate", type=positive_float, default=2e-5, help="peak (paper 4.2)")
-    add("--warmup", type=fraction, default=0.03, help="fraction of all steps with linear warmup (our choice)")
-    add("--weight-decay", type=fraction, default=0.0, help="AdamW's; 0 makes it the paper's Adam (paper 4.2)")
-    add("--betas", type=fraction, nargs=2, default=(0.9, 0.999), help="of AdamW (PyTorch's; not in the paper)")
-    add("--epsilon", type=positive_float, default=1e-8, help="of AdamW (PyTorch's; not in the paper)")
-    add("--clip", type=positive_float, default=1.0, help="largest norm of a step's gradient (our choice)")
-    add("--patience", type=positive_int, help="stop after this many epochs without a lower validation loss")
+    add("--epochs", type=cli.positive_int, default=3, help="passes over the corpus (Table 3 reports 1-4, 3 is best)")
+    add("--batch-size", type=cli.positive_int, default=8, help="examples in a micro-batch (paper 4.2)")
+    add("--accumulation", type=cli.positive_int, default=8, help="micro-batches in a step (paper 4.2)")
+    add("--learning-rate", type=cli.positive_float, default=2e-5, help="peak (paper 4.2)")
+    add("--warmup", type=cli.fraction, default=0.03, help="fraction of all steps with linear warmup (our choice)")
+    add("--weight-decay", type=cli.fraction, default=0.0, help="AdamW's; 0 makes it the paper's Adam (paper 4.2)")
+    add("--betas", type=cli.fraction, nargs=2, default=(0.9, 0.999), help="of AdamW (PyTorch's; not in the paper)")
+    add("--epsilon", type=cli.positive_float, default=1e-8, help="of AdamW (PyTorch's; not in the paper)")
+    add("--clip", type=cli.positive_float, default=1.0, help="largest norm of a step's gradient (our choice)")
+    add("--patience", type=cli.positive_int, help="stop after this many epochs without a lower validation loss")
 
     add = parser.add_argument_group("memory: what a step computes stays the same").add_argument
-    add("--micro-batch", type=positive_int, help="examples computed at once on a device; not given: --batch-size")
+    add("--micro-batch", type=cli.positive_int, help="examples computed at once on a device; not given: --batch-size")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--compile", action="store_true", help="join a layer's small operations with torch.compile: faster and smaller "
         "after a minute or two, last digits differ")  # fmt: skip
     add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
+    add("--seed", type=cli.seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
     add("--audio-cache", type=Path, default=Path("audio-cache"), help="folder for audio embeddings, computed once "
         "while encoder and projector are frozen; runs share it, and it may be removed")  # fmt: skip
-    add("--workers", type=whole_number, default=models.default_workers(), help="processes that read and prepare the "
-        "next steps; without a GPU 0, because they would take their time from the step")  # fmt: skip
-    add("--save-minutes", type=positive_float, default=30.0, help="time between checkpoints within an epoch")
+    add("--workers", type=cli.whole_number, default=models.default_workers(), help="processes that read and prepare "
+        "the next steps; without a GPU 0, because they would take their time from the step")  # fmt: skip
+    add("--save-minutes", type=cli.positive_float, default=30.0, help="time between checkpoints within an epoch")
     add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
     add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
 
@@ -185,55 +186,8 @@ def conflicts(settings, given):
     ]  # fmt: skip
 
 
-def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return int(text)
-
-
-def whole_number(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
-    return int(text)
-
-
-def positive_float(text):
-    if not 0 < _float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-def fraction(text):
-    if not 0 <= _float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to below 1")
-    return float(text)
-
-
-def seed(text):
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 to 2^32 - 1")
-    return int(text)
-
-
-def _float(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Rate of a step (counted from 0): linear over the warmup steps up to the peak, then a cosine down to 0.
-
-    The first step has peak / warmup, not 0, and the step after the last one would have 0.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def train(settings):
@@ -247,8 +201,8 @@ def train(settings):
     state = read_state(checkpoint, given, corpus) if checkpoint else None
     utterances, held_out = split(utterances, settings)
     plan = batch_arithmetic(len(utterances) * len(prompts.TASKS), settings)
-    make_folder(settings.output, "--output")
-    make_folder(settings.audio_cache, "--audio-cache")
+    cli.make_folder(settings.output, "--output")
+    cli.make_folder(settings.audio_cache, "--audio-cache")
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
@@ -257,7 +211,7 @@ def train(settings):
     record = record_settings(settings)
 
     # From here on each process has random numbers of its own: dropout differs, the weights do not
-    torch.manual_seed(settings.seed + (data.process_rank() << 32))
+    torch.manual_seed(settings.seed + (cli.process_rank() << 32))
     distributed = distribute(model, settings)
     weights = models.trained_parameters(model)
     optimiser = new_optimiser(weights, settings)
@@ -271,7 +225,7 @@ def train(settings):
     with (ExitStack() as loaders, runtime.StopRequest() as stop,
           runtime.open_log(settings.output / "log.jsonl", step) as log,
           runtime.tracker(settings.track, settings.output, record, step) as track,
-          tqdm(total=plan["steps"], initial=step, unit="step", disable=data.process_rank() > 0) as bar):  # fmt: skip
+          tqdm(total=plan["steps"], initial=step, unit="step", disable=cli.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
             order = data.epoch_steps(len(examples), plan["step_size"], settings.seed, epoch)
@@ -281,7 +235,7 @@ def train(settings):
             )
             for _ in left:
                 # Learning rate: a function of the step alone
-                rate = learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
+                rate = runtime.learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
                 for group in optimiser.param_groups:
                     group["lr"] = rate
 
@@ -303,7 +257,7 @@ def train(settings):
                     bar.write(estimate(sum(durations), plan["steps"] - step))
 
                 # Checkpoint; the clock is rank 0's, and a signal to one process stops all
-                overdue = data.process_rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
+                overdue = cli.process_rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
                 stopping, due = runtime.total(stop.name is not None, overdue)
                 if stopping or due or step == last_step:
                     save(step)
@@ -352,18 +306,9 @@ def train_step(distributed, weights, optimiser, supervised, share, number, setti
                 (loss * runtime.processes()).backward()
             losses.append(loss.detach())
 
-        # Clip
-        gradient_norm = torch.nn.utils.clip_grad_norm_(weights.values(), settings.clip)
-
-        # Guard: a single value that is not finite would spoil every weight
-        gradient_norm = float(runtime.whole_tensor(gradient_norm))
         loss, tokens, computed = runtime.total(sum(losses), *count_tokens(share))
-        if not math.isfinite(loss + gradient_norm):
-            raise not_finite(number, loss, gradient_norm, share, losses)
-
-        # Update
-        optimiser.step()
-        optimiser.zero_grad()
+        not_finite = partial(step_not_finite, number, share, losses)
+        gradient_norm = runtime.update(optimiser, weights.values(), loss, settings.clip, not_finite)
     return {"loss": loss, "gradient_norm": gradient_norm, "supervised_tokens": supervised, "tokens": int(tokens),
             "padding": 1 - tokens / computed}  # fmt: skip
 
@@ -382,7 +327,7 @@ def choose_checkpoint(settings):
     run, found = settings.output, runtime.checkpoints(settings.output / "checkpoints")
     if not settings.resume:
         if (run / "log.jsonl").exists():
-            raise data.InputError(f"{run} holds a run already: --resume goes on with it, another --output leaves it be")
+            raise cli.InputError(f"{run} holds a run already: --resume goes on with it, another --output leaves it be")
         return None
     if settings.resume != "newest":
         return Path(settings.resume)
@@ -398,11 +343,11 @@ def read_state(path, given, corpus):
     other = [f"--{key.replace('_', '-')} {state['settings'].get(key)}, not {value}"
              for key, value in given.items() if state["settings"].get(key) != value]  # fmt: skip
     if other:
-        raise data.InputError(f"checkpoint {path} is of a run with {'; '.join(other)}: resume with its settings, or "
-                              f"choose another --output")  # fmt: skip
+        raise cli.InputError(f"checkpoint {path} is of a run with {'; '.join(other)}: resume with its settings, or "
+                             f"choose another --output")  # fmt: skip
     if state["corpus"] != corpus:
-        raise data.InputError(f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
-                              f"its --data and --limit, or choose another --output")  # fmt: skip
+        raise cli.InputError(f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
+                             f"its --data and --limit, or choose another --output")  # fmt: skip
     return state
 
 
@@ -425,9 +370,9 @@ def batch_arithmetic(examples, settings):
     # Under --shard the processes compute layer by layer together, so they must have equally many micro-batches
     if step_size < processes or (settings.shard and step_size % processes):
         evenly = "evenly (--shard) " if settings.shard else ""
-        raise data.InputError(f"a step of {step_size} examples (--batch-size {settings.batch_size} x --accumulation "
-                              f"{settings.accumulation}) cannot be shared {evenly}by the {processes} processes of "
-                              f"torchrun --nproc-per-node")  # fmt: skip
+        raise cli.InputError(f"a step of {step_size} examples (--batch-size {settings.batch_size} x --accumulation "
+                             f"{settings.accumulation}) cannot be shared {evenly}by the {processes} processes of "
+                             f"torchrun --nproc-per-node")  # fmt: skip
     per_epoch, left = divmod(examples, step_size)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
@@ -441,17 +386,6 @@ def batch_arithmetic(examples, settings):
         print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
     print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
     return {"step_size": step_size, "per_epoch": per_epoch, "steps": steps, "warmup": warmup}
-
-
-def make_folder(folder, setting):
-    """Make a folder that will be written into now, so that a run does not fail on it after hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f"trial.tmp-{os.getpid()}"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise data.InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
 
 
 def build_model(settings):
@@ -484,8 +418,8 @@ def make_examples(utterances, model, longest):
     examples = data.Examples(utterances, model.tokenizer, model.audio_id)
     if long := [f"{e.utterance.id} ({e.task}) has {len(e):,}" for e in examples if len(e) > longest]:
         named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
-        raise data.InputError(f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
-                              f"take them out of the corpus")  # fmt: skip
+        raise cli.InputError(f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
+                             f"take them out of the corpus")  # fmt: skip
     return examples
 
 
@@ -495,7 +429,7 @@ def record_settings(settings):
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
     values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     values["processes"] = runtime.processes()
-    with data.whole(settings.output / "settings.json") as temporary:
+    with cli.whole(settings.output / "settings.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
     return values
 
@@ -544,20 +478,20 @@ def memory_advice(share, settings):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise data.RunError(
+        raise cli.RunError(
             f"out of memory with micro-batches of {settings.micro_batch}, longest sequence "
             f"{share[0].input_ids.shape[1]} tokens: lower --micro-batch, or add --gradient-checkpointing (the step "
             f"stays the same), and --resume"
         ) from error
 
 
-def not_finite(step, loss, gradient_norm, share, losses):
+def step_not_finite(step, share, losses, loss, gradient_norm):
     """The error of a step whose loss or gradient is not finite; together."""
     suspects = [batch for batch, value in zip(share, losses) if not value.isfinite()]
     named = (set().union(*(batch.utterances for batch in batches)) for batches in (suspects, share))
     suspected, all_of_them = (set().union(*runtime.gather(names)) for names in named)
     names = suspected or all_of_them
-    return data.RunError(
+    return cli.RunError(
         f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}. The step was not applied and the last "
         f"checkpoint is as it was. It comes from one of: {', '.join(sorted(names))}"
     )
@@ -586,7 +520,7 @@ def estimate(seconds, left):
 def validate(model, examples, settings):
     """Loss per supervised token and the metrics on held-out speakers; together."""
     # Under --shard the processes have to compute the same, because each layer's weights come from all of them
-    rank, processes = (0, 1) if settings.shard else (data.process_rank(), runtime.processes())
+    rank, processes = (0, 1) if settings.shard else (cli.process_rank(), runtime.processes())
     step_size = settings.batch_size * settings.accumulation
     steps = [range(start, min(start + step_size, len(examples))) for start in range(0, len(examples), step_size)]
     loss, supervised, pairs = 0.0, 0, {task: [] for task in prompts.TASKS}
@@ -626,7 +560,7 @@ def record_validated(output, validated):
     verdict = "the best so far" if epoch == best else f"epoch {best} is the best so far"
     tqdm.write(f"epoch {epoch} on held-out speakers: {' '.join(shown)}; {verdict}")
     lines = [{"epoch": epoch, "best": epoch == best, **numbers} for epoch, numbers in validated.items()]
-    with data.whole(output / "validation.jsonl") as temporary:
+    with cli.whole(output / "validation.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -647,4 +581,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script("train.py", main)
+    cli.run_script("train.py", main)

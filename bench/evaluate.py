@@ -22,11 +22,11 @@ from workload import clock
 # isort: split
 import torch
 
+import cli
 import data
 import model as models
 import prompts
 import runtime
-import train
 
 ALL = 2500  # utterances of the test part
 
@@ -99,13 +99,13 @@ def load(options, utterances):
 
 
 def main():
-    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
     parser.add_argument("--adapter", type=Path, help="epoch folder of train.py (default: random weights)")
-    parser.add_argument("--utterances", type=train.positive_int, default=32, help="of the test part (32)")
-    parser.add_argument("--batch-size", type=train.positive_int, default=16, help="as of evaluate.py (16)")
-    parser.add_argument("--runs", type=train.positive_int, default=5, help="of each way (5)")
+    parser.add_argument("--utterances", type=cli.positive_int, default=32, help="of the test part (32)")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=16, help="as of evaluate.py (16)")
+    parser.add_argument("--runs", type=cli.positive_int, default=5, help="of each way (5)")
     options = parser.parse_args()
     if options.full and not torch.cuda.is_available():
         parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
@@ -133,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script("evaluate.py", main)
+    cli.run_script("evaluate.py", main)

@@ -8,7 +8,7 @@ from statistics import median
 import workload  # first: it finds the project
 
 # isort: split
-import data
+import cli
 
 README = workload.BENCH / "README.md"
 BASELINE = "Trainer"
@@ -105,7 +105,7 @@ def write_tables():
         text = re.sub(
             f"{marks[0]}.*{marks[1]}", lambda _: "\n".join([marks[0], *parts, marks[1]]), text, flags=re.DOTALL
         )
-    with data.whole(Path(README)) as temporary:
+    with cli.whole(Path(README)) as temporary:
         temporary.write_text(text)
 
 

@@ -26,6 +26,7 @@ from workload import clock
 import numpy as np
 import torch
 
+import cli
 import data
 import loader
 import model as models
@@ -107,9 +108,9 @@ def embed(model, utterances):
 
 
 def main():
-    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="corpus folder to repeat (default: noise of the corpus' lengths)")
-    parser.add_argument("--sizes", type=train.positive_int, nargs="+", default=SIZES, help="utterances (250 to 50,000)")
+    parser.add_argument("--sizes", type=cli.positive_int, nargs="+", default=SIZES, help="utterances (250 to 50,000)")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
@@ -131,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script("scaling.py", main)
+    cli.run_script("scaling.py", main)

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import cli
 import data
 import loader
 import model as models
@@ -248,10 +249,10 @@ def compare(names, runs, corpus, full):
 
 
 def main():
-    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
-    parser.add_argument("--runs", type=train.positive_int, default=5, help="of each contestant (5)")
+    parser.add_argument("--runs", type=cli.positive_int, default=5, help="of each contestant (5)")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME",
                         help=", ".join(CONTESTANTS))  # fmt: skip
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -280,4 +281,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script("train_step.py", main)
+    cli.run_script("train_step.py", main)

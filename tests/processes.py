@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 
+import cli
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "evaluate"])
 
@@ -51,14 +53,12 @@ def _run(script, arguments, cwd, output, environment, prepare):
     os.environ.update(environment)
     import torch
 
-    import data
-
     torch.set_num_threads(1)
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *arguments]
     if prepare:
         prepare()
-    data.run_script(sys.argv[0], module.main)
+    cli.run_script(sys.argv[0], module.main)
 
 
 def together(script, arguments, cwd, count=2, prepare=None):

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from transformers import Phi4MultimodalFeatureExtractor
 
+import cli
 import data
 import prompts
 import tiny
@@ -55,7 +56,7 @@ def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_i
 
 @pytest.mark.parametrize("index", [3, -1])
 def test_an_index_outside_its_word_is_an_error_that_names_it(index):
-    with pytest.raises(data.InputError, match=f"index {index} is outside WORD"):
+    with pytest.raises(cli.InputError, match=f"index {index} is outside WORD"):
         word(["TH", "IY0", "M"], (index, "S"))
 
 
@@ -96,7 +97,7 @@ def test_channels_are_averaged():
     (lambda: b"not a sound file", "not a readable sound file"),
 ])  # fmt: skip
 def test_bad_audio_is_named(recording, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         data.read_audio(recording)
 
 
@@ -195,7 +196,7 @@ def test_every_bad_file_is_listed_and_none_is_skipped(corpus, tmp_path):
     records[ids[7]]["words"][0]["mispronunciations"] = [{"canonical-phone": "X", "index": 99, "pronounced-phone": "Y"}]
     records[ids[8]]["accuracy"] = None
     scores.write_text(json.dumps(records))
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         data.read_corpus(root, "test")
     lines = str(error.value).splitlines()
     assert lines[0].startswith("9 of 20 utterances") and len(lines) == 10
@@ -219,7 +220,7 @@ def test_a_bad_record_is_named(corpus, tmp_path, change, message):
     id = (root / "test" / "wav.scp").read_text().split()[0]
     change(records[id])
     scores.write_text(json.dumps(records))
-    with pytest.raises(data.InputError, match=f"{id}: .*{message}"):
+    with pytest.raises(cli.InputError, match=f"{id}: .*{message}"):
         data.read_corpus(root, "test")
 
 
@@ -230,9 +231,7 @@ def test_a_value_that_is_not_json_is_located_by_the_utterance_before_it(corpus, 
     first, second = list(records)[:2]
     records[second]["accuracy"] = float("nan")
     scores.write_text(json.dumps(records))
-    with pytest.raises(
-        data.InputError, match=f"scores.json is not a JSON object of utterances after utterance {first}"
-    ):
+    with pytest.raises(cli.InputError, match=f"scores.json is not a JSON object of utterances after utterance {first}"):
         data.read_corpus(root, "test")
 
 
@@ -245,7 +244,7 @@ def test_a_value_that_is_not_json_is_located_by_the_utterance_before_it(corpus, 
 def test_a_bad_list_is_named(corpus, tmp_path, name, content, message):
     root = copy(corpus, tmp_path)
     (root / "test" / name).write_text(content)
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         data.read_corpus(root, "test")
 
 
@@ -260,22 +259,22 @@ def test_a_hub_id_is_fetched_at_the_pinned_revision(monkeypatch, corpus):
 
 
 def test_a_missing_corpus_says_what_to_give():
-    with pytest.raises(data.InputError, match="folder no/such/corpus does not exist: give a folder or a hub id"):
+    with pytest.raises(cli.InputError, match="folder no/such/corpus does not exist: give a folder or a hub id"):
         data.read_corpus("no/such/corpus", "test")
 
 
 def test_a_folder_that_is_no_corpus_names_what_is_missing(tmp_path):
-    with pytest.raises(data.InputError, match="scores.json.*wav.scp.*missing"):
+    with pytest.raises(cli.InputError, match="scores.json.*wav.scp.*missing"):
         data.read_corpus(tmp_path, "test")
 
 
 def test_a_split_that_does_not_exist_is_named(corpus):
-    with pytest.raises(data.InputError, match="split 'dev'"):
+    with pytest.raises(cli.InputError, match="split 'dev'"):
         data.read_corpus(corpus, "dev")
 
 
 def test_an_unreachable_hub_corpus_is_an_input_error():
-    with pytest.raises(data.InputError, match="corpus 'nobody/nothing' is not a folder here, and cannot be loaded"):
+    with pytest.raises(cli.InputError, match="corpus 'nobody/nothing' is not a folder here, and cannot be loaded"):
         data.read_corpus("nobody/nothing", "test", "main")
 
 
@@ -375,8 +374,8 @@ def test_processes_share_a_step_without_overlap_and_with_alike_lengths():
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (data.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
-    (data.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
+    (cli.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
+    (cli.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
     (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left on device"),
 ])  # fmt: skip
 def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code, line):
@@ -384,7 +383,7 @@ def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code,
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        data.run_script("x.py", main)
+        cli.run_script("x.py", main)
     assert stop.value.code == code and capsys.readouterr().err == line + "\n"
 
 
@@ -393,7 +392,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
         raise FileNotFoundError(2, "No such file or directory")
 
     with pytest.raises(FileNotFoundError):
-        data.run_script("x.py", main)
+        cli.run_script("x.py", main)
 
 
 class Letters:
@@ -416,5 +415,47 @@ def test_score_slots_are_the_answer_without_its_scores():
 
 @pytest.mark.parametrize("pieces", [(), ("10", "7, ")])
 def test_a_tokenizer_that_splits_10_or_joins_a_score_with_its_comma_is_refused(pieces):
-    with pytest.raises(data.InputError, match="does not write each of 0 to 10 as one token: use --scoring greedy"):
+    with pytest.raises(cli.InputError, match="does not write each of 0 to 10 as one token: use --scoring greedy"):
         data.encode_score_slots(Letters(*pieces))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sound files of one's own
+
+
+def write_sound(path, audio, rate=data.SAMPLE_RATE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, rate)
+    return path
+
+
+def test_sound_files_are_found_in_folders_too_and_in_the_order_of_their_names(tmp_path):
+    for name in ("b/2.wav", "a.FLAC", "b/1.ogg"):
+        write_sound(tmp_path / name, np.zeros(800))
+    (tmp_path / "notes.txt").write_text("no sound")
+    assert [str(path.relative_to(tmp_path)) for path in data.sound_files(tmp_path)] == ["a.FLAC", "b/1.ogg", "b/2.wav"]
+
+
+def test_a_folder_without_recordings_is_refused_by_name(tmp_path):
+    with pytest.raises(cli.InputError, match=f"{tmp_path} has no recordings"):
+        data.sound_files(tmp_path)
+
+
+@pytest.mark.parametrize("audio, rate, message", [
+    (np.zeros(4000), 8000, "8,000 Hz is below 16,000 Hz"),
+    (np.zeros(40_000), 16_000, "2.50 s is longer than 2 s"),
+    (np.ones(8000), 16_000, "100.0% of the samples are at full scale"),
+    (np.zeros(0), 16_000, "recording is empty"),
+])  # fmt: skip
+def test_a_sound_file_that_would_mislead_is_refused_by_name(tmp_path, audio, rate, message):
+    path = write_sound(tmp_path / "one.wav", audio, rate)
+    with pytest.raises(cli.InputError) as error:
+        data.read_sound_file(path, longest=2, lowest_rate=data.SAMPLE_RATE)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_file_that_is_not_sound_is_refused_by_name(tmp_path):
+    path = tmp_path / "one.wav"
+    path.write_text("no sound")
+    with pytest.raises(cli.InputError, match=f"{path}: not a readable sound file"):
+        data.read_sound_file(path)

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, greedy, script
 from processes import Process
 
+import cli
 import data
 import evaluate
 import metrics
@@ -109,7 +110,7 @@ def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
 ])  # fmt: skip
 def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         evaluate.read_predictions(tmp_path / "bad.jsonl")
 
 
@@ -160,9 +161,9 @@ def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "last")] == ["epoch-2"]
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "1")] == ["epoch-1"]
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "all")] == ["epoch-1", "epoch-2"]
-    with pytest.raises(data.InputError, match="is one epoch: leave out --epochs all"):
+    with pytest.raises(cli.InputError, match="is one epoch: leave out --epochs all"):
         evaluate.adapter_folders(run[0] / "out" / "epoch-1", "all")
-    with pytest.raises(data.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
+    with pytest.raises(cli.InputError, match="no epoch '7': there are epoch-1, epoch-2"):
         evaluate.adapter_folders(run[0] / "out", "7")
 
 
@@ -220,9 +221,9 @@ def test_runs_that_cannot_be_compared_are_not_summarised(tmp_path, change, messa
     runs = [evaluated(tmp_path / "one"), tmp_path / "two"]
     if change:
         evaluated(runs[1], **change)
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         tables.summarise(runs)
-    with pytest.raises(data.InputError, match="is one run: a spread needs two or more"):
+    with pytest.raises(cli.InputError, match="is one run: a spread needs two or more"):
         tables.summarise(runs[:1])
 
 
@@ -247,7 +248,7 @@ def test_the_unmodified_model_has_its_speech_adapter_and_no_control_token(
 def test_settings_that_train_py_did_not_write_are_refused(tmp_path, content, message):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         evaluate.adapter_folders(tmp_path, None)
 
 
@@ -325,9 +326,7 @@ def test_outputs_of_other_settings_are_not_gone_on_with(evaluation, corpus):
     utterances = data.read_corpus(corpus, "test", limit=2)
     evaluate.generate(evaluation, utterances, how())
     for chosen, changes in ((utterances, {"max_new_tokens": 3}), (utterances[:1], {})):
-        with pytest.raises(
-            data.InputError, match="--resume: the outputs in .* are of another model, corpus or setting"
-        ):
+        with pytest.raises(cli.InputError, match="--resume: the outputs in .* are of another model, corpus or setting"):
             evaluate.generate(evaluation, chosen, how(resume=True, **changes))
 
 
@@ -408,7 +407,7 @@ def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
     silent, swapped = (data.ablate(utterances, how) for how in ("silence", "swap"))
     assert [len(data.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
     assert all(not data.read_audio(u.recording).any() for u in silent)
-    with pytest.raises(data.InputError, match="--audio-ablation swap needs recordings of two speakers"):
+    with pytest.raises(cli.InputError, match="--audio-ablation swap needs recordings of two speakers"):
         data.ablate(utterances[:3], "swap")
     by_bytes = {u.recording(): u.speaker for u in utterances}
     assert all(by_bytes[u.recording()] != u.speaker and u.samples == len(data.read_audio(u.recording)) for u in swapped)
@@ -425,9 +424,9 @@ def test_a_comparison_shows_differences_and_refuses_other_utterances(tmp_path, c
     row = next(line.split() for line in printed.splitlines() if line.startswith("per "))
     assert row[1:4] == ["0.250", "0.000", "+0.250"] and float(row[-1]) < 0.05
     assert "A alone is right 0 times, B alone 12 times" in printed
-    with pytest.raises(data.InputError, match="2 outputs are in one alone, or have other references, such as u11 APA"):
+    with pytest.raises(cli.InputError, match="2 outputs are in one alone, or have other references, such as u11 APA"):
         evaluate.compare(a, write(tmp_path / "c.jsonl", better[:-2]))
-    with pytest.raises(data.InputError, match="the files name no speakers"):
+    with pytest.raises(cli.InputError, match="the files name no speakers"):
         evaluate.compare(write(tmp_path / "d.jsonl", records()), write(tmp_path / "e.jsonl", records()))
 
 
@@ -463,5 +462,5 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
 ])  # fmt: skip
 def test_arguments_that_cannot_work_together_are_named(monkeypatch, arguments, message):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(cli.InputError, match=message):
         evaluate.parse_arguments()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import cli
 import data
 import feedback
 import prompts
@@ -22,7 +23,7 @@ def written(path, audio, rate=data.SAMPLE_RATE):
 
 
 def refusal(path):
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         feedback.read_recording(path)
     message = str(error.value)
     assert path.name in message and "\n" not in message
@@ -121,13 +122,13 @@ def test_words_get_the_first_pronunciation_of_the_dictionary_without_stress():
 
 
 def test_every_word_that_the_dictionary_lacks_is_named_once():
-    with pytest.raises(data.InputError, match=r"lacks XQZZT, 42, BRRRK: "):
+    with pytest.raises(cli.InputError, match=r"lacks XQZZT, 42, BRRRK: "):
         feedback.canonical_words("we xqzzt it 42 xqzzt brrrk")
 
 
 @pytest.mark.parametrize("text", ["", " ", "?!"])
 def test_a_text_without_words_is_an_error_that_shows_it(text):
-    with pytest.raises(data.InputError, match="has no words"):
+    with pytest.raises(cli.InputError, match="has no words"):
         feedback.canonical_words(text)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import Process
 
+import cli
 import data
 import loader
 import runtime
@@ -82,7 +83,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_files_only(cache):
 
 def test_a_folder_that_cannot_be_written_is_named(cache):
     cache.folder.write_text("a file in the folder's place")
-    with pytest.raises(data.RunError, match=f"audio embeddings cannot be kept in {cache.folder}: .*--audio-cache"):
+    with pytest.raises(cli.RunError, match=f"audio embeddings cannot be kept in {cache.folder}: .*--audio-cache"):
         cache.write(cache.file(b"a recording"), embeddings())
 
 
@@ -159,7 +160,7 @@ def test_a_ctrl_c_that_reaches_a_worker_leaves_the_step_to_be_finished(new_model
 
 def test_an_error_in_a_worker_is_one_line_of_the_user(new_model, utterances):
     gone = replace(utterances[0], recording=lambda: open("gone.wav", "rb").read())
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         loaded(new_model(), [gone] * 4, workers=1)
     assert str(error.value) == "recording gone.wav cannot be read: No such file or directory"
 
@@ -167,13 +168,13 @@ def test_an_error_in_a_worker_is_one_line_of_the_user(new_model, utterances):
 def test_a_worker_that_is_killed_is_reported_with_a_way_out(new_model, utterances):
     """The system does so where memory is short."""
     struck = replace(utterances[0], recording=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(data.RunError, match="a worker process failed: .*--workers 0 does without"):
+    with pytest.raises(cli.RunError, match="a worker process failed: .*--workers 0 does without"):
         loaded(new_model(), [struck] * 4, workers=1)
 
 
 def lose_the_recordings():
     def read(recording):
-        raise data.InputError("recording gone.wav cannot be read")
+        raise cli.InputError("recording gone.wav cannot be read")
 
     data.log_mel = lambda utterance, extractor: read(None)
 

@@ -372,8 +372,18 @@ def test_the_difference_of_a_system_to_itself_is_zero_and_to_a_better_one_is_not
 def test_mcnemar_counts_decisions_that_only_one_system_got_right():
     ours = ["true_accept"] * 8 + ["diagnosis_error", "false_accept", "false_reject"]
     theirs = ["false_reject"] * 7 + ["true_accept", "correct_diagnosis", "correct_diagnosis", "false_reject"]
+    ours, theirs = ([event in metrics.RIGHT for event in events] for events in (ours, theirs))
     assert metrics.mcnemar(ours, theirs) == (7, 1, pytest.approx(2 * sum(math.comb(8, i) for i in (0, 1)) / 2**8))
     assert metrics.mcnemar(ours, ours) == (0, 0, 1.0)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    z = stats.norm.ppf(0.5 + metrics.LEVEL / 2)
+    share, n = 20 / 24, 24
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    expected = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+    assert metrics.share_interval(20, 24) == pytest.approx(expected)
+    assert all(map(math.isnan, metrics.share_interval(0, 0)))
 
 
 def test_a_number_that_hardly_any_resample_has_gets_no_interval():

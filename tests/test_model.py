@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
+import cli
 import data
 import model as models
 import prompts
@@ -515,28 +516,28 @@ def test_an_adapter_with_missing_or_foreign_keys_is_refused(checkpoint, saved, c
     weights = load_file(saved / "adapter_model.safetensors")
     change(weights)
     save_file(weights, saved / "adapter_model.safetensors")
-    with pytest.raises(data.InputError, match="1 keys differ"):
+    with pytest.raises(cli.InputError, match="1 keys differ"):
         reload(checkpoint, saved, "merge")
 
 
 def test_an_adapter_of_another_rank_is_refused(checkpoint, saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
-    with pytest.raises(data.InputError, match="does not fit the model: .* is .*, not "):
+    with pytest.raises(cli.InputError, match="does not fit the model: .* is .*, not "):
         reload(checkpoint, saved, "merge")
 
 
 def test_a_lora_that_train_py_did_not_write_is_refused(checkpoint, saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": None}))
-    with pytest.raises(data.InputError, match="its control tokens are not this base model's"):
+    with pytest.raises(cli.InputError, match="its control tokens are not this base model's"):
         reload(checkpoint, saved, "merge")
 
 
 def test_a_truncated_adapter_file_is_refused(checkpoint, saved):
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(data.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="cannot be loaded"):
         reload(checkpoint, saved, "merge")
 
 
@@ -571,7 +572,7 @@ def test_a_checkpoint_without_the_turn_tokens_is_refused(checkpoint, tmp_path):
     file = json.loads((folder / "tokenizer.json").read_text())
     file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] != prompts.USER]
     (folder / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(data.InputError, match=r"has no token <\|user\|>"):
+    with pytest.raises(cli.InputError, match=r"has no token <\|user\|>"):
         models.load_base(str(folder), None, "float32", "sdpa", "none")
 
 
@@ -590,19 +591,19 @@ def test_the_feature_extractor_shares_its_file_with_the_real_checkpoints_image_p
 
 
 def test_a_missing_checkpoint_is_an_input_error(tmp_path):
-    with pytest.raises(data.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="cannot be loaded"):
         models.load_base(str(tmp_path), None, "float32", "sdpa", "merge")
 
 
 def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     shutil.rmtree(folder / models.SPEECH_ADAPTER)
-    with pytest.raises(data.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="cannot be loaded"):
         models.load_base(str(folder), None, "float32", "sdpa", "merge")
 
 
 def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
-    with pytest.raises(data.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
+    with pytest.raises(cli.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
         models.check_model(models.HUB_MODEL)
     assert "\n" not in str(error.value)
 
@@ -637,7 +638,7 @@ def test_a_skip_list_that_looks_right_is_found_out(monkeypatch, checkpoint):
     right = models._nf4()
     right.llm_int8_skip_modules = ["embed_tokens_extend", "lm_head"]
     monkeypatch.setattr(models, "_nf4", lambda: right)
-    with pytest.raises(data.InputError, match="embed_tokens_extend.* is a Linear4bit: nf4 is for the language model's"):
+    with pytest.raises(cli.InputError, match="embed_tokens_extend.* is a Linear4bit: nf4 is for the language model's"):
         models.load_base(str(checkpoint), None, "float32", "sdpa", "none", "nf4")
 
 
@@ -695,13 +696,13 @@ def test_a_pickle_in_the_place_of_an_adapter_or_a_model_is_not_executed(checkpoi
     (speech / models.SPEECH_ADAPTER / "adapter_model.safetensors").unlink()
     (speech / models.SPEECH_ADAPTER / "adapter_model.bin").write_bytes(payload)
     for folder in (model, speech):
-        with pytest.raises(data.InputError, match="cannot be loaded"):
+        with pytest.raises(cli.InputError, match="cannot be loaded"):
             models.load_base(str(folder), None, "float32", "sdpa", "merge")
     (saved / "adapter_model.safetensors").write_bytes(payload)
-    with pytest.raises(data.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="cannot be loaded"):
         reload(checkpoint, saved, "merge")
     (saved / "adapter_model.safetensors").unlink()
     (saved / "adapter_model.bin").write_bytes(payload)
-    with pytest.raises(data.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="cannot be loaded"):
         reload(checkpoint, saved, "merge")
     assert not (tmp_path / "executed").exists()

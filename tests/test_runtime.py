@@ -19,6 +19,7 @@ from processes import Process, together
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import cli
 import data
 import model as models
 import runtime
@@ -71,7 +72,7 @@ def kill_self():
 
 def killed_in_save(count, moment):
     """Prepares a run that dies in its count-th checkpoint: half of it written, all written, or just renamed."""
-    save, sync, replace, seen = torch.save, data._sync, os.replace, []
+    save, sync, replace, seen = torch.save, cli._sync, os.replace, []
 
     def half(state, file):
         buffer = io.BytesIO()
@@ -94,7 +95,7 @@ def killed_in_save(count, moment):
     if moment == "half written":
         torch.save = half
     elif moment == "written":
-        data._sync = partial(at, sync)
+        cli._sync = partial(at, sync)
     else:
         os.replace = partial(at, replace)
 
@@ -197,15 +198,15 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, tmp_pa
 ])  # fmt: skip
 def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path, error, reason):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(data.RunError, match=f"file cannot be written: .*{reason}"):
-        with data.whole(tmp_path / "file") as temporary:
+    with pytest.raises(cli.RunError, match=f"file cannot be written: .*{reason}"):
+        with cli.whole(tmp_path / "file") as temporary:
             temporary.write_text("ne")
             raise error
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failure_that_is_not_the_disks_stays_what_it_is(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), data.whole(tmp_path / "file") as temporary:
+    with pytest.raises(torch.OutOfMemoryError), cli.whole(tmp_path / "file") as temporary:
         temporary.touch()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -257,7 +258,7 @@ def test_a_file_that_is_no_checkpoint_is_named_refused_and_the_older_one_offered
             torch.save({"step": 12}, file)
         elif content == "a list":
             torch.save([12], file)
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         runtime.read_checkpoint(broken)
     assert str(error.value) == (
         f"checkpoint {broken} is cut off, or not a checkpoint of train.py; the one before it: "
@@ -289,7 +290,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, [*command, "--resume", *change])])
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         train.train(train.parse_settings())
     assert message in str(error.value) and not (tmp_path / "out" / "settings.json").exists()
 
@@ -298,7 +299,7 @@ def test_a_checkpoint_of_a_run_on_other_labels_is_refused(broken, utterances):
     state = torch.load(broken, weights_only=True)
     assert train.read_state(broken, state["settings"], data.fingerprint(utterances[:24]))["step"] == STEPS
     other = [u if i else replace(u, text="OTHER") for i, u in enumerate(utterances[:24])]
-    with pytest.raises(data.InputError, match="another corpus, or on other labels"):
+    with pytest.raises(cli.InputError, match="another corpus, or on other labels"):
         train.read_state(broken, state["settings"], data.fingerprint(other))
 
 
@@ -479,6 +480,6 @@ def test_a_mistake_that_all_processes_see_is_said_once(command, tmp_path, argume
     first, second = together("train", [*command, *arguments], tmp_path)
     code, text = first.wait()
     time.sleep(1)
-    second.signal(signal.SIGTERM)  # as torchrun does, well before data.RANK_0_FIRST is over
+    second.signal(signal.SIGTERM)  # as torchrun does, well before cli.RANK_0_FIRST is over
     assert code == 2 and text.startswith(f"train.py: error: {message}") and len(text.splitlines()) == 1
     assert second.wait() == (-signal.SIGTERM, "")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import cli
 import data
 import evaluate
 import model as models
 import prompts
+import runtime
 import train
 
 
@@ -32,7 +34,7 @@ def settings(monkeypatch, *arguments):
 
 
 def test_the_learning_rate_at_start_end_of_warmup_middle_and_end():
-    rate = [train.learning_rate(step, steps=110, peak=2e-5, warmup=10) for step in range(111)]
+    rate = [runtime.learning_rate(step, steps=110, peak=2e-5, warmup=10) for step in range(111)]
     assert rate[0] == pytest.approx(2e-6)
     assert rate[9] == rate[10] == max(rate) == 2e-5
     assert rate[60] == pytest.approx(1e-5)
@@ -203,7 +205,7 @@ def test_a_value_that_is_not_finite_stops_the_run_names_step_and_utterances_and_
         return loss
 
     monkeypatch.setattr(models.SpeechModel, "forward", spoil)
-    with pytest.raises(data.RunError) as error:
+    with pytest.raises(cli.RunError) as error:
         train.train(small())
     step = len(logged(tmp_path)) + 1
     assert step in (3, 4) and f"step {step}: loss {'nan' if what == 'loss' else ''}" in str(error.value)
@@ -216,7 +218,7 @@ def test_a_value_that_is_not_finite_stops_the_run_names_step_and_utterances_and_
 
 def test_an_example_that_is_too_long_is_named_and_nothing_is_cut(small, corpus):
     first = data.read_corpus(corpus, "train", limit=8)
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         train.train(small("--max-tokens", 60))
     longest = re.search(r"(\w+) \(MDD\) has (\d+)", str(error.value))
     assert longest[1] in [u.id for u in first] and int(longest[2]) > 60
@@ -242,7 +244,7 @@ def test_out_of_memory_says_micro_batch_longest_sequence_and_what_helps(monkeypa
 
     seen = []
     monkeypatch.setattr(models.SpeechModel, "forward", forward)
-    with pytest.raises(data.RunError) as error:
+    with pytest.raises(cli.RunError) as error:
         train.train(small("--micro-batch", 2))
     assert f"micro-batches of 2, longest sequence {seen[0]} tokens" in str(error.value)
     assert "--micro-batch" in str(error.value) and "--gradient-checkpointing" in str(error.value)
@@ -270,7 +272,7 @@ def test_gradient_checkpointing_computes_the_layers_twice(small, monkeypatch):
 
 def test_a_folder_for_embeddings_that_cannot_be_written_is_named_before_anything_slow(small):
     with pytest.raises(
-        data.InputError, match="cannot write into .*cache: Not a directory; choose another --audio-cache"
+        cli.InputError, match="cannot write into .*cache: Not a directory; choose another --audio-cache"
     ):
         train.train(small("--audio-cache", Path(__file__) / "cache"))
 
@@ -288,7 +290,7 @@ def test_compiled_layers_and_worker_processes_leave_steps_and_validation_as_they
 
 def test_compiling_without_a_compiler_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    with pytest.raises(data.InputError, match="--compile needs a C.. compiler where there is no GPU, and finds none"):
+    with pytest.raises(cli.InputError, match="--compile needs a C.. compiler where there is no GPU, and finds none"):
         settings(monkeypatch, "--compile")
 
 
@@ -303,7 +305,7 @@ def test_no_speaker_is_trained_on_and_validated_on(utterances):
         assert not {u.speaker for u in chosen} & {u.speaker for u in held_out}
     drawn = {data.hold_out_speakers(utterances, 0.1, seed)[1][0].speaker for seed in range(12)}
     assert len(drawn) > 1
-    with pytest.raises(data.InputError, match="--validation 0.9 of 4 speakers leaves none to train on"):
+    with pytest.raises(cli.InputError, match="--validation 0.9 of 4 speakers leaves none to train on"):
         data.hold_out_speakers(utterances, 0.9, 0)
 
 
@@ -350,7 +352,7 @@ def test_the_validation_loss_is_that_of_the_held_out_examples(validated, checkpo
 
 
 def test_without_a_best_epoch_evaluate_says_what_writes_it(run):
-    with pytest.raises(data.InputError, match="--epochs best: .*validation.jsonl is missing.*--validation"):
+    with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl is missing.*--validation"):
         evaluate.adapter_folders(run[0] / "out", "best")
 
 
@@ -490,7 +492,7 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     (["--model", ROOT / "tests", "--revision", "x"], ["--revision x", f"--model {ROOT / 'tests'}"]),
 ])  # fmt: skip
 def test_settings_that_cannot_work_together_are_refused_and_both_named(monkeypatch, arguments, names):
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(cli.InputError) as error:
         settings(monkeypatch, *arguments)
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
 
@@ -503,7 +505,7 @@ def test_settings_that_cannot_work_together_are_refused_and_both_named(monkeypat
 ])  # fmt: skip
 def test_an_option_whose_package_is_missing_says_how_to_install_it(monkeypatch, arguments, package):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(data.InputError, match=f"{' '.join(arguments[:2])} needs .*pip install {package}$"):
+    with pytest.raises(cli.InputError, match=f"{' '.join(arguments[:2])} needs .*pip install {package}$"):
         settings(monkeypatch, *arguments)
 
 
@@ -525,7 +527,7 @@ def test_settings_that_work_together_are_taken(monkeypatch, arguments):
 def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, arguments, processes, message):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train.runtime, "processes", lambda: processes)
-    with pytest.raises(data.InputError, match=re.escape(message)):
+    with pytest.raises(cli.InputError, match=re.escape(message)):
         train.batch_arithmetic(5000, settings(monkeypatch, *arguments))
 
 
@@ -543,7 +545,7 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
     (["--quantize", "int8"], "invalid choice: 'int8'"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message):
-    with pytest.raises(data.InputError, match=re.escape(message)):
+    with pytest.raises(cli.InputError, match=re.escape(message)):
         settings(monkeypatch, *arguments)
 
 
