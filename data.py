@@ -275,11 +275,12 @@ def _strip_stress(phone):
     return re.sub(r"\d", "", phone)
 
 
-def read_audio(recording):
+def read_audio(recording, lowest_rate=1):
     """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
 
     recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
-    Raises InputError for what is missing, unreadable, empty, shorter than one frame, or not finite.
+    Raises InputError for what is missing, unreadable, empty, shorter than one frame, not finite, or of a rate below
+    `lowest_rate` in Hz: its upper band would be empty.
     """
     import soundfile
     from scipy.signal import resample_poly
@@ -293,6 +294,9 @@ def read_audio(recording):
     audio = audio.mean(axis=1)  # (S,)
     if not len(audio):
         raise cli.InputError("recording is empty")
+    if rate < lowest_rate:
+        raise cli.InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
+                             f"again at a higher rate, or leave it out")  # fmt: skip
     if not np.isfinite(audio).all():
         raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:
@@ -312,10 +316,10 @@ def sound_files(folder):
 
 
 def read_sound_file(path, longest=math.inf, lowest_rate=1):
-    """A sound file as `read_audio` gives it, (S,). longest: seconds; lowest_rate: Hz.
+    """A sound file as `read_audio` gives it, (S,). longest: seconds.
 
-    Raises InputError, naming the file, for what cannot be read, what is longer than `longest`, of a rate below
-    `lowest_rate` (its upper band would be empty), or clipped: more than CLIPPED of a channel at full scale.
+    Raises InputError, naming the file, for what `read_audio` refuses, what is longer than `longest`, and what is
+    clipped: more than CLIPPED of a channel at full scale.
     """
     import soundfile
 
@@ -325,15 +329,12 @@ def read_sound_file(path, longest=math.inf, lowest_rate=1):
             seconds = file.frames / file.samplerate
             if seconds > longest:  # by the header: hours of sound are not decoded to be refused
                 raise cli.InputError(f"{seconds:.2f} s is longer than {longest} s: cut it into sentences")
-            if file.samplerate < lowest_rate:
-                raise cli.InputError(f"{file.samplerate:,} Hz is below {lowest_rate:,} Hz, so the upper band is "
-                                     f"missing: record it again at a higher rate, or leave it out")  # fmt: skip
             channels = file.read(dtype="float32", always_2d=True)  # (S, channels) at the file's own rate
         clipped = (np.abs(channels) >= FULL_SCALE).mean(axis=0).max() if len(channels) else 0.0
         if clipped > CLIPPED:  # not after resampling, which rounds flat tops
             raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the sound "
                                  f"is distorted: record it again at a lower level")  # fmt: skip
-        return read_audio(path.read_bytes)
+        return read_audio(path.read_bytes, lowest_rate)
     except soundfile.LibsndfileError as error:
         raise cli.InputError(f"{path}: not a readable sound file: {error.error_string}") from error
     except cli.InputError as error:

@@ -1,0 +1,442 @@
+"""recipes/speech_detection.py: clips that give nothing away, one prompt, results beside a baseline."""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, script
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+import cli
+import data
+import tiny
+
+sys.path.append(str(ROOT / "recipes"))
+
+import speech_detection as recipe
+
+RECIPE = ROOT / "recipes" / "speech_detection.py"
+CELL = len(recipe.LETTERS) * len(recipe.DURATIONS) * len(recipe.SNRS)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A corpus with enough recordings of a second and more."""
+    root = tmp_path_factory.mktemp("speech")
+    tiny.write_corpus(root, {"train": 4, "test": 2}, per_speaker=30, seed=0)
+    return root
+
+
+def settings(output, speech, **changes):
+    given = {"data": speech, "sounds": None, "kinds": list(recipe.KINDS), "train_clips": CELL, "test_clips": CELL,
+             "clip_seed": 0, "output": output}  # fmt: skip
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def clips(speech, tmp_path_factory):
+    """Clips and the folder they are in."""
+    output = tmp_path_factory.mktemp("clips")
+    return recipe.make_clips(settings(output, speech, train_clips=2 * CELL)), output
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    recipe.write_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def model(base):
+    return recipe.load_base(base, "all")
+
+
+def waves(clips, count=6):
+    clips, output = clips
+    return [recipe.wave_of(clip, output) for clip in clips[:count]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+def test_classes_durations_and_snrs_are_equally_frequent_in_both_splits(clips):
+    for split, each in (("train", 2), ("test", 1)):
+        cells = Counter((c.label, c.duration, c.snr) for c in clips[0] if c.split == split)
+        assert len(cells) == CELL and set(cells.values()) == {each}
+
+
+def test_every_kind_of_nonspeech_is_there_and_about_as_frequent(clips):
+    kinds = Counter(clip.kind for clip in clips[0] if clip.label == "NONSPEECH")
+    assert set(kinds) == set(recipe.KINDS) and max(kinds.values()) - min(kinds.values()) <= 2
+
+
+def test_no_speaker_source_or_sound_is_in_both_splits(clips):
+    parts = [[clip for clip in clips[0] if clip.split == split] for split in recipe.SPLITS]
+    for key in ("source", "group", "sound"):
+        assert not set.intersection(*({getattr(clip, key) for clip in part} for part in parts))
+    assert len({clip.source for clip in clips[0]}) == len(clips[0])  # each recording is used once
+
+
+@pytest.mark.parametrize("what", ["source", "group", "sound"])
+def test_a_leak_ends_the_run_and_names_the_clips(clips, what):
+    train, test = clips[0][0], clips[0][-1]
+    leaking = [*clips[0][:-1], replace(test, **{what: getattr(train, what)})]
+    with pytest.raises(cli.RunError, match=f"share a {what}, 1 times: .* and {test.id}"):
+        recipe.check_leaks(leaking)
+
+
+def test_the_same_sound_under_two_names_is_a_leak(speech, tmp_path):
+    rng = np.random.default_rng(0)
+    sound = 0.1 * rng.standard_normal(20_000)
+    (tmp_path / "sounds").mkdir()
+    for name in ("a.wav", "b.wav", "c.wav", "d.wav"):
+        soundfile.write(tmp_path / "sounds" / name, sound, data.SAMPLE_RATE)
+    with pytest.raises(cli.InputError, match="too few recordings"):
+        recipe.make_clips(settings(tmp_path / "few", speech, sounds=tmp_path / "sounds", kinds=["scrambled"]))
+    for number in range(60):
+        soundfile.write(tmp_path / "sounds" / f"{number}.wav", sound, data.SAMPLE_RATE)
+    with pytest.raises(cli.RunError, match="share a sound"):
+        recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds"))
+
+
+def test_every_clip_has_its_length_and_the_same_peak(clips):
+    for clip in clips[0]:
+        wave = recipe.wave_of(clip, clips[1])
+        assert len(wave) == clip.duration * 16
+        assert np.abs(wave).max() == pytest.approx(recipe.PEAK, abs=1e-4)
+
+
+@pytest.mark.parametrize("snr", recipe.SNRS)
+def test_noise_is_added_at_the_snr_asked_for_and_a_gain_keeps_it(snr):
+    rng = np.random.default_rng(0)
+    wave, noise = 0.01 * rng.standard_normal(16_000), rng.standard_normal(16_000)
+    added = recipe.add_noise(wave, noise, snr) - wave
+    assert 20 * np.log10(wave.std() / added.std()) == pytest.approx(snr, abs=0.1)
+
+
+def test_speech_is_cut_where_it_is_loudest():
+    audio = np.zeros(16_000)
+    audio[9_000:9_800] = 1
+    assert recipe.loudest(audio, 800).sum() == 800
+    assert len(recipe.loudest(audio[:800], 800)) == 800
+
+
+def test_scrambled_speech_keeps_the_spectrum_and_loses_the_course_of_time():
+    rng = np.random.default_rng(0)
+    speech = rng.standard_normal(16_000)
+    speech[8_000:] *= 0.01
+    scrambled = recipe._scrambled(speech, rng)
+    spectra = np.abs(np.fft.rfft(speech)), np.abs(np.fft.rfft(scrambled))
+    np.testing.assert_allclose(*(spectrum[1:-1] for spectrum in spectra), rtol=1e-6)
+    assert scrambled[8_000:].std() == pytest.approx(scrambled[:8_000].std(), rel=0.2)
+
+
+@pytest.mark.parametrize("kind, slope", [("white", 0), ("pink", -1), ("brown", -2)])
+def test_coloured_noise_falls_as_its_name_says(kind, slope):
+    wave = recipe.DRAWN[kind](160_000, np.random.default_rng(0))
+    power = np.abs(np.fft.rfft(wave)) ** 2
+    frequency = np.fft.rfftfreq(len(wave), 1 / data.SAMPLE_RATE)
+    band = (frequency > 100) & (frequency < 7000)
+    found = stats.linregress(np.log(frequency[band]), np.log(power[band])).slope
+    assert found == pytest.approx(slope, abs=0.05)
+
+
+def test_the_same_seed_makes_the_same_clips_and_another_one_others(clips, speech, tmp_path):
+    made = {seed: recipe.make_clips(settings(tmp_path / str(seed), speech, train_clips=2 * CELL, clip_seed=seed))
+            for seed in (0, 1)}  # fmt: skip
+    assert made[0] == clips[0] != made[1]
+    for clip in made[0][:8]:
+        assert np.array_equal(recipe.wave_of(clip, tmp_path / "0"), recipe.wave_of(clip, clips[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def counted(pattern):
+    config = Qwen2AudioConfig(text_config={"model_type": "qwen2", "intermediate_size": 11008, "vocab_size": 156032})
+    with torch.device("meta"):
+        network = Qwen2AudioForConditionalGeneration(config)
+        network = get_peft_model(network, LoraConfig(r=16, target_modules=pattern, task_type="CAUSAL_LM"))
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return sum(p.numel() for p in recipe.trained(network)), {name.split(".")[3] for name in names}
+
+
+@pytest.mark.parametrize("mlp, encoder, count, parts", [
+    (False, False, 16_777_216, {"language_model"}),
+    (True, False, 39_976_960, {"language_model"}),
+    (False, True, 20_709_376, {"language_model", "audio_tower"}),
+])  # fmt: skip
+def test_lora_has_the_published_sizes_and_leaves_the_audio_encoder_alone_unless_asked(mlp, encoder, count, parts):
+    assert counted(recipe.lora_targets(mlp, encoder)) == (count, parts)
+
+
+def lora(base, **changes):
+    given = {"mlp_targets": False, "audio_encoder": False, "rank": 4, "alpha": 8, "dropout": 0.0} | changes
+    network, processor = recipe.load_base(base, "lora", given.pop("quantize", None))
+    torch.manual_seed(1)
+    network = recipe.add_lora(network, argparse.Namespace(**given))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return network, processor
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_only_the_adapter_gets_a_gradient(base, clips, quantize):
+    network, processor = lora(base, quantize=quantize)
+    recipe.answer_loss(network, processor, waves(clips, 2), ["A", "B"]).backward()
+    with_gradient = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert with_gradient == {name for name, p in network.named_parameters() if "lora_" in name}
+    kinds = {type(module).__name__ for name, module in network.named_modules() if re.search("tower.*fc1$", name)}
+    assert kinds == {"Linear"}
+    quantised = {type(m).__name__ for name, m in network.named_modules() if re.search("language_model.*up_proj$", name)}
+    assert quantised == {"Linear4bit" if quantize else "Linear"}
+
+
+def test_an_adapter_that_is_saved_and_loaded_gives_the_same_answers(base, clips, tmp_path):
+    network, processor = lora(base)
+    before = recipe.classify(network, processor, waves(clips), 2)
+    given = argparse.Namespace(train="lora", model=str(base), quantize=None)
+    recipe.save_trained(network, processor, tmp_path, given)
+    again = recipe.classify(*recipe.load_trained(tmp_path), waves(clips), 2)
+    assert again == before
+    assert again != pytest.approx(recipe.classify(*recipe.load_base(base, "lora"), waves(clips), 2), abs=1e-3)
+
+
+def test_gradient_checkpointing_computes_again_and_changes_no_gradient(base, clips):
+    gradients, passes = [], []
+    for checkpointing in (False, True):
+        network, processor = lora(base)
+        if checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.train()
+        layer, calls = network.get_submodule("base_model.model.model.language_model.layers.0.self_attn"), []
+        layer.register_forward_hook(lambda *call: calls.append(1))
+        recipe.answer_loss(network, processor, waves(clips, 2), ["A", "B"]).backward()
+        gradients.append([p.grad for p in recipe.trained(network)])
+        passes.append(len(calls))
+    assert passes == [1, 2]
+    torch.testing.assert_close(*gradients)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the model reads
+
+
+def test_loss_is_on_the_letter_and_the_end_token_alone(model, clips):
+    _, processor = model
+    answers = ["A", "B", "A"]
+    batch = recipe.read_clips(processor, waves(clips, 3), answers)
+    labels = recipe.mask_labels(batch, processor, answers)
+    for row, answer in enumerate(answers):
+        supervised = labels[row][labels[row] != data.IGNORE]
+        assert processor.tokenizer.decode(supervised) == answer + recipe.END
+        assert (labels[row][-2:] != data.IGNORE).all() and len(supervised) == 2
+
+
+def test_the_prompt_is_the_same_in_training_and_in_evaluation(model, clips):
+    _, processor = model
+    asked = recipe.read_clips(processor, waves(clips, 1))
+    taught = recipe.read_clips(processor, waves(clips, 1), ["B"])
+    assert taught["input_ids"][0, :-2].tolist() == asked["input_ids"][0].tolist()
+    text = processor.tokenizer.decode(asked["input_ids"][0])
+    assert recipe.SYSTEM in text and recipe.QUESTION in text and "helpful assistant" not in text
+
+
+def test_forward_logits_under_the_same_prompt_agree_with_constrained_generation(model, clips):
+    network, processor = model
+    network.eval()
+    generated = recipe.classify(network, processor, waves(clips), 3)
+    ids, forward = recipe.letter_ids(processor.tokenizer), []
+    for wave in waves(clips):
+        with torch.no_grad():
+            logits = network(**recipe.read_clips(processor, [wave])).logits[0, -1]
+        sums = {label: logits[tokens].exp().sum() for label, tokens in ids.items()}
+        forward.append(float(sums["SPEECH"] / sum(sums.values())))
+    assert generated == pytest.approx(forward, abs=1e-5)
+
+
+def test_an_answer_does_not_depend_on_the_clips_beside_it_and_would_with_padding_on_the_right(model, clips):
+    network, processor = model
+    mixed = [recipe.wave_of(clip, clips[1]) for clip in clips[0][:12]]
+    assert len({len(wave) for wave in mixed}) == len(recipe.DURATIONS)
+    alone = recipe.classify(network, processor, mixed, 1)
+    assert recipe.classify(network, processor, mixed, 12) == pytest.approx(alone, abs=1e-5)
+    processor.tokenizer.padding_side = "right"
+    assert recipe.classify(network, processor, mixed, 12) != pytest.approx(alone, abs=1e-5)
+
+
+def test_all_ways_of_writing_a_letter_are_summed(model, clips):
+    network, processor = model
+    ids = recipe.letter_ids(processor.tokenizer)
+    assert all(len(tokens) == 2 for tokens in ids.values())  # plain and after a space
+    assert {processor.tokenizer.decode(t).strip() for t in ids["SPEECH"]} == {"A"}
+    before = recipe.classify(network, processor, waves(clips, 1), 1)[0]
+    with torch.no_grad():  # the score of " A" rises alone; the probability of SPEECH has to rise with it
+        network.lm_head.weight[max(ids["SPEECH"])] = network.lm_head.weight[min(ids["SPEECH"])] * 3
+    assert recipe.classify(network, processor, waves(clips, 1), 1)[0] != pytest.approx(before, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def test_one_threshold_on_flatness_solves_the_task_as_it_was_published(speech, tmp_path):
+    clips = recipe.make_clips(settings(tmp_path, speech, kinds=["white"], train_clips=2 * CELL))
+    train, test = ([clip for clip in clips if clip.split == split] for split in recipe.SPLITS)
+    answers = recipe.flatness_baseline(train, test, tmp_path)
+    assert np.mean([answer == (clip.label == "SPEECH") for answer, clip in zip(answers, test)]) > 0.9
+
+
+def test_flatness_is_high_for_white_noise_and_low_for_a_tone():
+    rng = np.random.default_rng(0)
+    white, tone = (recipe.normalise(recipe.DRAWN[kind](16_000, rng), kind) for kind in ("white", "tone"))
+    assert recipe.flatness(tone) < 0.01 and recipe.flatness(white) == pytest.approx(math.exp(-np.euler_gamma), abs=0.02)
+
+
+def test_accuracy_counts_right_answers_and_its_interval_over_groups_is_wider_where_a_group_answers_as_one():
+    lines = [{"correct": group < 6, "group": str(group)} for group in range(8) for _ in range(20)]
+    numbers = recipe.accuracy(lines)
+    assert numbers["accuracy"] == 0.75 and numbers["clips"] == 160
+    widths = {name: numbers[name][1] - numbers[name][0] for name in ("wilson", "bootstrap")}
+    assert widths["bootstrap"] > 2 * widths["wilson"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a user starts it
+
+
+@pytest.fixture(scope="module")
+def finished(speech, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = script(RECIPE, "--data", speech, "--model", "tiny", "--train", "all", "--learning-rate", 1e-3,
+                    "--epochs", 2, "--train-clips", CELL, "--test-clips", CELL, "--seeds", 0, 1,
+                    cwd=folder)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder / "out-speech", result
+
+
+def test_a_run_prints_model_and_baseline_in_one_table_and_keeps_what_it_answered(finished):
+    output, result = finished
+    results = json.loads((output / "results.json").read_text())
+    for name in ("flatness threshold", "model, seed 0", "model, seed 1"):
+        assert f"{name:24}{results[name]['accuracy']:.3f}" in result.stdout
+    for seed in (0, 1):
+        lines = [json.loads(line) for line in (output / f"seed-{seed}" / "predictions.jsonl").read_text().splitlines()]
+        assert len(lines) == CELL
+        right = np.mean([(line["speech"] > 0.5) == (line["label"] == "SPEECH") for line in lines])
+        assert results[f"model, seed {seed}"]["accuracy"] == right
+        steps = [json.loads(line) for line in (output / f"seed-{seed}" / "log.jsonl").read_text().splitlines()]
+        assert [step["step"] for step in steps] == [1, 2] and steps[1]["loss"] < steps[0]["loss"]
+
+
+def said_by(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["speech_detection.py", *map(str, arguments)])
+    recipe.main()
+    return capsys.readouterr().out
+
+
+def test_two_runs_are_compared_clip_by_clip(finished, monkeypatch, capsys):
+    runs = [finished[0] / f"seed-{seed}" for seed in (0, 1)]
+    assert "McNemar's exact test" in said_by(monkeypatch, capsys, "--compare", *runs)
+    assert "A - B  +0.000, 95 % 0.000-0.000, p = 1" in said_by(monkeypatch, capsys, "--compare", runs[0], runs[0])
+
+
+def test_a_trained_model_answers_a_clip_of_ones_own(finished, monkeypatch, capsys):
+    output, _ = finished
+    clip = next((output / "clips" / "test").glob("*.wav"))
+    said = said_by(monkeypatch, capsys, "--trained", output / "seed-0", "--audio", clip)
+    assert re.fullmatch(rf"{clip}  (NON)?SPEECH  [01]\.\d{{3}}\n", said)
+
+
+def arguments_that_are_wrong(tmp_path):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    return [
+        ([], "give --data"),
+        (["--data", tmp_path / "none", "--model", "tiny", "--train", "all"], "does not exist"),
+        (["--data", tmp_path, "--model", "tiny"], "add --train all"),
+        (
+            ["--data", tmp_path, "--train-clips", 100],
+            f"--train-clips 100 cannot be shared .* multiple of {CELL}",
+        ),
+        (["--data", tmp_path, "--train", "all", "--quantize", "nf4"], "--quantize nf4 freezes"),
+        (["--trained", tmp_path], "belong together"),
+        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav: not a readable sound file"),
+        (["--compare", tmp_path, tmp_path], "predictions.jsonl is missing"),
+        (["--data", tmp_path, "--model", sounds], "no Qwen2-Audio checkpoint"),
+    ]
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    for arguments, message in arguments_that_are_wrong(tmp_path):
+        monkeypatch.setattr(sys, "argv", ["speech_detection.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run_script("speech_detection.py", recipe.main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and re.search(message, said) and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("rate, seconds, message", [
+    (8_000, 2, "8,000 Hz is below 16,000 Hz"),
+    (16_000, 0.5, "shorter than the longest clip, 1,000 ms"),
+])  # fmt: skip
+def test_sounds_that_would_give_the_class_away_are_all_named(tmp_path, rate, seconds, message):
+    for name in ("a.wav", "b.wav"):
+        noise = 0.1 * np.random.default_rng(0).standard_normal(int(rate * seconds))
+        soundfile.write(tmp_path / name, noise, rate)
+    (tmp_path / "c.wav").write_text("no sound")
+    with pytest.raises(cli.InputError) as error:
+        recipe.sound_sources(tmp_path)
+    assert str(error.value).startswith(f"3 files of {tmp_path}") and str(error.value).count(message) == 2
+
+
+def test_speech_of_too_low_a_rate_and_silence_are_named(speech, tmp_path):
+    source = recipe.speech_sources(speech)[0]
+    with pytest.raises(cli.InputError, match="silent.wav is digital silence"):
+        recipe.normalise(np.zeros(100), "silent.wav")
+    utterance = data.read_corpus(speech, "train", limit=1)[0]
+    soundfile.write(tmp_path / "low.wav", source.read()[::2], 8000)
+    with pytest.raises(cli.InputError, match=f"{utterance.id}: 8,000 Hz is below"):
+        recipe.speech_of(replace(utterance, recording=(tmp_path / "low.wav").read_bytes))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_clips(model, clips, tmp_path, monkeypatch):
+    network, processor = model
+    chosen = clips[0][:4]
+    given = argparse.Namespace(batch_size=2, accumulation=2, epochs=1, warmup=0.1, learning_rate=1e-3, clip=1.0,
+                               output=clips[1])  # fmt: skip
+    before = [p.detach().clone() for p in recipe.trained(network)]
+    monkeypatch.setattr(recipe, "answer_loss", lambda network, *rest: network.lm_head.weight.sum() * float("nan"))
+    with open(tmp_path / "log", "w") as log, pytest.raises(cli.RunError, match=f"step 1: loss nan.*{chosen[0].id}"):
+        recipe.train(network, processor, chosen, given, 0, log)
+    assert all(torch.equal(a, b) for a, b in zip(before, recipe.trained(network)))
+
+
+def test_an_update_does_not_depend_on_how_its_clips_are_batched(base, clips, tmp_path):
+    logs = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        network, processor = recipe.load_base(base, "all")
+        given = argparse.Namespace(batch_size=batch_size, accumulation=accumulation, epochs=1, warmup=0.0,
+                                   learning_rate=1e-3, clip=1.0, output=clips[1])  # fmt: skip
+        with open(tmp_path / "log", "w") as log:
+            recipe.train(network, processor, clips[0][:16], given, 0, log)
+        logs.append([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()])
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
