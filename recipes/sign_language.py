@@ -1,0 +1,839 @@
+"""Read continuous sign language as glosses: landmarks, encoders by body part, MobileNetV3 blocks, BiLSTM, CTC.
+
+    python recipes/sign_language.py --write-synthetic glosses            # a small data folder in the real format
+    python recipes/sign_language.py --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
+    python recipes/sign_language.py --data glosses --evaluate sign/best.safetensors      # greedy and beam, on test
+    python recipes/sign_language.py --data phoenix-si5 --output phoenix                  # the document's settings
+
+A data folder has <split>.SI5.corpus.csv (separator |) and one feature file a sequence: <split>/<id>.npz or <id>.npy,
+float [T, F]. Its features.json declares the body parts in the order of the F columns, {"pose": 99, "hands": 126, ...};
+without that file the order is FEATURES. Encoders and slices follow from the declaration.
+
+Training writes into --output: settings.json, log.jsonl (one line an epoch) and best.safetensors, which holds weights,
+feature statistics, vocabulary, settings and declaration. --evaluate writes results.json there.
+
+Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import math
+import sys
+import time
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# isort: split
+import cli
+import metrics
+import runtime
+
+# Columns of a frame, in this order: 33 pose, 2 x 21 hand and 468 face points with x, y, z (document), then 3 x 1629
+# values that the document calls temporal: velocity, acceleration, and by the public code the raw values once more.
+FEATURES = {"pose": 99, "hands": 126, "face": 1404, "temporal": 4887}
+ENCODED = {"pose": 64, "hands": 128, "face": 64, "temporal": 128}  # channels of each encoder (document)
+STEM = 16  # channels (document)
+BLOCKS = (  # in, expanded, out, kernel, stride, squeeze-excitation, activation (document)
+    (16, 16, 16, 3, 1, True, nn.ReLU),
+    (16, 72, 24, 3, 2, False, nn.ReLU),
+    (24, 88, 24, 3, 1, False, nn.ReLU),
+    (24, 96, 40, 5, 1, True, nn.Hardswish),
+    (40, 240, 40, 5, 1, True, nn.Hardswish),
+    (40, 120, 48, 5, 1, True, nn.Hardswish),
+)
+SQUEEZE = 4  # channels go down to a quarter within squeeze-excitation (document)
+HIDDEN = 128  # channels after upsampling, and of the LSTM each way (document)
+
+BLANK, UNKNOWN = 0, 1  # of CTC (document); a gloss that training did not have (our choice)
+SPECIAL = ("<blank>", "<unk>")
+# Anywhere in a gloss (public code): markers, pointing, gestures. It takes words such as POSITIV along.
+DROPPED = ("__", "loc-", "cl-", "lh-", "rh-", "IX", "WG", "$GEST", "PLUSPLUS", "POS")
+KEYS = ("features", "feature", "arr_0")  # of an .npz file; else its first array (public code)
+SHORTEST = 5  # frames; two after the reduction by 4, so that the batch statistics of one sequence exist
+
+SMALLEST_STD = 1e-3  # our choice: the public code's 1e-6 turns rounding errors of constant features into large values
+SPEED, SPEED_SHARE = (0.9, 1.1), 0.5  # factor, and share of the sequences it is used on (public code)
+NOISE, NOISE_SHARE = 0.1, 0.3  # standard deviations (our choice; public code: 0.01 of raw landmarks); public code
+DROP, DROP_SHARE = 0.1, 0.2  # share of the values set to their mean (public code)
+
+SYNTHETIC = {"pose": 9, "hands": 12, "face": 30, "temporal": 153}  # temporal: 3 x the others, as in the real features
+SYNTHETIC_GLOSSES = ("WIND", "REGEN", "SONNE", "SCHNEE", "NORD", "SUED", "MORGEN", "HEUTE")
+SYNTHETIC_SPLITS = {"train": (400, 8), "dev": (60, 4), "test": (120, 8)}  # sequences, signers: no signer in two splits
+
+TRAINING = ("epochs", "warmup", "learning_rate", "weight_decay", "accumulation", "clip", "dropout", "patience",
+            "gradient_checkpointing", "glosses", "unchecked_order")  # fmt: skip
+EVALUATION = ("split", "beam_width")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: each declared once
+
+
+def parse_settings():
+    """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
+    parser = cli.ArgumentParser(
+        description=__doc__.split("\n", 1)[0],
+        usage="python recipes/sign_language.py --data FOLDER [settings]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("what to do: train on --data, or").add_argument
+    add("--write-synthetic", type=Path, metavar="FOLDER", help="write a synthetic data folder and stop")
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help="score a split of --data with a best.safetensors")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=Path, help="folder with <split>.SI5.corpus.csv and feature files")
+    add("--glosses", choices=("filtered", "all"), default="filtered", help="filtered: leave out markers, pointing and "
+        "letters in every split; its WER does not compare with published ones (public code)")  # fmt: skip
+    add("--unchecked-order", action="store_true", help="train although hands are not more often missing than faces")
+
+    add = parser.add_argument_group("model: widths follow from the data folder's features.json").add_argument
+    add("--dropout", type=cli.fraction, default=0.3, help="in encoders and before the LSTM (document)")
+    add("--gradient-checkpointing", action="store_true", help="compute the encoders' activations twice instead of "
+        "keeping them: the same step with less memory")  # fmt: skip
+
+    add = parser.add_argument_group("optimisation: AdamW").add_argument
+    add("--epochs", type=cli.positive_int, default=100, help="passes over the train split (document)")
+    add("--warmup", type=cli.whole_number, default=5, help="epochs of linear warmup, a cosine follows (document; the "
+        "cosine is our choice)")  # fmt: skip
+    add("--learning-rate", type=cli.positive_float, default=3e-4, help="peak (document)")
+    add("--weight-decay", type=cli.fraction, default=1e-4, help="(document)")
+    add("--batch-size", type=cli.positive_int, default=4, help="sequences computed at once (document)")
+    add("--accumulation", type=cli.positive_int, default=1, help="batches in a step (document; public code 4)")
+    add("--clip", type=cli.positive_float, default=1.0, help="largest norm of a step's gradient (document)")
+    add("--patience", type=cli.positive_int, default=15, help="stop after so many epochs without a lower WER on dev "
+        "(document)")  # fmt: skip
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--split", default="test", help="that --evaluate scores (our choice)")
+    add("--beam-width", type=cli.positive_int, default=10, help="of the prefix beam search (our choice)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=cli.seed, default=42, help="of weights, order, augmentation, resamples (public code)")
+    add("--output", type=Path, default=Path("sign"), help="folder for all that is written (our choice)")
+
+    settings = parser.parse_args()
+    not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
+    given = {name for name, value in vars(parser.parse_args(namespace=not_given)).items() if value is not None}
+    for wrong, message in conflicts(settings, given):
+        if wrong:
+            parser.error(message)
+    return settings
+
+
+def conflicts(settings, given):
+    """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
+
+    def named(names):
+        return " ".join(f"--{name.replace('_', '-')}" for name in names if name in given)
+
+    others = given - {"write_synthetic", "seed"}
+    training, evaluation = named(TRAINING), named(EVALUATION)
+    return [
+        (settings.write_synthetic and others, f"--write-synthetic takes --seed alone: leave out {named(others)}"),
+        (not (settings.write_synthetic or settings.data), "--data is missing: give a data folder, or make one with "
+         "--write-synthetic FOLDER"),
+        (settings.evaluate and training, f"--evaluate trains nothing: leave out {training}"),
+        (not settings.evaluate and evaluation, f"{evaluation} has no effect in training, which uses train and dev: "
+         f"leave it out, or add --evaluate CHECKPOINT"),
+        (not (settings.evaluate or settings.write_synthetic) and settings.warmup >= settings.epochs,
+         f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup"),
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    id: str
+    signer: str
+    glosses: tuple[str, ...]  # after the filter
+    path: Path  # of the feature file
+    frames: int
+
+    @property
+    def needed(self):
+        """Frames that CTC needs for the glosses: one each, and a blank between two equal ones."""
+        return len(self.glosses) + sum(a == b for a, b in zip(self.glosses, self.glosses[1:]))
+
+    @property
+    def possible(self):
+        return self.needed <= self.frames
+
+
+class Vocabulary:
+    """Glosses to ids and back. Id 0 is CTC's blank; a gloss that training did not have is 1, never the blank."""
+
+    def __init__(self, glosses):
+        self.words = [*SPECIAL, *dict.fromkeys(glosses)]  # in the order they are first seen (public code)
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, glosses):
+        return [self.ids.get(gloss, UNKNOWN) for gloss in glosses]
+
+    def decode(self, ids):
+        return [self.words[i] for i in ids]
+
+
+def read_features_order(folder):
+    """{group: columns} in the order of the columns, by features.json or FEATURES. Raises InputError."""
+    path = folder / "features.json"
+    if not path.is_file():
+        return dict(FEATURES)
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise cli.InputError(f"{path} is not JSON: {cli.first_line(error)}") from error
+    named = isinstance(groups, dict) and groups.keys() == ENCODED.keys()
+    if not named or not all(type(width) is int and width > 1 for width in groups.values()):
+        raise cli.InputError(f"{path} has to give {', '.join(ENCODED)} with their columns (2 or more), in the order of "
+                             f"the feature files, such as {json.dumps(FEATURES)}; it has {groups}")  # fmt: skip
+    return groups
+
+
+def slices(groups):
+    """{group: its columns as a slice}."""
+    ends = np.cumsum(list(groups.values())).tolist()
+    return {name: slice(end - width, end) for (name, width), end in zip(groups.items(), ends)}
+
+
+def read_split(folder, split, groups, which):
+    """The sequences of one split, every feature file read once. which: "filtered" or "all" glosses.
+
+    Raises InputError with one line for every row or file that cannot be used.
+    """
+    samples, problems, dropped = [], [], 0
+    rows = read_annotations(folder / f"{split}.SI5.corpus.csv")
+    repeated = {id for id, count in Counter(id for _, id, _, _ in rows).items() if count > 1}
+    for line, id, signer, glosses in tqdm(rows, desc=f"check {split}", leave=False, disable=None):
+        kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
+        dropped += len(glosses) - len(kept)
+        path = folder / split / f"{id}.npz"
+        path = path if path.is_file() else folder / f"{id}.npy"
+        try:
+            if id in repeated:
+                raise cli.InputError("its id stands in several lines")
+            if reserved := set(glosses) & set(SPECIAL):
+                raise cli.InputError(f"{', '.join(sorted(reserved))} is no gloss, the name is taken: rename it")
+            samples.append(Sample(id, signer, kept, path, len(read_features(path, sum(groups.values())))))
+        except cli.InputError as error:
+            problems.append(f"line {line}, {id}: {error}")
+    if problems:
+        raise cli.InputError(f"{len(problems)} of {len(rows)} sequences of {folder} ({split}) cannot be used; repair "
+                             f"or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+    if not any(sample.glosses for sample in samples):
+        raise cli.InputError(f"{folder} ({split}) has no glosses: with --glosses all markers and letters are kept")
+    describe(split, samples, dropped)
+    return samples
+
+
+def read_annotations(path):
+    """Rows of an SI5 corpus file: [(line number, id, signer, glosses)]. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise cli.InputError(f"{path} does not exist: --data is a folder with <split>.SI5.corpus.csv") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise cli.InputError(f"{path} cannot be read as UTF-8 text: {cli.first_line(error)}") from error
+    reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
+    columns = reader.fieldnames or []
+    key = "id" if "id" in columns else "name"
+    if missing := [name for name in (key, "signer", "annotation") if name not in columns]:
+        raise cli.InputError(f"{path} has no column {' and '.join(missing)} (separator |), but {columns}")
+    rows = [(reader.line_num, row) for row in reader]
+    if bad := [str(line) for line, row in rows if None in row or None in row.values() or not row[key]]:
+        raise cli.InputError(f"{path} needs {len(columns)} fields and an id in line {', '.join(bad)}: repair it")
+    return [(line, row[key], row["signer"], row["annotation"].split()) for line, row in rows]
+
+
+def is_dropped(gloss):
+    return len(gloss) == 1 or any(part in gloss for part in DROPPED)
+
+
+def read_features(path, width):
+    """A feature file, float32 (T, width). Raises InputError when it is missing, corrupt or of another shape."""
+    try:
+        with open(path, "rb") as file:
+            content = np.load(file)
+            if not isinstance(content, np.ndarray):
+                content = content[next(key for key in (*KEYS, *content.files) if key in content.files)]
+    except FileNotFoundError as error:
+        raise cli.InputError(f"no feature file: neither <split>/<id>.npz nor {path}") from error
+    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
+        raise cli.InputError(f"{path} is not a readable array: {cli.first_line(error)}") from error
+    if content.ndim != 2 or content.shape[1] != width or not np.issubdtype(content.dtype, np.floating):
+        raise cli.InputError(f"{path} has {content.dtype} {list(content.shape)} instead of float [T, {width}]")
+    if len(content) < SHORTEST:
+        raise cli.InputError(f"{path} has {len(content)} frames, fewer than {SHORTEST}")
+    with np.errstate(over="ignore"):  # the check finds it
+        content = content.astype(np.float32)
+    if not np.isfinite(content).all():
+        raise cli.InputError(f"{path} has {(~np.isfinite(content)).sum()} values that are not finite in float32")
+    return content
+
+
+def describe(split, samples, dropped):
+    """Print what a split holds, and what of it CTC cannot learn."""
+    impossible = [sample.id for sample in samples if not sample.possible]
+    print(f"{split}: {len(samples):,} sequences of {len({sample.signer for sample in samples})} signers, "
+          f"{sum(sample.frames for sample in samples):,} frames, {sum(len(sample.glosses) for sample in samples):,} "
+          f"glosses ({dropped:,} left out by the filter), {sum(not sample.glosses for sample in samples)} sequences "
+          f"without any")  # fmt: skip
+    if impossible:
+        print(f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
+              f"leaves them out, the WER counts them: {', '.join(impossible[:5])}")  # fmt: skip
+
+
+def compare_with_training(split, samples, system):
+    """Print and return what a held-out split has that training did not have, and the other way round."""
+    unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
+    shared = sorted({sample.signer for sample in samples} & set(system.signers))
+    print(f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
+          f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
+          f"{', '.join(shared) or 'none'}")  # fmt: skip
+    return {"unknown_glosses": len(unknown), "signers_of_training": shared}
+
+
+def feature_statistics(samples, groups):
+    """Mean and standard deviation of every feature, float32 (F,), and {group: share of frames where it is missing}.
+
+    Missing: the group's first half, or its second, is exactly 0 throughout. The hands' halves are left and right.
+    """
+    width, columns = sum(groups.values()), slices(groups)
+    count, sums, squares, missing = 0, np.zeros(width), np.zeros(width), Counter()
+    for sample in tqdm(samples, desc="statistics", leave=False, disable=None):
+        frames = read_features(sample.path, width).astype(np.float64)  # (T, F)
+        count, sums, squares = count + len(frames), sums + frames.sum(axis=0), squares + (frames**2).sum(axis=0)
+        for name, part in columns.items():
+            halves = np.array_split(frames[:, part] == 0, 2, axis=1)
+            missing[name] += int(np.logical_or(*(half.all(axis=1) for half in halves)).sum())
+    mean = sums / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    shares = {name: missing[name] / count for name in groups}
+    return mean.astype(np.float32), np.maximum(std, SMALLEST_STD).astype(np.float32), shares
+
+
+def check_order(missing, unchecked):
+    """Raises InputError when "hands" do not look like hands: a tracker loses hands, and writes zeros, more than faces.
+
+    Hands and face in each other's columns are seen. Not seen: left and right exchanged, an order within a group,
+    pose exchanged with what is never missing, and everything about temporal.
+    """
+    print("frames with a half of the group exactly zero: "
+          + ", ".join(f"{name} {share:.1%}" for name, share in missing.items()))  # fmt: skip
+    if missing["hands"] <= missing["face"] and not unchecked:
+        raise cli.InputError(f"hands are missing in {missing['hands']:.1%} of the frames and faces in "
+                             f"{missing['face']:.1%}, so these columns may not be what they are named: correct "
+                             f"features.json, or add --unchecked-order if lost hands are not zeros")  # fmt: skip
+
+
+class Batch(NamedTuple):
+    samples: list  # longest first
+    features: torch.Tensor  # (B, T, F), padded with zeros
+    lengths: torch.Tensor  # (B,) frames; on the CPU
+    targets: torch.Tensor  # (all glosses,)
+    target_lengths: torch.Tensor  # (B,)
+
+
+@dataclass
+class System:
+    """All that is needed to read signs."""
+
+    model: nn.Module
+    mean: np.ndarray  # (F,) of the train split, as std
+    std: np.ndarray
+    vocabulary: Vocabulary
+    groups: dict[str, int]  # columns, in order
+    signers: list[str]  # of training
+
+
+def make_batch(samples, system, rng=None):
+    """A Batch on DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
+    loaded = []
+    for sample in samples:
+        frames = (read_features(sample.path, len(system.mean)) - system.mean) / system.std  # (T, F)
+        loaded.append((sample, torch.from_numpy(augment(frames, sample.needed, rng) if rng else frames)))
+    loaded.sort(key=lambda pair: -len(pair[1]))
+    samples, features = map(list, zip(*loaded))
+    targets = [torch.tensor(system.vocabulary.encode(sample.glosses), dtype=torch.long) for sample in samples]
+    lengths, target_lengths = (torch.tensor([len(row) for row in rows]) for rows in (features, targets))
+    features = pad_sequence(features, batch_first=True)
+    return Batch(samples, features.to(DEVICE), lengths, torch.cat(targets).to(DEVICE), target_lengths)
+
+
+def augment(frames, needed, rng):
+    """Another speed, noise, dropped values, each on a share of the sequences; (T, F) to (T', F), T' >= needed.
+
+    frames: normalised, so that the noise is as strong in every feature and a dropped value is its mean.
+    """
+    if rng.random() < SPEED_SHARE:
+        length = max(round(len(frames) / rng.uniform(*SPEED)), needed, SHORTEST)
+        frames = frames[np.linspace(0, len(frames) - 1, length).round().astype(int)]
+    if rng.random() < NOISE_SHARE:
+        frames = frames + np.float32(NOISE) * rng.standard_normal(frames.shape, dtype=np.float32)
+    if rng.random() < DROP_SHARE:
+        frames = frames * (rng.random(frames.shape, dtype=np.float32) >= DROP)
+    return frames
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model. Padded frames are zero before every convolution, as beyond the end of a sequence that is alone, and enter no
+# mean: a sequence has the same output in every batch, and padding moves no running statistic.
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch norm of the frames that are there; the others become 0."""
+
+    def forward(self, x, mask):  # (B, C, T), (B, T)
+        x = x.transpose(1, 2)  # (B, T, C)
+        normalised = super().forward(x[mask])  # (frames, C)
+        return torch.zeros_like(x).masked_scatter(mask[..., None], normalised.to(x.dtype)).transpose(1, 2)
+
+
+class ConvNorm(nn.Module):
+    """Convolution over time, masked batch norm, activation: those used here keep 0 at 0. Output cut to the mask."""
+
+    def __init__(self, conv, activation=nn.Identity):
+        super().__init__()
+        self.conv, self.norm, self.activation = conv, MaskedBatchNorm(conv.out_channels), activation()
+
+    def forward(self, x, mask):  # (B, C, T); mask (B, T') of the output's frames
+        return self.activation(self.norm(self.conv(x)[..., : mask.shape[1]], mask))
+
+
+def same_conv(inputs, outputs, kernel, stride=1, groups=1, bias=False):
+    """A convolution to ceil(T / stride) frames."""
+    return nn.Conv1d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.down = nn.Conv1d(channels, channels // SQUEEZE, 1)
+        self.up = nn.Conv1d(channels // SQUEEZE, channels, 1)
+
+    def forward(self, x, mask):
+        mean = x.sum(dim=2, keepdim=True) / mask.sum(dim=1)[:, None, None]  # (B, C, 1), over frames that are there
+        return x * torch.sigmoid(self.up(torch.relu(self.down(mean))))
+
+
+class Block(nn.Module):
+    """MobileNetV3's inverted residual, over time."""
+
+    def __init__(self, inputs, expanded, outputs, kernel, stride, squeeze, activation):
+        super().__init__()
+        depthwise = same_conv(expanded, expanded, kernel, stride, groups=expanded)
+        self.expand = ConvNorm(same_conv(inputs, expanded, 1), activation) if expanded != inputs else None
+        self.depthwise = ConvNorm(depthwise, activation)
+        self.squeeze = SqueezeExcite(expanded) if squeeze else None
+        self.project = ConvNorm(same_conv(expanded, outputs, 1))
+        self.stride, self.residual = stride, stride == 1 and inputs == outputs
+
+    def forward(self, x, mask):  # (B, C, T), (B, T) to (B, C', ceil(T / stride))
+        after = mask[:, :: self.stride]
+        y = self.expand(x, mask) if self.expand else x
+        y = self.depthwise(y, after)
+        y = self.squeeze(y, after) if self.squeeze else y
+        y = self.project(y, after)
+        return x + y if self.residual else y
+
+
+def new_encoder(inputs, outputs, dropout):
+    hidden = (inputs + outputs) // 2
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout),
+        nn.Linear(hidden, outputs), nn.LayerNorm(outputs),
+    )  # fmt: skip
+
+
+class Student(nn.Module):
+    """groups: {name: columns} in order; symbols: V; gradient_checkpointing: of the encoders, while training.
+
+    Most activations are the encoders'. The rest is computed once: a batch norm that is computed twice would move its
+    running statistics twice.
+    """
+
+    def __init__(self, groups, symbols, dropout=0.3, gradient_checkpointing=False):
+        super().__init__()
+        self.columns, self.gradient_checkpointing = slices(groups), gradient_checkpointing
+        encoders = {name: new_encoder(width, ENCODED[name], dropout) for name, width in groups.items()}
+        self.encoders = nn.ModuleDict(encoders)
+        self.stem = ConvNorm(same_conv(sum(ENCODED.values()), STEM, 3, stride=2), nn.Hardswish)
+        self.blocks = nn.ModuleList(Block(*block) for block in BLOCKS)
+        self.upsample = ConvNorm(nn.ConvTranspose1d(BLOCKS[-1][2], HIDDEN, 4, stride=4), nn.ReLU)
+        self.projection = ConvNorm(same_conv(HIDDEN, HIDDEN, 3, bias=True), nn.ReLU)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(HIDDEN, HIDDEN, batch_first=True, bidirectional=True)
+        self.output = nn.Linear(2 * HIDDEN, symbols)
+
+    def forward(self, features, lengths):
+        """Log-probabilities (T, B, V), float32. features: (B, T, F); lengths: (B,) on the CPU, frames of each row."""
+        frames = features.shape[1]
+        mask = (torch.arange(frames) < lengths[:, None]).to(features.device)  # (B, T)
+        encoded = [self.encode(name, features[..., columns]) for name, columns in self.columns.items()]
+        x = torch.cat(encoded, dim=2).transpose(1, 2)  # (B, C, T)
+        reduced = mask[:, ::2]
+        x = self.stem(x * mask[:, None], reduced)  # (B, C, T/2)
+        for block in self.blocks:
+            x = block(x, reduced)  # (B, C, T/2), after block 2 (B, C, T/4)
+            reduced = reduced[:, :: block.stride]
+        x = self.projection(self.upsample(x, mask), mask)  # (B, C, T)
+        x = self.dropout(x).transpose(1, 2)  # (B, T, C)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=frames)
+        return self.output(x).transpose(0, 1).log_softmax(dim=2, dtype=torch.float32)
+
+    def encode(self, name, part):
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.encoders[name], part, use_reentrant=False)
+        return self.encoders[name](part)
+
+
+def sizes(model):
+    """{part: parameters}; an encoder and a block are parts of their own."""
+    parts = {}
+    for name, module in model.named_children():
+        nested = module.named_children() if name in ("encoders", "blocks") else []
+        parts |= {f"{name}.{key}": child for key, child in nested} or {name: module}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(settings):
+    """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
+    if (settings.output / "log.jsonl").exists():
+        raise cli.InputError(f"{settings.output} holds a run already: choose another --output")
+    cli.make_folder(settings.output, "--output")
+    groups = read_features_order(settings.data)
+    samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
+    samples = [sample for sample in samples if sample.possible]
+    if not samples:
+        raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
+    system = new_system(samples, groups, settings)
+    compare_with_training("dev", dev, system)
+    record = record_settings(settings, system)
+    run_epochs(system, samples, dev, settings, record)
+
+
+def new_system(samples, groups, settings):
+    """An untrained System; prints its size. Raises InputError when the groups do not look like what they are named."""
+    mean, std, missing = feature_statistics(samples, groups)
+    check_order(missing, settings.unchecked_order)
+    vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
+    torch.manual_seed(settings.seed)
+    model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing)
+    counts = sizes(model)
+    total = sum(counts.values())
+    print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {DEVICE}: "
+          + ", ".join(f"{name} {count:,}" for name, count in counts.items()))  # fmt: skip
+    return System(model.to(DEVICE), mean, std, vocabulary, groups, sorted({sample.signer for sample in samples}))
+
+
+def record_settings(settings, system):
+    """Write settings.json and return what it holds."""
+    record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()
+              if key not in (*EVALUATION, "evaluate", "write_synthetic")}  # fmt: skip
+    record |= {"parameters": sizes(system.model), "versions": {"torch": importlib.metadata.version("torch")}}
+    with cli.whole(settings.output / "settings.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def run_epochs(system, samples, dev, settings, record):
+    """Train, and keep the epoch with the lowest WER on dev; stop after --patience epochs without a lower one."""
+    optimiser = torch.optim.AdamW(system.model.parameters(), weight_decay=settings.weight_decay)
+    best, best_epoch, started = math.inf, 0, time.perf_counter()
+    per_epoch = math.ceil(len(samples) / (settings.batch_size * settings.accumulation))
+    with (open(settings.output / "log.jsonl", "w") as log,
+          tqdm(total=settings.epochs * per_epoch, unit="step") as bar):  # fmt: skip
+        for epoch in range(1, settings.epochs + 1):
+            epoch_started = time.perf_counter()
+            line = {"epoch": epoch, **train_epoch(system, samples, optimiser, settings, epoch, bar)}
+            loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
+            wer = metrics.error_rate(references, read)
+            line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started,
+                     "memory_gb": runtime.peak_memory()}  # fmt: skip
+            print(json.dumps(line), file=log, flush=True)
+            if wer < best:
+                best, best_epoch = wer, epoch
+                save(settings.output / "best.safetensors", system, record | {"epoch": epoch, "dev_wer": wer})
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best:.3f}")
+            if epoch - best_epoch >= settings.patience:
+                bar.write(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
+                break
+    print(f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best:.3f} on dev; next: "
+          f"--data {settings.data} --evaluate {settings.output}/best.safetensors")  # fmt: skip
+
+
+def train_epoch(system, samples, optimiser, settings, epoch, bar):
+    """One pass over the samples in an order that depends on seed and epoch alone. Returns what is logged of it."""
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = [samples[i] for i in rng.permutation(len(samples))]
+    step_size, losses, norms = settings.batch_size * settings.accumulation, [], []
+    warmup = settings.warmup * bar.total // settings.epochs  # steps
+    system.model.train()
+    for first in range(0, len(order), step_size):
+        rate = runtime.learning_rate(bar.n, bar.total, settings.learning_rate, warmup)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        step = order[first : first + step_size]
+        parts = [step[i : i + settings.batch_size] for i in range(0, len(step), settings.batch_size)]
+        batches = [make_batch(part, system, rng) for part in parts]
+        loss, norm = train_step(system.model, optimiser, batches, settings.clip, bar.n + 1)
+        losses.append(loss)
+        norms.append(norm)
+        bar.update()
+    return {"step": bar.n, "learning_rate": rate, "loss": np.mean(losses), "gradient_norm": np.mean(norms)}
+
+
+def train_step(model, optimiser, batches, clip, number):
+    """One update: the mean over the step's sequences, of the loss by gloss. Returns (loss, norm of the gradient).
+
+    Raises RunError, before the update, when loss or gradient is not finite.
+    """
+    samples = [sample for batch in batches for sample in batch.samples]
+    total = 0.0
+    for batch in batches:
+        loss = sequence_losses(model, batch)[0].sum() / len(samples)
+        loss.backward()
+        total += loss.item()
+
+    def not_finite(loss, norm):
+        named = ", ".join(sample.id for sample in samples)
+        return cli.RunError(f"step {number}: loss {loss} or gradient norm {norm} is not finite, of the sequences "
+                            f"{named}: lower --learning-rate")  # fmt: skip
+
+    return total, runtime.update(optimiser, list(model.parameters()), total, clip, not_finite)
+
+
+def sequence_losses(model, batch):
+    """CTC loss of each sequence divided by its glosses, (B,), and log-probabilities (T, B, V).
+
+    An impossible sequence would have an infinite loss; it gets 0 and no gradient, so what is impossible is counted.
+    """
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):
+        log_probs = model(batch.features, batch.lengths)
+    ctc = nn.CTCLoss(blank=BLANK, reduction="none", zero_infinity=True)
+    losses = ctc(log_probs, batch.targets, batch.lengths, batch.target_lengths)
+    return losses / batch.target_lengths.clamp(min=1).to(losses.device), log_probs
+
+
+def save(path, system, record):
+    """The System and the record of its training, in one file that executes nothing."""
+    weights = {f"model.{key}": value.cpu().contiguous() for key, value in system.model.state_dict().items()}
+    statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
+    about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers,
+             "training": record}  # fmt: skip
+    with cli.whole(path) as temporary:
+        save_file(weights | statistics, temporary, {"about": json.dumps(about)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def load(path):
+    """(System, record of its training) of a best.safetensors. Raises InputError when it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        mean, std = (tensors.pop(name).numpy() for name in ("mean", "std"))
+        vocabulary = Vocabulary(about["vocabulary"][len(SPECIAL) :])
+        model = Student(about["features"], len(vocabulary.words))
+        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
+        system = System(model.to(DEVICE), mean, std, vocabulary, about["features"], about["signers"])
+        return system, about["training"]
+    except FileNotFoundError as error:
+        raise cli.InputError(f"--evaluate {path} does not exist") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise cli.InputError(f"--evaluate {path} is no checkpoint of this script: {cli.first_line(error)}") from error
+
+
+@torch.no_grad()
+def transcribe(system, samples, batch_size, searches):
+    """Mean loss of the possible sequences; of all, in their order: the glosses, and what each search reads."""
+    system.model.eval()
+    losses, read = [], {}
+    ordered = sorted(samples, key=lambda sample: -sample.frames)  # little padding
+    for first in tqdm(range(0, len(ordered), batch_size), desc="transcribe", leave=False, disable=None):
+        batch = make_batch(ordered[first : first + batch_size], system)
+        batch_losses, log_probs = sequence_losses(system.model, batch)
+        losses += [loss for loss, sample in zip(batch_losses.tolist(), batch.samples) if sample.possible]
+        for row, sample in enumerate(batch.samples):
+            frames = log_probs[: batch.lengths[row], row].cpu()  # (T, V)
+            read[sample.id] = [system.vocabulary.decode(search(frames)) for search in searches]
+    references = [list(sample.glosses) for sample in samples]
+    loss = sum(losses) / len(losses) if losses else None
+    return loss, references, [list(words) for words in zip(*(read[sample.id] for sample in samples))]
+
+
+def greedy_search(log_probs):
+    """The likeliest symbol of each frame, repeats joined, blanks left out. log_probs: (T, V). Returns ids."""
+    ids = torch.unique_consecutive(log_probs.argmax(dim=1))
+    return ids[ids != BLANK].tolist()
+
+
+def beam_search(log_probs, width):
+    """The likeliest glosses, summed over their alignments; ids. log_probs: (T, V).
+
+    After each frame the `width` likeliest prefixes stay, and of each frame the `width` likeliest symbols are tried.
+    """
+    beams = {(): (0.0, -math.inf)}  # prefix: log-probability of alignments that end with a blank, with its last symbol
+    values, symbols = log_probs.topk(min(width, log_probs.shape[1]), dim=1)
+    for frame in zip(values.tolist(), symbols.tolist()):
+        longer = defaultdict(lambda: [-math.inf, -math.inf])
+        for prefix, (after_blank, after_symbol) in beams.items():
+            either = np.logaddexp(after_blank, after_symbol)
+            for value, symbol in zip(*frame):
+                if symbol == BLANK:
+                    grown = [(prefix, 0, value + either)]
+                elif prefix and symbol == prefix[-1]:
+                    grown = [(prefix, 1, value + after_symbol), ((*prefix, symbol), 1, value + after_blank)]
+                else:
+                    grown = [((*prefix, symbol), 1, value + either)]
+                for written, end, added in grown:
+                    longer[written][end] = np.logaddexp(longer[written][end], added)
+        likeliest = sorted(longer.items(), key=lambda item: -np.logaddexp(*item[1]))
+        beams = dict(likeliest[:width])
+    return list(next(iter(beams)))
+
+
+def evaluate(settings):
+    """Score one split with a checkpoint, by greedy and beam search; writes results.json. Raises InputError."""
+    path = settings.output / "results.json"
+    if path.exists():
+        raise cli.InputError(f"{path} exists already: choose another --output")
+    cli.make_folder(settings.output, "--output")
+    system, training = load(settings.evaluate)
+    groups = read_features_order(settings.data)
+    if list(groups.items()) != list(system.groups.items()):
+        raise cli.InputError(f"{settings.data} has the features {groups} and {settings.evaluate} was trained on "
+                             f"{system.groups}: give features of the same order and widths")  # fmt: skip
+    samples = read_split(settings.data, settings.split, groups, training["glosses"])
+    results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split,
+               "sequences": len(samples), "beam_width": settings.beam_width,
+               "impossible": [sample.id for sample in samples if not sample.possible],
+               **compare_with_training(settings.split, samples, system)}  # fmt: skip
+    searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
+    results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
+    for name, hypotheses in zip(searches, read):
+        results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                                      for key, value in results[name].items()))  # fmt: skip
+    results["predictions"] = [{"id": sample.id, "reference": reference, **dict(zip(searches, words))}
+                              for sample, reference, *words in zip(samples, references, *read)]  # fmt: skip
+    with cli.whole(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{path}: written")
+
+
+def wer_with_interval(references, hypotheses, samples, seed):
+    """WER, never capped, with its parts and a 95 % interval by bootstrap over signers, or sequences of a single one.
+
+    The interval over sequences of one signer says nothing about other signers.
+    """
+    counts = metrics.error_counts(references, hypotheses)  # (N, 4)
+    over = "signer" if len({sample.signer for sample in samples}) > 1 else "id"
+    names = [getattr(sample, over) for sample in samples]
+    sums = metrics.resampled_sums({"counts": counts}, names, set(names), seed)["counts"]  # (resamples, 4)
+    with np.errstate(invalid="ignore"):  # a draw of signers may have no glosses
+        low, high = metrics.interval(sums[:, :3].sum(axis=1) / sums[:, 3])
+    parts = dict(zip(("sub", "del", "ins"), (counts.sum(axis=0)[:3] / counts.sum(axis=0)[3]).tolist()))
+    return {"wer": metrics.error_rate(references, hypotheses), "low": low, "high": high,
+            "resampled": "signers" if over == "signer" else "sequences", **parts}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic data, in the format of the real one
+
+
+def write_synthetic(folder, seed, splits=None):
+    """A data folder of synthetic glosses. splits: {name: (sequences, signers)}, SYNTHETIC_SPLITS if not given.
+
+    A gloss is a movement between two postures over 8-15 frames; every second one is the movement before it backwards,
+    so the order of frames decides. Signers differ by an offset and an extent, and no signer is in two splits. Noise has
+    half the postures' spread. A hand that is lost for a gloss is exactly zero, as trackers write it.
+    """
+    if folder.exists():
+        raise cli.InputError(f"{folder} exists already: remove it or choose another --write-synthetic")
+    rng = np.random.default_rng(seed)
+    raw = sum(width for name, width in SYNTHETIC.items() if name != "temporal")
+    postures = rng.normal(size=(len(SYNTHETIC_GLOSSES) // 2, 2, raw))  # (movements, from and to, F)
+    movements = [pair for posture in postures for pair in (posture, posture[::-1])]
+    signers = 0
+    with cli.whole(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "features.json").write_text(json.dumps(SYNTHETIC) + "\n")
+        for split, (sequences, split_signers) in (splits or SYNTHETIC_SPLITS).items():
+            (temporary / split).mkdir()
+            bodies = {f"Signer{signers + i:02d}": (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2))
+                      for i in range(1, split_signers + 1)}  # fmt: skip
+            signers += split_signers
+            lines = ["id|folder|signer|annotation"]
+            for i in range(sequences):
+                id, signer = f"{split}-{i:04d}", list(bodies)[i % split_signers]
+                chosen = rng.integers(len(movements), size=rng.integers(3, 8))
+                frames = synthetic_frames([movements[gloss] for gloss in chosen], *bodies[signer], rng)
+                np.savez(temporary / split / f"{id}.npz", features=frames)
+                words = ["__ON__", *(SYNTHETIC_GLOSSES[gloss] for gloss in chosen), "__OFF__"]
+                lines.append(f"{id}|{id}/1/*.png|{signer}|{' '.join(words)}")
+            (temporary / f"{split}.SI5.corpus.csv").write_text("\n".join(lines) + "\n")
+
+
+def synthetic_frames(movements, offset, extent, rng):
+    """Features of one sequence, float32 (T, 4 x raw): raw, velocity, acceleration, raw once more."""
+    hands = slices(SYNTHETIC)["hands"]
+    rows = []
+    for start, end in movements:
+        way = np.linspace(0, 1, rng.integers(8, 16))[:, None]  # (T, 1)
+        row = offset + extent * (start + way * (end - start))
+        row = row + rng.normal(0, 0.5, row.shape)
+        if rng.random() < 0.2:
+            lost = rng.integers(2)
+            row[:, np.array_split(np.arange(hands.start, hands.stop), 2)[lost]] = 0
+        rows.append(row)
+    raw = np.concatenate(rows)  # (T, raw)
+    velocity = np.diff(raw, axis=0, prepend=raw[:1])
+    acceleration = np.diff(velocity, axis=0, prepend=velocity[:1])
+    return np.concatenate([raw, velocity, acceleration, raw], axis=1).astype(np.float32)
+
+
+def main():
+    settings = parse_settings()
+    if settings.write_synthetic:
+        write_synthetic(settings.write_synthetic, settings.seed)
+        print(f"{settings.write_synthetic}: {len(SYNTHETIC_GLOSSES)} synthetic glosses, splits (sequences, signers) "
+              f"{SYNTHETIC_SPLITS}")  # fmt: skip
+    elif settings.evaluate:
+        evaluate(settings)
+    else:
+        train(settings)
+
+
+if __name__ == "__main__":
+    cli.run_script("sign_language.py", main)

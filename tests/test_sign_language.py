@@ -1,0 +1,616 @@
+"""The sign language recipe: what its first authors' version got silently wrong, and what a copy could get wrong."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from torch import nn
+
+sys.path.append(str(ROOT / "recipes"))
+
+import cli
+import metrics
+import runtime
+import sign_language as sign
+
+RECIPE = ROOT / "recipes" / "sign_language.py"
+GROUPS = sign.SYNTHETIC
+WIDTH = sum(GROUPS.values())
+SPLITS = {"train": (12, 2), "dev": (4, 1), "test": (4, 1)}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("glosses") / "data"
+    sign.write_synthetic(path, 0, SPLITS)
+    return path
+
+
+@pytest.fixture
+def own_copy(folder, tmp_path):
+    """A data folder that a test may spoil."""
+    return shutil.copytree(folder, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run of the script as a user starts it: the folder it was started in, and what it printed."""
+    cwd = tmp_path_factory.mktemp("run")
+    result = script(RECIPE, "--data", folder, "--epochs", 2, "--warmup", 1, "--output", "sign", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd, result
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Runs the script in this process; an error is raised."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sign_language.py", *map(str, arguments)])
+        sign.main()
+
+    return run
+
+
+def model_with_statistics(symbols=10):
+    """An untrained small model whose batch norms have statistics and weights that matter."""
+    model = sign.Student(GROUPS, symbols)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 1.0  # the statistics of one batch, so that signals do not fade
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias)
+    model.train()(torch.randn(8, 60, WIDTH), torch.full((8,), 60))
+    return model.eval()
+
+
+def padded(rows):
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+def batch_of(glosses, frames, vocabulary):
+    """A Batch of random features, all of one length."""
+    samples = [sign.Sample(f"id{i}", "A", tuple(words), None, frames) for i, words in enumerate(glosses)]
+    ids = [vocabulary.encode(words) for words in glosses]
+    return sign.Batch(
+        samples,
+        torch.randn(len(glosses), frames, WIDTH),
+        torch.full((len(glosses),), frames),
+        torch.tensor(list(itertools.chain(*ids)), dtype=torch.long),
+        torch.tensor(list(map(len, ids))),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def test_parameters_of_every_layer_are_those_of_the_document():
+    expected = {
+        "encoders.pose": 13_638, "encoders.hands": 33_023, "encoders.face": 1_079_906, "encoders.temporal": 12_580_510,
+        "stem": 18_464, "blocks.0": 516, "blocks.1": 3_432, "blocks.2": 4_888, "blocks.3": 11_816, "blocks.4": 50_540,
+        "blocks.5": 19_086, "upsample": 24_960, "projection": 49_536, "lstm": 264_192, "output": 257 * 101,
+    }  # fmt: skip
+    model = sign.Student(sign.FEATURES, 101)
+    assert sign.sizes(model) == expected
+    assert sum(p.numel() for p in model.parameters()) == sum(expected.values()) == 14_180_464
+
+
+@pytest.mark.parametrize("frames", [5, 97, 98, 99, 100, 101])
+def test_time_keeps_its_length(frames):
+    model = sign.Student(GROUPS, 10).eval()
+    log_probs = model(torch.randn(2, frames, WIDTH), torch.tensor([frames, 5]))
+    assert log_probs.shape == (frames, 2, 10)
+    assert torch.allclose(log_probs.exp().sum(dim=2), torch.ones(frames, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [("pose", "hands", "face", "temporal"), ("face", "pose", "temporal", "hands")])
+def test_columns_follow_from_the_declared_order(order):
+    groups = {name: GROUPS[name] for name in order}
+    model, start = sign.Student(groups, 10), 0
+    for name in order:
+        assert model.columns[name] == slice(start, start + GROUPS[name])
+        assert model.encoders[name][0].in_features == GROUPS[name]
+        start += GROUPS[name]
+
+
+def locality(model):
+    """How much more the output's first quarter changes than its last when the first quarter of the frames does.
+
+    Returns (ratio, the output's variance over time).
+    """
+    with torch.no_grad():
+        frames = torch.randn(1, 120, WIDTH)
+        other = frames.clone()
+        other[:, :30] = torch.randn(1, 30, WIDTH)
+        lengths = torch.tensor([120])
+        change = (model(frames, lengths) - model(other, lengths)).abs().mean(dim=(1, 2))
+        return change[:30].mean() / change[-30:].mean(), model(frames, lengths).var(dim=0).mean()
+
+
+def test_the_output_changes_where_the_frames_change_and_a_collapsed_model_is_told_apart():
+    model = sign.Student(GROUPS, 10, dropout=0.0).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 1.0
+    model(torch.randn(8, 120, WIDTH), torch.full((8,), 120))  # statistics of its own: signals do not fade
+    assert locality(model.eval())[0] > 10
+    model.projection.register_forward_hook(lambda _, x, y: y.mean(dim=2, keepdim=True).expand_as(y))
+    ratio, variance = locality(model)
+    assert ratio < 1.5
+    assert variance > 1e-6  # the document's check is passed by the collapsed model
+
+
+@pytest.mark.parametrize("weights", ["random", "trained"])
+def test_padding_changes_no_output(weights, trained):
+    model = model_with_statistics() if weights == "random" else sign.load(trained[0] / "sign/best.safetensors")[0].model
+    model.eval()
+    rows = [torch.randn(frames, WIDTH) for frames in (61, 58, 44, 23, 6)]
+    with torch.no_grad():
+        together = model(*padded(rows))
+        for i, row in enumerate(rows):
+            alone = model(row[None], torch.tensor([len(row)]))[:, 0]
+            assert torch.allclose(together[: len(row), i], alone, atol=1e-5)
+
+
+def test_what_stands_in_padded_frames_changes_no_output():
+    model = model_with_statistics()
+    features, lengths = padded([torch.randn(frames, WIDTH) for frames in (40, 21)])
+    with torch.no_grad():
+        expected = model(features, lengths)[:21, 1]
+        features[1, 21:] = 100 * torch.randn(19, WIDTH)
+        assert torch.allclose(model(features, lengths)[:21, 1], expected, atol=1e-5)
+
+
+def test_padding_moves_no_running_statistic():
+    row = torch.randn(1, 48, WIDTH)
+    alone, with_padding = (sign.Student(GROUPS, 10, dropout=0.0).train() for _ in range(2))
+    with_padding.load_state_dict(alone.state_dict())
+    alone(row, torch.tensor([48]))
+    with_padding(torch.cat([row, torch.randn(1, 30, WIDTH)], dim=1), torch.tensor([48]))
+    for name, value in alone.state_dict().items():
+        if "running" in name:
+            assert torch.allclose(value, with_padding.state_dict()[name], atol=1e-6), name
+            assert "mean" in name or not torch.allclose(value, torch.ones(()))  # it moved
+
+
+def test_the_shortest_sequence_can_be_trained_on_alone():
+    model = sign.Student(GROUPS, 10).train()
+    model(torch.randn(1, sign.SHORTEST, WIDTH), torch.tensor([sign.SHORTEST])).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_without_padding_the_masked_batch_norm_is_pytorchs():
+    ours, theirs = sign.MaskedBatchNorm(7), nn.BatchNorm1d(7)
+    x = torch.randn(3, 7, 11)
+    assert torch.allclose(ours(x, torch.ones(3, 11, dtype=torch.bool)), theirs(x), atol=1e-6)
+    assert torch.allclose(ours.running_mean, theirs.running_mean) and torch.allclose(
+        ours.running_var, theirs.running_var
+    )
+
+
+def gradients(model, features, lengths):
+    kept, weights = [], {p.data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        kept.append(x.numel() * (x.data_ptr() not in weights))
+        return x
+
+    torch.manual_seed(1)  # of the dropout
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(features, lengths)[..., 2].sum()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, sum(kept), model.state_dict()
+
+
+def test_gradient_checkpointing_keeps_fewer_activations_and_takes_the_same_step():
+    features, lengths = padded([torch.randn(frames, sum(sign.FEATURES.values())) for frames in (20, 15)])
+    plain, saving = (sign.Student(sign.FEATURES, 10, gradient_checkpointing=value) for value in (False, True))
+    saving.load_state_dict(plain.state_dict())
+    expected, kept, state = gradients(plain.train(), features, lengths)
+    found, kept_less, saving_state = gradients(saving.train(), features, lengths)
+    assert kept_less < 0.8 * kept, (kept_less, kept)
+    for name, gradient in expected.items():
+        assert gradient.abs().sum() > 0 or name.endswith("bias")
+        assert torch.allclose(found[name], gradient, atol=1e-6), name
+    assert all(torch.equal(saving_state[name], value) for name, value in state.items())  # running statistics too
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Glosses and the loss
+
+
+def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank():
+    glosses = ["REGEN", "WIND", "REGEN", "NORD"]
+    vocabulary = sign.Vocabulary(glosses)
+    assert vocabulary.words[2:] == ["REGEN", "WIND", "NORD"]
+    assert vocabulary.decode(vocabulary.encode(glosses)) == glosses
+    assert sign.BLANK not in vocabulary.encode([*glosses, "SONNE", "", "<blanc>"])
+    assert vocabulary.decode(vocabulary.encode(["SONNE"])) == ["<unk>"]
+
+
+@pytest.mark.parametrize(
+    "gloss", ["__ON__", "loc-NORD", "cl-KOMMEN", "IX", "poss-WG", "$GEST-OFF", "A", "NORDPLUSPLUS"]
+)
+def test_markers_pointing_and_letters_are_left_out(gloss):
+    assert sign.is_dropped(gloss) and not sign.is_dropped("NORD")
+
+
+@pytest.mark.parametrize(
+    "glosses,frames,possible",
+    [("A B C", 3, True), ("A B C", 2, False), ("A A B", 3, False), ("A A B", 4, True), ("A A A", 5, True)],
+)
+def test_possible_is_what_ctc_gives_a_finite_loss(glosses, frames, possible):
+    sample = sign.Sample("id", "A", tuple(glosses.split()), None, frames)
+    ids = torch.tensor([sign.Vocabulary("ABC").encode(sample.glosses)])
+    loss = nn.CTCLoss()(
+        torch.zeros(frames, 1, 5).log_softmax(2), ids, torch.tensor([frames]), torch.tensor([len(ids[0])])
+    )
+    assert sample.possible == possible == math.isfinite(loss)
+
+
+def test_the_loss_of_a_step_is_ctcs_mean_however_it_is_cut():
+    vocabulary = sign.Vocabulary("ABC")
+    batch = batch_of(["AB", "CAB", "B", "AC"], 20, vocabulary)
+    model = sign.Student(GROUPS, 5, dropout=0.0).eval()  # batch statistics would depend on the cut
+    log_probs = model(batch.features, batch.lengths)
+    expected = nn.CTCLoss()(log_probs, batch.targets, batch.lengths, batch.target_lengths)
+    losses, _ = sign.sequence_losses(model, batch)
+    assert torch.allclose(losses.mean(), expected, atol=1e-5)
+
+    weights, gradients = dict(model.named_parameters()), []
+    cut = [sign.Batch(batch.samples[i:j], batch.features[i:j], batch.lengths[i:j], targets, batch.target_lengths[i:j])
+           for (i, j), targets in zip(((0, 3), (3, 4)), batch.targets.split([6, 2]))]  # fmt: skip
+    for batches in ([batch], cut):
+        optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        loss, norm = sign.train_step(model, optimiser, batches, 1e9, 1)
+        assert loss == pytest.approx(expected.item(), abs=1e-4) and norm > 0
+        gradients.append({name: before[name] - weight.detach() for name, weight in weights.items()})
+        model.load_state_dict(model.state_dict() | before)
+    for name in weights:
+        assert torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples():
+    vocabulary = sign.Vocabulary("ABC")
+    model = sign.Student(GROUPS, 5)
+    batch = batch_of(["AB", "C"], 20, vocabulary)
+    batch.features[1, 3, 7] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(cli.RunError, match="step 7.*id0, id1.*--learning-rate"):
+        sign.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [batch], 1.0, 7)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Searches and scores
+
+
+def spellings(log_probs):
+    """{glosses: log-probability}, summed over every path one by one."""
+    totals = {}
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
+        ids = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != sign.BLANK)
+        value = sum(log_probs[t, symbol].item() for t, symbol in enumerate(path))
+        totals[ids] = np.logaddexp(totals.get(ids, -np.inf), value)
+    return totals
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wide_beam_finds_the_likeliest_of_all_glosses(seed):
+    torch.manual_seed(seed)
+    log_probs = torch.randn(5, 4).log_softmax(dim=1)
+    totals = spellings(log_probs)
+    assert tuple(sign.beam_search(log_probs, 10_000)) == max(totals, key=totals.get)
+
+
+def test_beam_search_sums_alignments_where_greedy_search_does_not():
+    log_probs = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()  # blank twice .36; the gloss, three ways, .64
+    assert sign.greedy_search(log_probs) == [] and sign.beam_search(log_probs, 2) == [1]
+
+
+def test_repeated_glosses_need_a_blank_between_them():
+    def peaks(ids):
+        return torch.nn.functional.one_hot(torch.tensor(ids), 4).float().mul(20).log_softmax(dim=1)
+
+    for search in (sign.greedy_search, lambda x: sign.beam_search(x, 5)):
+        assert search(peaks([0, 2, 2, 0, 2, 3, 3])) == [2, 2, 3]
+        assert search(peaks([2, 2, 2])) == [2]
+        assert search(peaks([0, 0])) == []
+
+
+def test_an_error_rate_above_one_stays_above_one():
+    samples = [sign.Sample(str(i), "A", ("X",), None, 9) for i in range(3)]
+    result = sign.wer_with_interval([["X"]] * 3, [["Y", "Z", "Y"], ["X"], ["Y", "Y"]], samples, 0)
+    assert result["wer"] == pytest.approx(5 / 3) and result["ins"] == pytest.approx(1) and result["high"] > 1.5
+    assert result["resampled"] == "sequences"  # of a single signer
+
+
+def test_intervals_are_over_signers_where_there_are_several():
+    samples = [sign.Sample(str(i), "AAB"[i], ("X", "Y"), None, 9) for i in range(3)]
+    result = sign.wer_with_interval([["X", "Y"]] * 3, [["X", "Y"]] * 2 + [[]], samples, 0)
+    assert (result["resampled"], result["low"], result["high"]) == ("signers", 0.0, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_what_is_written_is_what_is_read(folder, capsys):
+    samples = sign.read_split(folder, "train", GROUPS, "filtered")
+    assert len(samples) == 12 and {s.signer for s in samples} == {"Signer01", "Signer02"}
+    assert {gloss for s in samples for gloss in s.glosses} <= set(sign.SYNTHETIC_GLOSSES)
+    assert "(24 left out by the filter)" in capsys.readouterr().out
+    everything = sign.read_split(folder, "train", GROUPS, "all")
+    assert everything[0].glosses == ("__ON__", *samples[0].glosses, "__OFF__")
+    with np.load(samples[0].path) as file:
+        assert np.array_equal(sign.read_features(samples[0].path, WIDTH), file["features"])
+
+
+def test_no_synthetic_signer_is_in_two_splits(folder):
+    signers = [{s.signer for s in sign.read_split(folder, split, GROUPS, "all")} for split in SPLITS]
+    assert sum(map(len, signers)) == len(set.union(*signers))
+
+
+def test_every_second_gloss_is_the_one_before_it_backwards(tmp_path):
+    sign.write_synthetic(tmp_path / "data", 0, {"train": (200, 8)})
+    ends = {}  # (gloss, 0 for the first frame of sequences that begin with it or -1 for the last one of those it ends)
+    for sample in sign.read_split(tmp_path / "data", "train", GROUPS, "filtered"):
+        for end in (0, -1):
+            ends.setdefault((sample.glosses[end], end), []).append(np.load(sample.path)["features"][end, :51])
+    ends = {key: np.mean(frames, axis=0) for key, frames in ends.items()}
+    for forth, back in zip(sign.SYNTHETIC_GLOSSES[::2], sign.SYNTHETIC_GLOSSES[1::2]):
+        assert np.corrcoef(ends[forth, 0], ends[back, -1])[0, 1] > 0.8
+        assert np.corrcoef(ends[forth, 0], ends[forth, -1])[0, 1] < 0.8
+
+
+def test_statistics_are_those_of_all_train_frames(folder):
+    samples = sign.read_split(folder, "train", GROUPS, "filtered")
+    frames = np.concatenate([np.load(s.path)["features"] for s in samples])
+    mean, std, missing = sign.feature_statistics(samples, GROUPS)
+    assert np.allclose(mean, frames.mean(axis=0), atol=1e-5) and np.allclose(std, frames.std(axis=0), atol=1e-4)
+    hands = frames[:, 9:21]
+    lost = (hands[:, :6] == 0).all(axis=1) | (hands[:, 6:] == 0).all(axis=1)
+    assert missing["hands"] == pytest.approx(lost.mean()) and lost.mean() > 0 == missing["face"]
+
+
+def test_constant_features_do_not_blow_up(own_copy):
+    for path in own_copy.glob("train/*.npz"):
+        frames = np.load(path)["features"]
+        frames[:, 30] = 0.7
+        np.savez(path, features=frames)
+    samples = sign.read_split(own_copy, "train", GROUPS, "filtered")
+    mean, std, _ = sign.feature_statistics(samples, GROUPS)
+    system = sign.System(None, mean, std, sign.Vocabulary(sign.SYNTHETIC_GLOSSES), GROUPS, [])
+    for seed in range(5):
+        features = sign.make_batch(samples, system, np.random.default_rng(seed)).features
+        assert features[..., 30].abs().max() < 1 and features.abs().max() < 20
+    frames[:, 30] += 1e-4  # rounding, or another recording
+    np.savez(path, features=frames)
+    assert sign.make_batch(samples, system).features[..., 30].abs().max() < 1
+
+
+def test_evaluation_has_no_augmentation_and_training_has(folder):
+    samples = sign.read_split(folder, "train", GROUPS, "filtered")
+    system = sign.System(None, *sign.feature_statistics(samples, GROUPS)[:2], sign.Vocabulary("A"), GROUPS, [])
+    first, again = (sign.make_batch(samples, system).features for _ in range(2))
+    one, other = (sign.make_batch(samples, system, np.random.default_rng(seed)).features for seed in (0, 1))
+    assert torch.equal(first, again)
+    assert one.shape != other.shape or not torch.equal(one, other)
+
+
+def test_augmentation_makes_no_sequence_impossible():
+    for seed in range(50):
+        frames = sign.augment(np.ones((20, 3), dtype=np.float32), 20, np.random.default_rng(seed))
+        assert 20 <= len(frames) <= 23 and frames.dtype == np.float32
+
+
+def test_batches_are_sorted_and_padded_with_their_lengths(folder):
+    samples = sign.read_split(folder, "dev", GROUPS, "filtered")
+    vocabulary = sign.Vocabulary(sign.SYNTHETIC_GLOSSES)
+    batch = sign.make_batch(samples, sign.System(None, np.zeros(WIDTH), np.ones(WIDTH), vocabulary, GROUPS, []))
+    assert batch.lengths.tolist() == sorted((s.frames for s in samples), reverse=True)
+    targets = iter(batch.targets.tolist())
+    for row, sample in enumerate(batch.samples):
+        frames = np.load(sample.path)["features"]
+        assert np.allclose(batch.features[row, : len(frames)], frames)
+        assert not batch.features[row, len(frames) :].any()
+        assert vocabulary.decode(itertools.islice(targets, batch.target_lengths[row])) == list(sample.glosses)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script, as a user starts it
+
+
+def test_a_run_writes_what_its_docstring_says(trained):
+    cwd, result = trained
+    lines = [json.loads(line) for line in (cwd / "sign/log.jsonl").read_text().splitlines()]
+    settings = json.loads((cwd / "sign/settings.json").read_text())
+    assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["dev_loss"]) for line in lines)
+    assert lines[1]["loss"] < lines[0]["loss"]
+    rates = [runtime.learning_rate(step, 6, 3e-4, 3) for step in (2, 5)]
+    assert [line["learning_rate"] for line in lines] == rates
+    assert settings["versions"]["torch"] and sum(settings["parameters"].values()) == 508_217
+    assert "signers that training has too: none" in result.stdout and "508,217 parameters, 1.94 MiB" in result.stdout
+    system, training = sign.load(cwd / "sign/best.safetensors")
+    best = min(lines, key=lambda line: line["dev_wer"])
+    assert (training["epoch"], training["dev_wer"]) == (best["epoch"], best["dev_wer"])
+    assert system.vocabulary.words[:2] == list(sign.SPECIAL) and list(system.groups.items()) == list(GROUPS.items())
+
+
+def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start):
+    cwd, _ = trained
+    arguments = ["--data", folder, "--evaluate", cwd / "sign/best.safetensors", "--split", "dev"]
+    results = []
+    for size in (1, 4):
+        start(*arguments, "--batch-size", size, "--output", f"dev-{size}")
+        results.append(json.loads(Path(f"dev-{size}/results.json").read_text()))
+    _, training = sign.load(cwd / "sign/best.safetensors")
+    assert results[0]["greedy"]["wer"] == pytest.approx(training["dev_wer"])
+    assert results[0]["predictions"] == results[1]["predictions"]
+    references, read = ([p[key] for p in results[0]["predictions"]] for key in ("reference", "beam"))
+    assert results[0]["beam"]["wer"] == pytest.approx(metrics.error_rate(references, read))
+    with pytest.raises(cli.InputError, match="results.json exists already"):
+        start(*arguments, "--output", "dev-1")
+
+
+def test_what_is_read_is_said_of_the_sequence_it_was_read_in(folder, trained):
+    samples = sorted(sign.read_split(folder, "train", GROUPS, "filtered"), key=lambda sample: sample.frames)
+    system, _ = sign.load(trained[0] / "sign/best.safetensors")
+    _, references, (read,) = sign.transcribe(system, samples, 3, [lambda log_probs: [2 + len(log_probs) % 7]])
+    assert references == [list(sample.glosses) for sample in samples]
+    assert read == [system.vocabulary.decode([2 + sample.frames % 7]) for sample in samples]
+
+
+def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start, capsys):
+    path = own_copy / "test.SI5.corpus.csv"
+    lines = path.read_text().splitlines()
+    lines[1:] = [re.sub(r"[^|]*$", words, line, count=1) for words, line in
+                 zip(("GEWITTER REGEN", "REGEN " * 200, "REGEN", "REGEN"), lines[1:], strict=True)]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n")
+    start("--data", own_copy, "--evaluate", trained[0] / "sign/best.safetensors", "--output", "out")
+    printed = capsys.readouterr().out
+    assert "test: 1 sequences have more glosses than CTC can write in their frames" in printed
+    assert "test: 1 glosses (1 different ones) are not in the vocabulary of 10" in printed
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["impossible"] == ["test-0001"] and results["unknown_glosses"] == 1
+    assert results["predictions"][0]["reference"] == ["GEWITTER", "REGEN"] and math.isfinite(results["loss"])
+
+
+def test_the_same_seed_trains_the_same_weights_and_a_run_is_not_overwritten(trained, folder, start):
+    settings = ["--data", folder, "--epochs", 2, "--warmup", 1, "--output", "again"]
+    start(*settings)
+    first, second = (
+        sign.load(path / "best.safetensors")[0].model.state_dict() for path in (trained[0] / "sign", Path("again"))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(cli.InputError, match="holds a run already: choose another --output"):
+        start(*settings)
+
+
+def test_impossible_sequences_are_left_out_of_training(own_copy, start, capsys):
+    path = own_copy / "train.SI5.corpus.csv"
+    lines = path.read_text().splitlines()
+    lines[1] = re.sub(r"[^|]*$", "NIE " * 200, lines[1], count=1)
+    path.write_text("\n".join(lines) + "\n")
+    start("--data", own_copy, "--epochs", 1, "--warmup", 0, "--output", "out")
+    assert "train: 1 sequences have more glosses than CTC can write in their frames" in capsys.readouterr().out
+    assert "NIE" not in sign.load(Path("out/best.safetensors"))[0].vocabulary.words
+
+
+def test_training_stops_after_patience_epochs_without_a_lower_error_rate(folder, start, monkeypatch):
+    rates = iter([0.9, 0.8, 0.8, 0.85, 0.1])
+    monkeypatch.setattr(sign.metrics, "error_rate", lambda *_: next(rates))
+    start("--data", folder, "--epochs", 5, "--warmup", 1, "--patience", 2, "--output", "out")
+    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [line["dev_wer"] for line in lines] == [0.9, 0.8, 0.8, 0.85]
+    assert sign.load(Path("out/best.safetensors"))[1]["epoch"] == 2
+
+
+def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
+    """Extracted as pose, face, hands; declared as pose, hands, face."""
+    for path in own_copy.glob("*/*.npz"):
+        frames = np.load(path)["features"]
+        np.savez(
+            path, features=np.concatenate([frames[:, :9], frames[:, 21:51], frames[:, 9:21], frames[:, 51:]], axis=1)
+        )
+    with pytest.raises(cli.InputError, match="hands are missing in 0.0% of the frames"):
+        start("--data", own_copy, "--epochs", 1, "--warmup", 0)
+    right = {"pose": 9, "face": 30, "hands": 12, "temporal": 153}
+    (own_copy / "features.json").write_text(json.dumps(right))
+    sign.check_order(sign.feature_statistics(sign.read_split(own_copy, "train", right, "all"), right)[2], False)
+
+
+def test_every_bad_sequence_is_named(own_copy):
+    names = [own_copy / "train" / f"train-{i:04d}.npz" for i in range(8)]
+    names[0].write_bytes(b"rubbish")
+    names[1].write_bytes(names[7].read_bytes()[:3000])
+    names[2].unlink()
+    np.savez(names[3], features=np.zeros((20, 7)))
+    np.savez(names[4], features=np.full((20, WIDTH), np.nan))
+    np.savez(names[5], features=np.zeros((3, WIDTH)))
+    names[6].write_bytes(b"")
+    with pytest.raises(cli.InputError) as error:
+        sign.read_split(own_copy, "train", GROUPS, "filtered")
+    message = str(error.value)
+    assert message.startswith("7 of 12 sequences") and len(message.splitlines()) == 8
+    reasons = (
+        "not a readable",
+        "not a readable",
+        "no feature file",
+        "[20, 7] instead",
+        "not finite",
+        "fewer than 5",
+        "not a",
+    )
+    for i, (reason, line) in enumerate(zip(reasons, message.splitlines()[1:], strict=True)):
+        assert f"train-{i:04d}" in line and reason in line
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("id;folder;signer;annotation\nx;x;x;A\n", "has no column id and signer and annotation|has no column name"),
+        ("id|folder|signer|annotation\na|b|S\n", "needs 4 fields and an id in line 2"),
+        ("id|folder|signer|annotation\ntrain-0000|b|S|<blank> AB\n", "<blank> is no gloss"),
+        ("id|folder|signer|annotation\n" + "train-0000|b|S|AB\n" * 2, "its id stands in several lines"),
+        ("id|folder|signer|annotation\ntrain-0000|b|S|__ON__ X\n", "has no glosses"),
+        ("", "has no column"),
+    ],
+)
+def test_a_bad_corpus_file_is_an_error(own_copy, text, message):
+    (own_copy / "train.SI5.corpus.csv").write_text(text)
+    with pytest.raises(cli.InputError, match=message):
+        sign.read_split(own_copy, "train", GROUPS, "filtered")
+
+
+def test_the_column_of_ids_may_be_called_name_and_features_may_be_npy(own_copy):
+    path = own_copy / "dev.SI5.corpus.csv"
+    path.write_text(path.read_text().replace("id|", "name|", 1))
+    frames = np.load(own_copy / "dev/dev-0000.npz")["features"]
+    (own_copy / "dev/dev-0000.npz").unlink()
+    np.save(own_copy / "dev-0000.npy", frames)
+    assert sign.read_split(own_copy, "dev", GROUPS, "filtered")[0].frames == len(frames)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"pose": 9}', '{"pose": 9, "hands": 0, "face": 30, "temporal": 60}'])
+def test_a_bad_declaration_is_an_error(own_copy, content):
+    (own_copy / "features.json").write_text(content)
+    with pytest.raises(cli.InputError, match=r"features\.json"):
+        sign.read_features_order(own_copy)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "--data is missing"),
+        (["--data", "nowhere"], "nowhere/train.SI5.corpus.csv does not exist"),
+        (["--data", "x", "--epochs", "5"], "--warmup 5 epochs leave nothing of --epochs 5"),
+        (["--data", "x", "--beam-width", "3"], "--beam-width has no effect in training"),
+        (["--data", "x", "--evaluate", "x", "--epochs", "3"], "leave out --epochs"),
+        (["--data", "x", "--evaluate", "missing"], "--evaluate missing does not exist"),
+        (["--data", "x", "--evaluate", str(RECIPE)], "is no checkpoint of this script"),
+        (["--write-synthetic", "x", "--data", "y"], "leave out --data"),
+        (["--write-synthetic", "."], "exists already"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sign_language.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script("sign_language.py", sign.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and len(error.splitlines()) == 1
