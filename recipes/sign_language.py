@@ -2,7 +2,7 @@
 
     python recipes/sign_language.py --write-synthetic glosses            # a small data folder in the real format
     python recipes/sign_language.py --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
-    python recipes/sign_language.py --data glosses --evaluate sign/best.safetensors      # greedy and beam, on test
+    python recipes/sign_language.py --data glosses --evaluate out-sign/best.safetensors      # greedy and beam, on test
     python recipes/sign_language.py --data phoenix-si5 --output phoenix                  # the document's settings
 
 A data folder has <split>.SI5.corpus.csv (separator |) and one feature file a sequence: <split>/<id>.npz or <id>.npy,
@@ -128,7 +128,7 @@ def parse_settings():
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=cli.seed, default=42, help="of weights, order, augmentation, resamples (public code)")
-    add("--output", type=Path, default=Path("sign"), help="folder for all that is written (our choice)")
+    add("--output", type=Path, default=Path("out-sign"), help="folder for all that is written (our choice)")
 
     settings = parser.parse_args()
     not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
