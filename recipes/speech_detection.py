@@ -88,16 +88,19 @@ SPLITS = ("train", "test")
 
 def parse_settings():
     """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
-    parser = cli.ArgumentParser(description=__doc__.split("\n", 1)[0], usage="speech_detection.py [settings]",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = cli.ArgumentParser(
+        description=__doc__.split("\n", 1)[0],
+        usage="python recipes/speech_detection.py --data FOLDER [settings]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument_group("clips").add_argument
     add("--data", type=Path, help="corpus folder in speechocean762's layout, or hub id: speech is cut from it")
     add("--sounds", type=Path, help="folder of sounds without speech, another kind of NONSPEECH")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of NONSPEECH that are made; white alone is the "
-        "task as it was published")  # fmt: skip
-    add("--train-clips", type=cli.positive_int, default=480, help="in equal numbers of each class, duration and SNR")
-    add("--test-clips", type=cli.positive_int, default=240, help="likewise, of other speakers and sources")
-    add("--clip-seed", type=cli.seed, default=0, help="of sources, cuts and noise; runs with one seed can be compared")
+        "task as it was published (the others: our choice)")  # fmt: skip
+    add("--train-clips", type=cli.positive_int, default=480, help="equally many of each class, duration and SNR (ours)")
+    add("--test-clips", type=cli.positive_int, default=240, help="likewise, of other speakers and sources (ours)")
+    add("--clip-seed", type=cli.seed, default=0, help="of sources, cuts and noise; --compare needs runs with one")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default=HUB_MODEL, help="checkpoint folder or hub id; tiny: a pocket-size one with random weights")
@@ -119,7 +122,8 @@ def parse_settings():
         "published 100 updates were more than the whole run had)")  # fmt: skip
     add("--clip", type=cli.positive_float, default=1.0, help="largest norm of an update's gradient (our choice)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add("--seeds", type=cli.seed, nargs="+", default=[0], help="of weights, order and dropout: a run for each")
+    add("--seeds", type=cli.seed, nargs="+", default=[0], help="of weights, order and dropout: a run for each (as "
+        "published: 42 123 456 789 2024)")  # fmt: skip
     add("--output", type=Path, default=Path("out-speech"), help="folder for clips, adapters and results")
 
     add = parser.add_argument_group("instead of a run").add_argument

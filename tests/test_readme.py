@@ -32,3 +32,12 @@ def test_every_flag_the_readme_shows_is_one_of_the_script(script):
     for line in re.findall(rf"python {script}\.py (.*)", README):
         for flag in re.findall(r"--[\w-]+", line):
             assert f'"{flag}"' in source
+
+
+@pytest.mark.parametrize("recipe", ["speech_detection", "gold_transcripts", "sign_language"])
+def test_every_flag_that_a_recipes_section_shows_is_one_of_its_script(recipe):
+    source = (ROOT / "recipes" / f"{recipe}.py").read_text()
+    sections = re.split(r"^## ", (ROOT / "recipes" / "README.md").read_text(), flags=re.MULTILINE)
+    (section,) = (section for section in sections if section.startswith(f"{recipe}.py"))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", section))
+    assert len(flags) > 5 and all(f'"{flag}"' in source for flag in flags)
