@@ -32,6 +32,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
+    def parse_given(self):
+        """The settings as a namespace, and the names of those that the user wrote."""
+        settings = self.parse_args()
+        nothing = argparse.Namespace(**dict.fromkeys(vars(settings)))
+        given = vars(self.parse_args(namespace=nothing)).items()
+        return settings, {name for name, value in given if value is not None}
+
+    def refuse(self, conflicts):
+        """Raises InputError for the first of the pairs (whether it is so, message) that is so."""
+        for wrong, message in conflicts:
+            if wrong:
+                self.error(message)
+
 
 def run_script(name, main):
     """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.

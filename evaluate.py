@@ -315,11 +315,11 @@ def _key(line):
 
 def answers(model, batch, args, control_token):
     """The lines of predictions.jsonl for some utterances, as {(id, task): line}."""
-    import model as models
+    import runtime
 
     lines = {(u.id, task): {"id": u.id, "task": task, "speaker": u.speaker, "output": None,
                             "reference": data.reference(u, task)} for u in batch for task in prompts.TASKS}  # fmt: skip
-    with models.autocast():
+    with runtime.autocast():
         audio = model.audio_embeddings(batch)
         for task in prompts.TASKS:
             if task == "APA" and "greedy" not in args.scoring:
@@ -348,6 +348,7 @@ def listen(args):
     """Assess single recordings, and print what a learner wants to see of them."""
     import feedback
     import model as models
+    import runtime
 
     words = feedback.canonical_words(args.text) if args.text else None
     utterances = [feedback.read_recording(path) for path in args.audio]
@@ -356,7 +357,7 @@ def listen(args):
     model, control_token = load(evaluation, args), evaluation.adapter is not None
     results = []
     for utterance in utterances:
-        with models.autocast():
+        with runtime.autocast():
             audio = model.audio_embeddings([utterance])
             (distributions,) = model.score_distributions([utterance], audio, control_token).tolist()
             ((text, *_),) = model.generate([utterance], audio, "MDD", args.max_new_tokens, control_token)

@@ -374,11 +374,6 @@ def default_workers():
     return 2 if torch.cuda.is_available() else 0
 
 
-def autocast():
-    """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
-
-
 def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     """The pretrained model, with the control tokens in its tokenizer; with "merge", the speech adapter is folded in.
 

@@ -42,6 +42,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def autocast():
+    """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
+
+
 def update(optimiser, weights, loss, clip, not_finite):
     """Clip the gradient's norm, update the weights, and return the norm as it was before clipping; together.
 

@@ -128,17 +128,13 @@ def parse_settings():
     add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
     add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
 
-    settings = parser.parse_args()
-    not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
-    given = {name for name, value in vars(parser.parse_args(namespace=not_given)).items() if value is not None}
+    settings, given = parser.parse_given()
     settings.betas = list(settings.betas)  # as JSON has it
     if settings.dtype == "auto":
         settings.dtype = models.default_dtype()
     if settings.micro_batch is None:
         settings.micro_batch = settings.batch_size
-    for wrong, message in conflicts(settings, given):
-        if wrong:
-            parser.error(message)
+    parser.refuse(conflicts(settings, given))
     if settings.strategy == "full" or settings.speech_adapter == "continue":
         settings.rank = settings.alpha = settings.dropout = None
     return settings
@@ -301,7 +297,7 @@ def train_step(distributed, weights, optimiser, supervised, share, number, setti
     with memory_advice(share, settings):
         for micro_batch in share:
             with synchronised(distributed, last=micro_batch is share[-1]):
-                with models.autocast():
+                with runtime.autocast():
                     loss = distributed(micro_batch) / supervised
                 (loss * runtime.processes()).backward()
             losses.append(loss.detach())
@@ -525,7 +521,7 @@ def validate(model, examples, settings):
     steps = [range(start, min(start + step_size, len(examples))) for start in range(0, len(examples), step_size)]
     loss, supervised, pairs = 0.0, 0, {task: [] for task in prompts.TASKS}
     model.eval()
-    with models.autocast(), torch.compiler.set_stance("force_eager"):  # compiled layers are for the training step
+    with runtime.autocast(), torch.compiler.set_stance("force_eager"):  # compiled layers are for the training step
         with loader.load_steps(examples, steps, settings.micro_batch, model.prepare, settings.workers, rank,
                                processes) as prepared:  # fmt: skip
             for count, share in prepared:

@@ -117,7 +117,7 @@ def main():
         utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
         name, model, limit = load(options, utterances)
         seconds = {name: [] for name in WAYS}
-        with models.autocast():
+        with runtime.autocast():
             for way, task in WAYS.values():
                 way(model, utterances[:2], task, limit, options.batch_size)  # to warm up
             for number in range(options.runs):

@@ -156,12 +156,8 @@ def new_parser():
 def parse_settings():
     """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
     parser = new_parser()
-    settings = parser.parse_args()
-    not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
-    given = {name for name, value in vars(parser.parse_args(namespace=not_given)).items() if value is not None}
-    for wrong, message in conflicts(settings, given):
-        if wrong:
-            parser.error(message)
+    settings, given = parser.parse_given()
+    parser.refuse(conflicts(settings, given))
     unused = (LLM_SETTINGS if settings.oracle else set()) | (LORA_SETTINGS if settings.no_lora else set())
     for name in unused | ({"split"} if settings.audio_dir else set()):
         setattr(settings, name, None)  # so that no file says they were used
@@ -305,7 +301,7 @@ class Recogniser:
     def logits(self, audio):
         """(S,) -> (F, V), float32."""
         values = self.processor(audio=audio, sampling_rate=data.SAMPLE_RATE, return_tensors="pt").input_values  # (1, S)
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):
+        with runtime.autocast():
             return self.network(values.to(self.network.device)).logits[0].float()
 
     def decode(self, logits):

@@ -130,12 +130,8 @@ def parse_settings():
     add("--seed", type=cli.seed, default=42, help="of weights, order, augmentation, resamples (public code)")
     add("--output", type=Path, default=Path("out-sign"), help="folder for all that is written (our choice)")
 
-    settings = parser.parse_args()
-    not_given = argparse.Namespace(**dict.fromkeys(vars(settings)))
-    given = {name for name, value in vars(parser.parse_args(namespace=not_given)).items() if value is not None}
-    for wrong, message in conflicts(settings, given):
-        if wrong:
-            parser.error(message)
+    settings, given = parser.parse_given()
+    parser.refuse(conflicts(settings, given))
     return settings
 
 
@@ -635,7 +631,7 @@ def sequence_losses(model, batch):
 
     An impossible sequence would have an infinite loss; it gets 0 and no gradient, so what is impossible is counted.
     """
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):
+    with runtime.autocast():
         log_probs = model(batch.features, batch.lengths)
     ctc = nn.CTCLoss(blank=BLANK, reduction="none", zero_infinity=True)
     losses = ctc(log_probs, batch.targets, batch.lengths, batch.target_lengths)

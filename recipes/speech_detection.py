@@ -131,9 +131,7 @@ def parse_settings():
     add("--trained", type=Path, metavar="RUN", help="seed-N folder to answer with, for --audio")
     add("--audio", type=Path, nargs="+", metavar="FILE", help="clips to be answered by --trained")
     settings = parser.parse_args()
-    for wrong, message in conflicts(settings):
-        if wrong:
-            parser.error(message)
+    parser.refuse(conflicts(settings))
     return settings
 
 
@@ -547,15 +545,11 @@ def letter_ids(tokenizer):
 # Training
 
 
-def autocast():
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
-
-
 def answer_loss(network, processor, waves, answers):
     """Summed cross-entropy of the answers' tokens."""
     batch = read_clips(processor, waves, answers).to(network.device)
     labels = mask_labels(batch, processor, answers)
-    with autocast():
+    with runtime.autocast():
         logits = network(**batch).logits  # (B, T, V)
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
@@ -609,7 +603,7 @@ def classify(network, processor, waves, batch_size):
     probabilities = []
     for start in range(0, len(waves), batch_size):
         batch = read_clips(processor, waves[start : start + batch_size]).to(network.device)
-        with autocast():
+        with runtime.autocast():
             answer = network.generate(
                 **batch, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True,
                 prefix_allowed_tokens_fn=lambda row, written: allowed,
