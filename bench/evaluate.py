@@ -127,8 +127,8 @@ def main():
                     seconds[way_name].append(clock() - started)
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
     workload.write_result(f"evaluate-{name}-{options.batch_size}", {
-        "model": name, "corpus": Path(options.data).name if options.data else "noise", "utterances": len(utterances),
-        "batch": options.batch_size, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
+        "model": name, "corpus": "/".join(Path(options.data).parts[-2:]) if options.data else "noise",
+        "utterances": len(utterances), "batch": options.batch_size, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
     })  # fmt: skip
 
 

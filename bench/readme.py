@@ -97,14 +97,13 @@ def write_tables():
     text = README.read_text()
     for name, describe in (("train_step", train_step), ("evaluate", evaluate), ("scaling", scaling)):
         parts = []
-        for path in sorted((workload.BENCH / "results").glob(f"{name}-*.json")):
-            result = json.loads(path.read_text())
+        results = [json.loads(path.read_text()) for path in (workload.BENCH / "results").glob(f"{name}-*.json")]
+        for result in sorted(results, key=lambda result: (list(MODELS).index(result["model"]), result.get("batch", 0))):
             versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
             parts.append(f"**{result['device']}** ({versions}):\n\n{describe(result)}")
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = re.sub(
-            f"{marks[0]}.*{marks[1]}", lambda _: "\n".join([marks[0], *parts, marks[1]]), text, flags=re.DOTALL
-        )
+        marked = "\n".join([marks[0], "\n\n".join(parts), marks[1]])
+        text = re.sub(f"{marks[0]}.*{marks[1]}", lambda _: marked, text, flags=re.DOTALL)
     with cli.whole(Path(README)) as temporary:
         temporary.write_text(text)
 
