@@ -128,7 +128,8 @@ def main():
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
     workload.write_result(f"evaluate-{name}-{options.batch_size}", {
         "model": name, "corpus": "/".join(Path(options.data).parts[-2:]) if options.data else "noise",
-        "utterances": len(utterances), "batch": options.batch_size, "all": ALL, "peak_gb": runtime.peak_memory(), "seconds": seconds,
+        "utterances": len(utterances), "batch": options.batch_size, "all": ALL,
+        "peak_gb": runtime.peak_memory(), "seconds": seconds,
     })  # fmt: skip
 
 
