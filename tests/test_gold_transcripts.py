@@ -578,6 +578,17 @@ def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder
     assert "hears nothing" in results["gold"] and "how good the gold is" in capsys.readouterr().out
 
 
+def test_a_run_on_folders_reports_clean_and_noisy_apart(recordings, folder, llm_folder, tmp_path):
+    out = tmp_path / "out"
+    recipe.run(settings("--audio-dir", recordings, "--validation", 0.4, "--recogniser", folder, "--llm", llm_folder,
+                        "--max-distance", 100, "--epochs", 1, "--batch-size", 1, "--output", out))  # fmt: skip
+    results = json.loads((out / "evaluation_results.json").read_text())
+    samples = {part: numbers["gold"] and numbers["gold"]["samples"] for part, numbers in results["held_out"].items()}
+    assert samples["all"] == samples["clean"] + samples["noisy"] > 0
+    assert all(numbers["human"] is None for numbers in results["held_out"].values())  # nobody wrote them down
+    assert results["gold_quality"] == {"training": None, "held_out": None}
+
+
 def test_a_run_as_a_user_starts_it_says_oracle_everywhere_and_is_not_overwritten(corpus, folder, tmp_path):
     arguments = [SCRIPT, "--data", corpus, "--oracle", "--recogniser", folder, "--epochs", 2, "--learning-rate", 1e-2]
     result = script(*arguments, cwd=tmp_path)
