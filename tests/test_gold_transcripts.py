@@ -463,7 +463,7 @@ def recordings(tmp_path):
         for name in ("clean", "noisy"):
             path = tmp_path / "recordings" / name / f"{i}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, sound(0.6, seed=i), 16000)
+            soundfile.write(path, sound(2.5, seed=i), 16000)
     return tmp_path / "recordings"
 
 
