@@ -112,6 +112,17 @@ def test_the_same_sound_under_two_names_is_a_leak(speech, tmp_path):
         recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds"))
 
 
+def test_sounds_of_ones_own_are_a_kind_of_nonspeech_and_each_file_is_in_one_split(speech, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "sounds").mkdir()
+    for number in range(40):
+        soundfile.write(tmp_path / "sounds" / f"{number}.wav", 0.1 * rng.standard_normal(20_000), data.SAMPLE_RATE)
+    clips = recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds", kinds=["white"]))
+    used = {split: {clip.source for clip in clips if (clip.kind, clip.split) == ("sound", split)}
+            for split in recipe.SPLITS}  # fmt: skip
+    assert {len(sources) for sources in used.values()} == {CELL // 4} and not used["train"] & used["test"]
+
+
 def test_every_clip_has_its_length_and_the_same_peak(clips):
     for clip in clips[0]:
         wave = recipe.wave_of(clip, clips[1])
