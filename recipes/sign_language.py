@@ -560,9 +560,12 @@ def record_settings(settings, system):
 
 
 def run_epochs(system, samples, dev, settings, record):
-    """Train, and keep the epoch with the lowest WER on dev; stop after --patience epochs without a lower one."""
+    """Train, and keep the epoch with the lowest WER on dev; stop after --patience epochs without a lower one.
+
+    Of equal WERs the lower loss is better: at first, CTC writes blanks alone for some epochs, and learns nevertheless.
+    """
     optimiser = torch.optim.AdamW(system.model.parameters(), weight_decay=settings.weight_decay)
-    best, best_epoch, started = math.inf, 0, time.perf_counter()
+    best, best_epoch, started = (math.inf, math.inf), 0, time.perf_counter()
     per_epoch = math.ceil(len(samples) / (settings.batch_size * settings.accumulation))
     with (open(settings.output / "log.jsonl", "w") as log,
           tqdm(total=settings.epochs * per_epoch, unit="step") as bar):  # fmt: skip
@@ -574,14 +577,15 @@ def run_epochs(system, samples, dev, settings, record):
             line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started,
                      "memory_gb": runtime.peak_memory()}  # fmt: skip
             print(json.dumps(line), file=log, flush=True)
-            if wer < best:
-                best, best_epoch = wer, epoch
+            reached = wer, math.inf if loss is None else loss
+            if reached < best:
+                best, best_epoch = reached, epoch
                 save(settings.output / "best.safetensors", system, record | {"epoch": epoch, "dev_wer": wer})
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best:.3f}")
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best[0]:.3f}")
             if epoch - best_epoch >= settings.patience:
                 bar.write(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
                 break
-    print(f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best:.3f} on dev; next: "
+    print(f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
           f"--data {settings.data} --evaluate {settings.output}/best.safetensors")  # fmt: skip
 
 

@@ -447,7 +447,7 @@ def test_a_run_writes_what_its_docstring_says(trained):
     assert settings["versions"]["torch"] and sum(settings["parameters"].values()) == 508_217
     assert "signers that training has too: none" in result.stdout and "508,217 parameters, 1.94 MiB" in result.stdout
     system, training = sign.load(cwd / "sign/best.safetensors")
-    best = min(lines, key=lambda line: line["dev_wer"])
+    best = min(lines, key=lambda line: (line["dev_wer"], line["dev_loss"]))
     assert (training["epoch"], training["dev_wer"]) == (best["epoch"], best["dev_wer"])
     assert system.vocabulary.words[:2] == list(sign.SPECIAL) and list(system.groups.items()) == list(GROUPS.items())
 
@@ -512,13 +512,16 @@ def test_impossible_sequences_are_left_out_of_training(own_copy, start, capsys):
     assert "NIE" not in sign.load(Path("out/best.safetensors"))[0].vocabulary.words
 
 
-def test_training_stops_after_patience_epochs_without_a_lower_error_rate(folder, start, monkeypatch):
-    rates = iter([0.9, 0.8, 0.8, 0.85, 0.1])
+def test_training_stops_after_patience_epochs_without_a_lower_error_rate_or_an_equal_one_and_lower_loss(
+    folder, start, monkeypatch
+):
+    rates, losses = iter([1.0, 1.0, 1.0, 0.8, 0.8, 0.85, 0.1]), iter([3.0, 2.5, 2.6, 2.0, 2.1, 1.0, 1.0])
     monkeypatch.setattr(sign.metrics, "error_rate", lambda *_: next(rates))
-    start("--data", folder, "--epochs", 5, "--warmup", 1, "--patience", 2, "--output", "out")
+    monkeypatch.setattr(sign, "transcribe", lambda *_: (next(losses), [], ([],)))
+    start("--data", folder, "--epochs", 7, "--warmup", 1, "--patience", 2, "--output", "out")
     lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert [line["dev_wer"] for line in lines] == [0.9, 0.8, 0.8, 0.85]
-    assert sign.load(Path("out/best.safetensors"))[1]["epoch"] == 2
+    assert [line["dev_wer"] for line in lines] == [1.0, 1.0, 1.0, 0.8, 0.8, 0.85]
+    assert sign.load(Path("out/best.safetensors"))[1]["epoch"] == 4
 
 
 def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
