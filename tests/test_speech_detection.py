@@ -19,6 +19,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 import cli
 import data
+import runtime
 import tiny
 
 sys.path.append(str(ROOT / "recipes"))
@@ -354,6 +355,8 @@ def test_a_run_prints_model_and_baseline_in_one_table_and_keeps_what_it_answered
         assert results[f"model, seed {seed}"]["accuracy"] == right
         steps = [json.loads(line) for line in (output / f"seed-{seed}" / "log.jsonl").read_text().splitlines()]
         assert [step["step"] for step in steps] == [1, 2] and steps[1]["loss"] < steps[0]["loss"]
+        rates = [runtime.learning_rate(step, 2, peak=1e-3, warmup=1) for step in range(2)]
+        assert [step["learning_rate"] for step in steps] == rates
 
 
 def said_by(monkeypatch, capsys, *arguments):
@@ -373,6 +376,23 @@ def test_a_trained_model_answers_a_clip_of_ones_own(finished, monkeypatch, capsy
     clip = next((output / "clips" / "test").glob("*.wav"))
     said = said_by(monkeypatch, capsys, "--trained", output / "seed-0", "--audio", clip)
     assert re.fullmatch(rf"{clip}  (NON)?SPEECH  [01]\.\d{{3}}\n", said)
+
+
+def test_runs_on_other_clips_are_not_compared(finished, tmp_path):
+    run = finished[0] / "seed-0"
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for other in (lines[:-1], [lines[0] | {"sound": "another"}, *lines[1:]]):
+        (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+        with pytest.raises(cli.InputError, match="were tested on other clips"):
+            recipe.compare(run, tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 3.0])
+def test_a_clip_of_ones_own_has_to_be_as_long_as_those_of_training(finished, tmp_path, seconds):
+    path = tmp_path / "one.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(int(16_000 * seconds)), 16_000)
+    with pytest.raises(cli.InputError, match=f"one.wav: {seconds * 1000:,.0f} ms; models are trained on clips of 200"):
+        recipe.answer(finished[0] / "seed-0", [path])
 
 
 def arguments_that_are_wrong(tmp_path):
