@@ -139,6 +139,7 @@ def _read_folder(root, split, limit):
     position = {id: i for i, id in enumerate(list(recordings)[:limit])}
 
     def row(id, record):
+        """(position, row) of an utterance, which then is no longer expected."""
         speaker = speakers.get(id)
         return position.pop(id), {
             "id": id,

@@ -233,7 +233,7 @@ def read_samples(settings):
     for condition, folder in (folders or {"all": settings.audio_dir}).items():
         for path in data.sound_files(folder)[: settings.limit]:
             try:
-                data.read_sound_file(path, LONGEST)
+                data.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
             except cli.InputError as error:
                 problems.append(str(error))
             # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out

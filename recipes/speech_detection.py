@@ -1,8 +1,8 @@
 """Is there human speech in this clip? Qwen2-Audio with LoRA answers A (SPEECH) or B (NONSPEECH).
 
     python recipes/speech_detection.py --data speechocean762/ --sounds esc50/ --quantize nf4       # the real model
-    python recipes/speech_detection.py --data speechocean762/ --model tiny --train all \\
-        --learning-rate 1e-3 --epochs 8 --seeds 0 1 2                                              # offline, two cores
+    python recipes/speech_detection.py --data speechocean762/ --model tiny --train all --learning-rate 1e-3 \\
+        --epochs 10 --batch-size 16 --accumulation 1 --train-clips 1920 --test-clips 480           # offline, two cores
     python recipes/speech_detection.py --compare out-a/seed-0 out-b/seed-0                         # two runs
     python recipes/speech_detection.py --trained out/seed-0 --audio my.wav                         # a clip of one's own
 
@@ -72,6 +72,7 @@ LETTERS = {"SPEECH": "A", "NONSPEECH": "B"}
 END = "<|im_end|>"
 LANGUAGE_MODEL = r"language_model\.layers\.\d+\."  # names alone, such as q_proj, would match the audio encoder too
 ATTENTION, MLP = LANGUAGE_MODEL + r"self_attn\.[qkvo]_proj", LANGUAGE_MODEL + r"mlp\.(gate|up|down)_proj"
+LORA = ("rank", "alpha", "dropout", "mlp_targets", "audio_encoder")  # settings of an adapter
 UNQUANTISED = ["model.audio_tower", "model.multi_modal_projector", "lm_head"]
 AUDIO_ENCODER = r"audio_tower\.layers\.\d+\.self_attn\.[qkv]_proj"
 
@@ -130,21 +131,25 @@ def parse_settings():
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="differences of two seed-N folders, with p-values")
     add("--trained", type=Path, metavar="RUN", help="seed-N folder to answer with, for --audio")
     add("--audio", type=Path, nargs="+", metavar="FILE", help="clips to be answered by --trained")
-    settings = parser.parse_args()
-    parser.refuse(conflicts(settings))
+    settings, given = parser.parse_given()
+    parser.refuse(conflicts(settings, given))
     return settings
 
 
-def conflicts(settings):
-    """What cannot work together, as (whether it is so, message)."""
+def conflicts(settings, given):
+    """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
     cells = len(LETTERS) * len(DURATIONS) * len(SNRS)
     lora = settings.train == "lora"
+    unused = " ".join(f"--{name.replace('_', '-')}" for name in LORA if name in given)
+    instead = given & {"compare", "trained", "audio"}
     return [
-        (bool(settings.trained) != bool(settings.audio), "--trained and --audio belong together: a run, and clips"),
+        (instead and given not in ({"compare"}, {"trained", "audio"}), "--compare, and --trained with --audio, stand "
+         f"alone: leave out the other settings, or {' '.join(f'--{name}' for name in sorted(instead))}"),
         (not (settings.data or settings.compare or settings.trained), "give --data: a folder to cut speech from"),
         (not lora and settings.quantize, "--quantize nf4 freezes the weights that --train all would train"),
-        (not lora and (settings.mlp_targets or settings.audio_encoder),
-         "--mlp-targets and --audio-encoder are for --train lora: --train all trains everything"),
+        (not lora and unused, f"--train all trains everything, without LoRA: leave out {unused}"),
+        (len({*settings.seeds}) < len(settings.seeds), f"--seeds {' '.join(map(str, settings.seeds))}: each is one "
+         "run, so none can stand twice"),
         (lora and settings.model == TINY, f"--model {TINY} has random weights, and an adapter alone cannot teach it: "
          "add --train all"),
         *((clips % cells, f"{name} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
@@ -715,7 +720,8 @@ def compare(first, second):
     alone = metrics.mcnemar(*right)
     for name, folder, values in zip("AB", (first, second), right):
         print(f"{name}  {values.mean():.3f}  {folder}")
-    print(f"A - B  {(right[0] - right[1]).mean():+.3f}, 95 % {_range(metrics.interval(difference))}, p = "
+    low, high = metrics.interval(difference)
+    print(f"A - B  {(right[0] - right[1]).mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = "
           f"{metrics.sign_pvalue(difference):.2g} (paired bootstrap over speakers and sources)")  # fmt: skip
     print(f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}")
 

@@ -481,9 +481,11 @@ def test_a_clean_recording_and_its_noisy_copy_are_held_out_together(recordings):
 def test_every_recording_that_cannot_be_used_is_named(recordings):
     (recordings / "clean" / "0.wav").write_bytes(b"rubbish")
     (recordings / "noisy" / "3.wav").write_bytes(b"")
-    with pytest.raises(cli.InputError, match="2 of 10 recordings") as error:
+    soundfile.write(recordings / "noisy" / "4.wav", sound(1.0, seed=4), 8000)
+    with pytest.raises(cli.InputError, match="3 of 10 recordings") as error:
         recipe.read_samples(settings("--audio-dir", recordings))
     assert "clean/0.wav" in str(error.value) and "noisy/3.wav" in str(error.value)
+    assert "noisy/4.wav: 8,000 Hz is below 16,000 Hz" in str(error.value)
 
 
 def line(speaker, human, baseline, tuned, gold=None, condition="all"):

@@ -366,7 +366,7 @@ def said_by(monkeypatch, capsys, *arguments):
 def test_two_runs_are_compared_clip_by_clip(finished, monkeypatch, capsys):
     runs = [finished[0] / f"seed-{seed}" for seed in (0, 1)]
     assert "McNemar's exact test" in said_by(monkeypatch, capsys, "--compare", *runs)
-    assert "A - B  +0.000, 95 % 0.000-0.000, p = 1" in said_by(monkeypatch, capsys, "--compare", runs[0], runs[0])
+    assert "A - B  +0.000, 95 % +0.000 to +0.000, p = 1" in said_by(monkeypatch, capsys, "--compare", runs[0], runs[0])
 
 
 def test_a_trained_model_answers_a_clip_of_ones_own(finished, monkeypatch, capsys):
@@ -405,7 +405,10 @@ def arguments_that_are_wrong(tmp_path):
             f"--train-clips 100 cannot be shared .* multiple of {CELL}",
         ),
         (["--data", tmp_path, "--train", "all", "--quantize", "nf4"], "--quantize nf4 freezes"),
-        (["--trained", tmp_path], "belong together"),
+        (["--data", tmp_path, "--model", "tiny", "--train", "all", "--rank", 8], "without LoRA: leave out --rank"),
+        (["--data", tmp_path, "--seeds", 1, 2, 1], "--seeds 1 2 1: each is one run"),
+        (["--trained", tmp_path], "stand alone"),
+        (["--compare", tmp_path, tmp_path, "--seeds", 1], "leave out the other settings, or --compare"),
         (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav: not a readable sound file"),
         (["--compare", tmp_path, tmp_path], "predictions.jsonl is missing"),
         (["--data", tmp_path, "--model", sounds], "no Qwen2-Audio checkpoint"),
