@@ -5,7 +5,7 @@
     python recipes/gold_transcripts.py --data speechocean762 --quantize nf4         # human text to compare with
     python recipes/gold_transcripts.py --write-tiny tiny-wav2vec2                   # a recogniser for a laptop, then:
     python recipes/gold_transcripts.py --recogniser tiny-wav2vec2 --data speechocean762 --oracle --no-lora \
-        --epochs 6 --learning-rate 3e-3
+        --epochs 5 --learning-rate 1.5e-3
 
 A recogniser transcribes all recordings. An LLM, which hears nothing, rewrites each transcript into the sentence that
 was most probably said: the gold transcript, frozen once. Where the two differ, the recogniser is fine-tuned on the
