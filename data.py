@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
+from support import cli
 import prompts
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
@@ -310,10 +310,10 @@ def read_audio(recording, lowest_rate=1):
 
 def sound_files(folder):
     """The recordings in a folder and the folders in it, by name. Raises InputError when there are none."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
-    if not files:
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
+    if not found:
         raise cli.InputError(f"{folder} has no recordings ({', '.join(SOUND_FILES)}): give a folder with sound files")
-    return files
+    return found
 
 
 def read_sound_file(path, longest=math.inf, lowest_rate=1):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import cli
+from support import cli, files
 import data
 import metrics
 import prompts
@@ -274,10 +274,10 @@ def choose_part(evaluation, utterances, args):
 
     path = evaluation.output / "predictions.jsonl"
     part, of = path.with_name("predictions.jsonl.part"), path.with_name("predictions.settings.json")
-    files = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
+    weights = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
     settings = {
         "evaluated": evaluation.label, "adapter": str(evaluation.adapter),
-        "written": [file.stat().st_mtime_ns for file in files],  # another training writes the same names
+        "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
         "model": args.model or evaluation.settings.get("model"), "dtype": args.dtype, "attention": args.attention,
         "scoring": sorted(args.scoring), "max_new_tokens": args.max_new_tokens,
         "corpus": data.fingerprint(utterances),
@@ -297,9 +297,9 @@ def choose_part(evaluation, utterances, args):
     complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
     if complete:
         return None, len(utterances)
-    with cli.whole(of) as temporary:
+    with files.whole(of) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    with cli.whole(part) as temporary:
+    with files.whole(part) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines[: done * len(prompts.TASKS)]), encoding="utf-8")
     return part, done
 
@@ -479,7 +479,7 @@ def pauses_and_energy(records, source, revision, utterances, output):
         import baselines
 
         train = data.read_corpus(source, "train", revision)
-        with cli.whole(path) as temporary:
+        with files.whole(path) as temporary:
             temporary.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
     if not path.exists():
         return None
@@ -502,7 +502,7 @@ def write_metrics(rows, evaluation):
             values |= found
         else:
             values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    with cli.whole(evaluation.output / "metrics.json") as temporary:
+    with files.whole(evaluation.output / "metrics.json") as temporary:
         temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
 
 
@@ -537,7 +537,7 @@ def draw_figure5(records, path):
                        else f"no PCC: {reason}")  # fmt: skip
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
@@ -653,7 +653,7 @@ def show(rows, floors, records, utterances, chosen, args):
         print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
     last = [evaluation for evaluation in chosen if not evaluation.ablation][-1]
     lines = [["phone", *phones[1]], *([phone, *texts] for phone, texts in phones[2])]
-    with cli.whole(last.output / "phones.tsv") as temporary:
+    with files.whole(last.output / "phones.tsv") as temporary:
         temporary.write_text("".join("\t".join(line) + "\n" for line in lines))
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
     print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
+from support import cli
 import data
 import metrics
 import prompts

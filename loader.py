@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-import cli
+from support import cli
 import data
 import runtime
 

@@ -53,7 +53,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import cli
+from support import cli, files
 import data
 import loader
 import prompts
@@ -583,7 +583,7 @@ def save_trained(model, folder, settings):
             weights[name] = weight.to(dtype).contiguous()
     if cli.process_rank():
         return
-    with cli.whole(Path(folder)) as temporary:
+    with files.whole(Path(folder)) as temporary:
         temporary.mkdir()
         if isinstance(model.network, PeftModel):
             # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved anyway

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
+from support import files
 import metrics
 import prompts
 
@@ -139,7 +139,7 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
 {body}</main><script>{SCRIPT}</script></body>
 </html>
 """
-    with cli.whole(Path(path)) as temporary:
+    with files.whole(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
 
 

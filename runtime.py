@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import cli
+from support import cli, files
 
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
@@ -172,7 +172,7 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
         "corpus": corpus,
     }  # fmt: skip
     if cli.process_rank() == 0:
-        with cli.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
+        with files.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
             _write(state, file)
         for old in checkpoints(folder)[:-CHECKPOINTS_KEPT]:
             old.unlink()
@@ -259,7 +259,7 @@ def open_log(path, step):
         return
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))
     with open(path, "a") as file:
         yield file
@@ -310,7 +310,7 @@ def draw_curves(output):
         epochs = [json.loads(line) for line in validation.read_text().splitlines()]
         axes[0].plot([e["step"] for e in epochs], [e["loss"] for e in epochs], "o-", label="held-out speakers")
         axes[0].legend()
-    with cli.whole(output / "curves.png") as temporary:
+    with files.whole(output / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 

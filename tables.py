@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 
-import cli
+from support import cli
 import metrics
 import prompts
 

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import cli
+from support import cli
 import data
 import prompts
 

@@ -29,7 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import cli
+from support import cli, files
 import data
 import loader
 import metrics
@@ -197,8 +197,8 @@ def train(settings):
     state = read_state(checkpoint, given, corpus) if checkpoint else None
     utterances, held_out = split(utterances, settings)
     plan = batch_arithmetic(len(utterances) * len(prompts.TASKS), settings)
-    cli.make_folder(settings.output, "--output")
-    cli.make_folder(settings.audio_cache, "--audio-cache")
+    files.make_folder(settings.output, "--output")
+    files.make_folder(settings.audio_cache, "--audio-cache")
 
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
@@ -425,7 +425,7 @@ def record_settings(settings):
     print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
     values["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     values["processes"] = runtime.processes()
-    with cli.whole(settings.output / "settings.json") as temporary:
+    with files.whole(settings.output / "settings.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
     return values
 
@@ -556,7 +556,7 @@ def record_validated(output, validated):
     verdict = "the best so far" if epoch == best else f"epoch {best} is the best so far"
     tqdm.write(f"epoch {epoch} on held-out speakers: {' '.join(shown)}; {verdict}")
     lines = [{"epoch": epoch, "best": epoch == best, **numbers} for epoch, numbers in validated.items()]
-    with cli.whole(output / "validation.jsonl") as temporary:
+    with files.whole(output / "validation.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -22,7 +22,7 @@ from workload import clock
 # isort: split
 import torch
 
-import cli
+from support import cli
 import data
 import model as models
 import prompts

@@ -8,7 +8,7 @@ from statistics import median
 import workload  # first: it finds the project
 
 # isort: split
-import cli
+from support import files
 
 README = workload.BENCH / "README.md"
 BASELINE = "Trainer"
@@ -104,7 +104,7 @@ def write_tables():
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
         marked = "\n".join([marks[0], "\n\n".join(parts), marks[1]])
         text = re.sub(f"{marks[0]}.*{marks[1]}", lambda _: marked, text, flags=re.DOTALL)
-    with cli.whole(Path(README)) as temporary:
+    with files.whole(Path(README)) as temporary:
         temporary.write_text(text)
 
 

@@ -26,7 +26,7 @@ from workload import clock
 import numpy as np
 import torch
 
-import cli
+from support import cli
 import data
 import loader
 import model as models

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import cli
+from support import cli
 import data
 import loader
 import model as models

@@ -16,7 +16,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
-import cli
+from support import files
 import model as models  # first: it quiets the libraries it imports
 
 # isort: split
@@ -169,6 +169,6 @@ def write_result(name, content):
     import readme
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    with cli.whole(BENCH / "results" / f"{name}-{kind}.json") as temporary:
+    with files.whole(BENCH / "results" / f"{name}-{kind}.json") as temporary:
         temporary.write_text(json.dumps({"benchmark": name, **machine(), **content}, indent=1) + "\n")
     readme.write_tables()

@@ -63,7 +63,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # isort: split
-import cli
+from support import cli, files
 import data
 import metrics
 import runtime
@@ -201,12 +201,12 @@ def record_settings(settings):
 
 
 def write_json(path, values):
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_lines(path, lines):
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -572,7 +572,7 @@ def save(recogniser, settings):
     """Write adapter/ (PEFT's format, the head in it) or model/, with the processor, whole or not at all."""
     path = settings.output / ("model" if settings.no_lora else "adapter")
     options = {} if settings.no_lora else {"save_embedding_layers": False}  # there are none, so no look at the hub
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         recogniser.network.save_pretrained(temporary, **options)
         recogniser.processor.save_pretrained(temporary)
     return path
@@ -699,7 +699,7 @@ def write_tiny(folder, seed):
                 wave = window * np.cos(2 * np.pi * centre * seconds + phase * np.pi / 2)
                 first[4 * band + phase, 0] = torch.from_numpy(wave)
             second[band, 4 * band : 4 * band + 4] = 1 / mean
-    with cli.whole(folder) as temporary:
+    with files.whole(folder) as temporary:
         network.save_pretrained(temporary)
         (temporary / "vocab.json").write_text(json.dumps({symbol: id for id, symbol in enumerate(SYMBOLS)}))
         tokenizer = Wav2Vec2CTCTokenizer(str(temporary / "vocab.json"))
@@ -717,7 +717,7 @@ def run(settings):
         raise cli.InputError(f"{settings.output} holds a run already: choose another --output, or remove it")
     samples = read_samples(settings)
     training, held_out = data.hold_out_speakers(samples, settings.validation, settings.seed)
-    cli.make_folder(settings.output, "--output")
+    files.make_folder(settings.output, "--output")
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)  # time masks are drawn from it
     recogniser = Recogniser(settings.recogniser, settings.time_mask)

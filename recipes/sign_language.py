@@ -42,7 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # isort: split
-import cli
+from support import cli, files
 import metrics
 import runtime
 
@@ -523,7 +523,7 @@ def train(settings):
     """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
     if (settings.output / "log.jsonl").exists():
         raise cli.InputError(f"{settings.output} holds a run already: choose another --output")
-    cli.make_folder(settings.output, "--output")
+    files.make_folder(settings.output, "--output")
     groups = read_features_order(settings.data)
     samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
     samples = [sample for sample in samples if sample.possible]
@@ -554,7 +554,7 @@ def record_settings(settings, system):
     record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()
               if key not in (*EVALUATION, "evaluate", "write_synthetic")}  # fmt: skip
     record |= {"parameters": sizes(system.model), "versions": {"torch": importlib.metadata.version("torch")}}
-    with cli.whole(settings.output / "settings.json") as temporary:
+    with files.whole(settings.output / "settings.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
@@ -648,7 +648,7 @@ def save(path, system, record):
     statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
     about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers,
              "training": record}  # fmt: skip
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         save_file(weights | statistics, temporary, {"about": json.dumps(about)})
 
 
@@ -728,7 +728,7 @@ def evaluate(settings):
     path = settings.output / "results.json"
     if path.exists():
         raise cli.InputError(f"{path} exists already: choose another --output")
-    cli.make_folder(settings.output, "--output")
+    files.make_folder(settings.output, "--output")
     system, training = load(settings.evaluate)
     groups = read_features_order(settings.data)
     if list(groups.items()) != list(system.groups.items()):
@@ -747,7 +747,7 @@ def evaluate(settings):
                                       for key, value in results[name].items()))  # fmt: skip
     results["predictions"] = [{"id": sample.id, "reference": reference, **dict(zip(searches, words))}
                               for sample, reference, *words in zip(samples, references, *read)]  # fmt: skip
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{path}: written")
 
@@ -786,7 +786,7 @@ def write_synthetic(folder, seed, splits=None):
     postures = rng.normal(size=(len(SYNTHETIC_GLOSSES) // 2, 2, raw))  # (movements, from and to, F)
     movements = [pair for posture in postures for pair in (posture, posture[::-1])]
     signers = 0
-    with cli.whole(folder) as temporary:
+    with files.whole(folder) as temporary:
         temporary.mkdir()
         (temporary / "features.json").write_text(json.dumps(SYNTHETIC) + "\n")
         for split, (sequences, split_signers) in (splits or SYNTHETIC_SPLITS).items():

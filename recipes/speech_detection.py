@@ -51,7 +51,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # isort: split
-import cli
+from support import cli, files
 import data
 import metrics
 import runtime
@@ -253,7 +253,7 @@ def make_clips(settings):
     speech = split_sources(speech_sources(settings.data), settings, rng)
     sounds = split_sources(sound_sources(settings.sounds), settings, rng) if settings.sounds else None
     clips = []
-    with cli.whole(settings.output / "clips") as folder:
+    with files.whole(settings.output / "clips") as folder:
         for split, count in zip(SPLITS, (settings.train_clips, settings.test_clips)):
             (folder / split).mkdir(parents=True)
             speakers = iter(speech[split])
@@ -263,7 +263,7 @@ def make_clips(settings):
                 soundfile.write(folder / split / f"{clip.id}.wav", wave, data.SAMPLE_RATE, subtype="PCM_16")
                 clips.append(clip)
         check_leaks(clips)
-    with cli.whole(settings.output / "clips.csv") as temporary, open(temporary, "w", newline="") as file:
+    with files.whole(settings.output / "clips.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Clip)])
         writer.writeheader()
         writer.writerows(map(asdict, clips))
@@ -455,13 +455,13 @@ def new_model(settings, seed):
 
 def save_trained(network, processor, folder, settings):
     """The adapter in PEFT's format, or the whole checkpoint; with settings.json."""
-    with cli.whole(folder / "final") as temporary:
+    with files.whole(folder / "final") as temporary:
         network.save_pretrained(temporary, **({"save_embedding_layers": False} if settings.train == "lora" else {}))
         if settings.train == "all":
             processor.save_pretrained(temporary)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
-    with cli.whole(folder / "settings.json") as temporary:
+    with files.whole(folder / "settings.json") as temporary:
         temporary.write_text(json.dumps(values | {"versions": versions}, indent=2) + "\n")
 
 
@@ -637,7 +637,7 @@ def flatness_baseline(train_clips, test_clips, output):
 
 
 def write_predictions(path, clips, probabilities, baseline):
-    with cli.whole(path) as temporary:
+    with files.whole(path) as temporary:
         lines = [asdict(clip) | {"speech": p, "correct": (p > 0.5) == (clip.label == "SPEECH"),
                                  "flatness_correct": by_flatness == (clip.label == "SPEECH")}
                  for clip, p, by_flatness in zip(clips, probabilities, baseline, strict=True)]  # fmt: skip
@@ -749,7 +749,7 @@ def run(settings):
     """Clips, then a model for each seed, then the table."""
     if (settings.output / "clips.csv").exists():
         raise cli.InputError(f"{settings.output} holds a run already: choose another --output, or remove it")
-    cli.make_folder(settings.output, "--output")
+    files.make_folder(settings.output, "--output")
     if settings.model != TINY:
         load_processor(settings.model)  # a wrong name is said before clips are made
     clips = make_clips(settings)
@@ -772,7 +772,7 @@ def run(settings):
         probabilities = classify(network, processor, waves, settings.batch_size)
         runs[seed] = write_predictions(folder / "predictions.jsonl", parts["test"], probabilities, baseline)
     results = show_results(runs)
-    with cli.whole(settings.output / "results.json") as temporary:
+    with files.whole(settings.output / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\npeak memory {runtime.peak_memory():.1f} GB; adapters, predictions and clips in {settings.output}/")
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 
-import cli
+from support import cli
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "evaluate"])

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from transformers import Phi4MultimodalFeatureExtractor
 
-import cli
+from support import cli
 import data
 import prompts
 import tiny

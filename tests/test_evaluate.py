@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, greedy, script
 from processes import Process
 
-import cli
+from support import cli
 import data
 import evaluate
 import metrics
@@ -154,8 +154,8 @@ def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
-    (run[0] / "out" / "epoch-3.tmp").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
-    (run[0] / "out" / "epoch-3.tmp" / "adapter_config.json").touch()
+    (run[0] / "out" / "epoch-3.unfinished").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
+    (run[0] / "out" / "epoch-3.unfinished" / "adapter_config.json").touch()
     ((folder, settings),) = evaluate.adapter_folders(run[0] / "out" / "epoch-1", None)
     assert folder.name == "epoch-1" and settings["epoch"] == 1
     assert [f.name for f, _ in evaluate.adapter_folders(run[0] / "out", "last")] == ["epoch-2"]

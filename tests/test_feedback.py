@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-import cli
+from support import cli
 import data
 import feedback
 import prompts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes import Process
 
-import cli
+from support import cli
 import data
 import loader
 import runtime

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
-import cli
+from support import cli
 import data
 import model as models
 import prompts

@@ -19,7 +19,7 @@ from processes import Process, together
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import cli
+from support import cli, files
 import data
 import model as models
 import runtime
@@ -72,7 +72,7 @@ def kill_self():
 
 def killed_in_save(count, moment):
     """Prepares a run that dies in its count-th checkpoint: half of it written, all written, or just renamed."""
-    save, sync, replace, seen = torch.save, cli._sync, os.replace, []
+    save, sync, replace, seen = torch.save, files._sync, os.replace, []
 
     def half(state, file):
         buffer = io.BytesIO()
@@ -87,7 +87,7 @@ def killed_in_save(count, moment):
 
     def at(function, *arguments):
         function(*arguments)
-        if str(arguments[0]).endswith(".pt.tmp"):
+        if str(arguments[0]).endswith(".pt.unfinished"):
             seen.append(1)
             if len(seen) == count:
                 kill_self()
@@ -95,7 +95,7 @@ def killed_in_save(count, moment):
     if moment == "half written":
         torch.save = half
     elif moment == "written":
-        cli._sync = partial(at, sync)
+        files._sync = partial(at, sync)
     else:
         os.replace = partial(at, replace)
 
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(command, uninterrup
     assert_same_run(tmp_path / "out", uninterrupted)
     if moment != "running":
         assert f"resumed after step {step if moment == 'renamed' else step - 1}\n" in text
-        assert any(name.endswith(".pt.tmp") for name in left) == (moment != "renamed")
+        assert any(name.endswith(".pt.unfinished") for name in left) == (moment != "renamed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -199,14 +199,14 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, tmp_pa
 def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path, error, reason):
     (tmp_path / "file").write_text("old")
     with pytest.raises(cli.RunError, match=f"file cannot be written: .*{reason}"):
-        with cli.whole(tmp_path / "file") as temporary:
+        with files.whole(tmp_path / "file") as temporary:
             temporary.write_text("ne")
             raise error
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failure_that_is_not_the_disks_stays_what_it_is(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), cli.whole(tmp_path / "file") as temporary:
+    with pytest.raises(torch.OutOfMemoryError), files.whole(tmp_path / "file") as temporary:
         temporary.touch()
         raise torch.OutOfMemoryError("CUDA out of memory")
 

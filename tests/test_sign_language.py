@@ -16,7 +16,7 @@ from torch import nn
 
 sys.path.append(str(ROOT / "recipes"))
 
-import cli
+from support import cli
 import metrics
 import runtime
 import sign_language as sign

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-import cli
+from support import cli
 import data
 import runtime
 import tiny

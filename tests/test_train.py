@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import cli
+from support import cli
 import data
 import evaluate
 import model as models
@@ -532,16 +532,16 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--epochs", "0"], "0 is not a whole number from 1 up"),
-    (["--rank", "many"], "many is not a whole number from 1 up"),
+    (["--epochs", "0"], "0 is not a whole number from 1 to 2,147,483,647"),
+    (["--rank", "many"], "many is not a whole number from 1 to"),
     (["--dropout", "1.5"], "1.5 is not a fraction"),
     (["--learning-rate", "-1"], "-1 is not a positive number"),
     (["--learning-rate", "fast"], "fast is not a positive number"),
-    (["--seed", "-1"], "-1 is not a seed"),
+    (["--seed", "-1"], "-1 is not a whole number from 0 to 4,294,967,295"),
     (["--weight-decay", "nan"], "nan is not a fraction"),
     (["--validation", "1"], "1 is not a fraction"),
     (["--save-minutes", "0"], "0 is not a positive number"),
-    (["--workers", "-1"], "-1 is not a whole number from 0 up"),
+    (["--workers", "-1"], "-1 is not a whole number from 0 to"),
     (["--quantize", "int8"], "invalid choice: 'int8'"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message):

@@ -1,4 +1,4 @@
-"""How does a script talk with its user: settings, errors, exit codes, files that are whole.
+"""How does a script talk with its user: settings, errors, exit codes.
 
 Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an error is one line that says what to do.
 """
@@ -7,15 +7,12 @@ import argparse
 import errno
 import math
 import os
-import shutil
+import re
 import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
-
-from safetensors import SafetensorError
 
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
+LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 
 
 class InputError(Exception):
@@ -31,6 +28,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's own, which all its ways lead through; no value may be of bytes that are no text."""
+        for text in sys.argv[1:] if args is None else args:
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):  # so Python writes bytes that are not UTF-8
+                self.error(f"{ascii(text)} is not UTF-8: rename it")
+        return super().parse_known_args(args, namespace)
 
     def parse_given(self):
         """The settings as a namespace, and the names of those that the user wrote."""
@@ -49,10 +53,14 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(name, main):
     """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
 
-    Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
+    A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        sys.exit(1)
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -68,19 +76,30 @@ def process_rank():
     return int(os.environ.get("RANK", 0))
 
 
+def first_line(error):
+    """What a library's error says, as far as it fits in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Types of settings
 
 
 def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return int(text)
+    return _whole_number(text, 1, LARGEST)
 
 
 def whole_number(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
+    return _whole_number(text, 0, LARGEST)
+
+
+def seed(text):
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text, lowest, highest):
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and lowest <= int(text) <= highest):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {lowest} to {highest:,}")
     return int(text)
 
 
@@ -96,76 +115,8 @@ def fraction(text):
     return float(text)
 
 
-def seed(text):
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a seed from 0 to 2^32 - 1")
-    return int(text)
-
-
 def _float(text):
     try:
         return float(text)
     except ValueError:
         return math.nan
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@contextmanager
-def whole(path):
-    """Gives a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
-
-    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
-    goes nowhere.
-    """
-    if process_rank():
-        yield Path(os.devnull)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        _remove(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _sync(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"{path} cannot be written: {reason}") from error
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def first_line(error):
-    """What a library's error says, as far as it fits in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def make_folder(folder, setting):
-    """Make a folder that will be written into now, so that a run does not fail on it after hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f"trial.tmp-{os.getpid()}"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error

@@ -1,0 +1,1 @@
+"""How a run talks, survives and spreads. Knows nothing of pronunciation."""

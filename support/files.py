@@ -1,0 +1,194 @@
+"""Files: written whole or not at all, locked while a run owns them, and checked when they are read.
+
+What is read from outside is distrusted here: a file must be a regular one, its text UTF-8, its JSON of a declared
+`Shape`. Every fault is one InputError that names the file, the field, the value and the reason.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import sys
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from support.cli import InputError, RunError, first_line, process_rank
+
+UNFINISHED = ".unfinished"  # ends the name of what is being written; what a killed process left is removed by `lock`
+SHOWN = 60  # characters of a wrong value that a message quotes
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Shape(BaseModel):
+    """The declared shape of a JSON object: exact types, finite numbers; fields that nothing reads may be there."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, extra="ignore")
+
+
+def read_bytes(path):
+    """Content of a regular file; a FIFO or a device would hang or never end. Raises InputError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path} is not a regular file")
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_text(path):
+    """Content of a regular file of UTF-8 text. Raises InputError."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def check(shape, value, where):
+    """`value` as `shape` (a Shape or any type of fields) has it. Raises InputError that starts with `where`."""
+    try:
+        return _adapter(shape).validate_python(value)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_reason(error)}") from error
+
+
+def check_json(shape, text, where):
+    """JSON text as `shape` has it. Raises InputError that starts with `where`."""
+    try:
+        return _adapter(shape).validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_reason(error)}") from error
+
+
+def read_json(path, shape):
+    """A JSON file of the shape. Raises InputError."""
+    return check_json(shape, read_text(path), path)
+
+
+def read_lines(path, shape, cut_off=False):
+    """A file with a JSON object of the shape in every line, as a list. Raises InputError naming the first wrong line.
+
+    cut_off: a last line without its end is left out: its writer was killed.
+    """
+    *lines, rest = read_text(path).split("\n")  # not splitlines, which cuts at other characters too
+    if rest and not cut_off:
+        lines.append(rest)
+    return [check_json(shape, line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+
+
+@cache
+def _adapter(shape):
+    return TypeAdapter(shape)
+
+
+def _reason(error):
+    """The first fault that pydantic found, as `field: value is wrong because`."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "missing":
+        return f"{field} is missing"
+    if fault["type"] == "json_invalid":
+        return fault["msg"]
+    value = ascii(fault["input"])
+    value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
+    return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextmanager
+def whole(path):
+    """Yields a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
+
+    A folder is replaced only by one that has all of its files: any other holds something that was not written here.
+    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
+    goes nowhere.
+    """
+    if process_rank():
+        yield Path(os.devnull)
+        return
+    temporary = path.with_name(path.name + UNFINISHED)
+    try:
+        _remove(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
+        if path.is_dir():
+            _remove_older(path, temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        _remove(temporary)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"{path} cannot be written: {reason}") from error
+
+
+def _remove_older(folder, newer):
+    foreign = {file.relative_to(folder) for file in folder.rglob("*")} - {f.relative_to(newer) for f in newer.rglob("*")}
+    if foreign or not newer.is_dir():
+        _remove(newer)
+        what = f"holds {min(foreign)}" if foreign else "is a folder"
+        raise RunError(f"{folder} cannot be written: it {what}, which was not written here; move it away")
+    shutil.rmtree(folder)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder, setting):
+    """Make a folder that will be written into now, so that a run does not fail on it after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f"trial-{os.getpid()}{UNFINISHED}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
+
+
+@contextmanager
+def lock(folder, work, setting):
+    """Own a folder for some work ("train", "evaluate"), then clear away what a killed process left half written.
+
+    Makes the folder. The system frees the lock with the process, however that ends, and does not hand it to forked
+    workers. Raises InputError naming the process that has it. Rank 0 locks for all.
+    """
+    if process_rank():
+        yield
+        return
+    make_folder(folder, setting)
+    path = folder / f".{work}.lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it ends, "
+                             f"or choose another {setting}") from error  # fmt: skip
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})", file=file, flush=True)
+        for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]:
+            _remove(left)
+        yield
