@@ -351,7 +351,7 @@ def choose_checkpoint(settings):
     if there and not settings.resume:
         raise cli.InputError(f"{there[0]} is there already: --resume goes on with the run in {run}, another --output "
                              f"leaves it be")  # fmt: skip
-    if there:
+    if run / "settings.json" in there:
         files.read_json(run / "settings.json", RunSettings)
     if settings.resume is None:
         return None
