@@ -2,16 +2,20 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, script
@@ -20,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
+import loader
 import model as models
 import runtime
 import train
@@ -483,3 +488,181 @@ def test_a_mistake_that_all_processes_see_is_said_once(command, tmp_path, argume
     second.signal(signal.SIGTERM)  # as torchrun does, well before cli.RANK_0_FIRST is over
     assert code == 2 and text.startswith(f"train.py: error: {message}") and len(text.splitlines()) == 1
     assert second.wait() == (-signal.SIGTERM, "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worker processes of a whole run
+
+
+def count_children():
+    """Write down how many child processes live at each step."""
+    step = train.train_step
+
+    def counted(*arguments):
+        with open("children.txt", "a") as file:
+            print(len(multiprocessing.active_children()), file=file)
+        return step(*arguments)
+
+    train.train_step = counted
+
+
+def test_workers_end_with_their_epoch(command, tmp_path):
+    arguments = [*command, "--limit", 8, "--epochs", 5, "--workers", 2, "--save-minutes", 60]
+    code, text = Process("train", arguments, tmp_path, prepare=count_children).wait()
+    assert code == 0, text
+    assert set((tmp_path / "children.txt").read_text().split()) == {"2"}
+
+
+def few_descriptors():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def test_steps_of_many_tensors_need_no_file_descriptors(command, tmp_path):
+    sizes = ["--limit", 40, "--batch-size", 16, "--accumulation", 5, "--micro-batch", 1, "--epochs", 2]
+    arguments = [*command, *sizes, "--workers", 2, "--save-minutes", 60]
+    code, text = Process("train", arguments, tmp_path, prepare=few_descriptors).wait()
+    assert code == 0, text
+
+
+def never_a_step():
+    loader.SILENCE = 2
+    loader.Steps.__getitem__ = lambda steps, number: time.sleep(300)
+
+
+def test_workers_that_say_nothing_end_the_run(command, tmp_path):
+    code, text = Process("train", [*command, "--workers", 1], tmp_path, prepare=never_a_step).wait()
+    assert code == 1 and "timed out" in text.splitlines()[-1] and "--workers 0" in text.splitlines()[-1]
+
+
+def test_the_processes_of_a_killed_torchrun_end(command, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    with open(tmp_path / "output.txt", "w") as output:
+        launcher = subprocess.Popen([*torchrun, *map(str, command), "--epochs", "999"], cwd=tmp_path, stdout=output,
+                                    stderr=output)  # fmt: skip
+    log, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and launcher.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    assert len(workers) == 2, (tmp_path / "output.txt").read_text()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of others, and two runs into one folder
+
+
+def test_of_two_runs_into_one_folder_one_is_refused_and_the_other_is_whole(command, uninterrupted, tmp_path):
+    both = [Process("train", command, tmp_path) for _ in range(2)]
+    (_, done), (code, refused) = sorted((process.wait() for process in both), key=lambda end: end[0])
+    assert code == 2 and "out is in use by process" in refused.splitlines()[-1] and "Traceback" not in refused
+    assert "adapters in out/epoch-*" in done
+    assert_same_run(tmp_path / "out", uninterrupted)
+
+
+def test_a_killed_run_holds_no_lock_even_where_its_workers_live_on(tmp_path):
+    def hold():
+        with files.lock(tmp_path, "train", "--output"):
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,)).start()
+            (tmp_path / "locked").touch()
+            time.sleep(30)
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    with pytest.raises(cli.InputError, match=f"in use by process {holder.pid} on .*--output"):
+        with files.lock(tmp_path, "train", "--output"):
+            raise AssertionError("locked twice")
+    left = psutil.Process(holder.pid).children()
+    holder.kill()
+    holder.join()
+    with files.lock(tmp_path, "train", "--output"):
+        assert len(left) == 1 and left[0].is_running()
+    left[0].kill()
+
+
+def test_what_a_killed_save_left_is_cleared_away_and_nothing_else(command, tmp_path):
+    checkpoints = tmp_path / "out" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-00000003.pt.unfinished").write_bytes(b"half of it")
+    (tmp_path / "out" / "epoch-1.unfinished").mkdir()
+    for name in ("notes.txt", "backup.tmp"):
+        (tmp_path / "out" / name).write_text("mine")
+    assert Process("train", [*command, "--epochs", 1, "--resume"], tmp_path).wait()[0] == 0
+    assert [path.suffix for path in checkpoints.iterdir()] == [".pt"] * 2
+    assert not (tmp_path / "out" / "epoch-1.unfinished").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == (tmp_path / "out" / "backup.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-1",
+                                  "checkpoints/step-00000001.pt"])  # fmt: skip
+def test_a_file_that_a_run_would_overwrite_is_named_and_left(monkeypatch, command, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, command), "--output", str(tmp_path / "out")])
+    with pytest.raises(cli.InputError, match=f"{path} is there already: .*another --output"):
+        train.train(train.parse_settings())
+    assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("settings.json", "[]", "settings.json"),
+    ("settings.json", '{"theme": "dark"}', "settings.json: strategy is missing"),
+    ("settings.json", '{"strategy": 1, "speech_adapter": "merge", "epochs": 1, "seed": 0}', "strategy 1: "),
+    ("log.jsonl", '{"step": "one"}\n', "line 1 of .*log.jsonl: step 'one'"),
+    ("log.jsonl", "\ufffd\n{}\n", "line 1 of .*log.jsonl"),
+    ("log.jsonl", b"\xff\xfe\n", "log.jsonl is not UTF-8 text"),
+    ("log.jsonl", "[" * 100_000 + "\n", "line 1 of .*log.jsonl: .*recursion"),
+    ("validation.jsonl", '{"epoch": 1, "best": "yes", "step": 1, "loss": 1.0}\n', "validation.jsonl: best 'yes'"),
+    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": NaN}\n', "validation.jsonl: loss nan"),
+])  # fmt: skip
+def test_a_broken_file_of_a_run_that_is_resumed_is_named_with_field_and_value(
+    monkeypatch, broken, command, tmp_path, name, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, [*command, "--resume"])])
+    with pytest.raises(cli.InputError, match=message) as error:
+        train.train(train.parse_settings())
+    assert "\n" not in str(error.value)
+
+
+def test_a_last_line_that_was_cut_off_is_written_again(broken, command, uninterrupted):
+    path = broken.parents[1] / "log.jsonl"
+    *lines, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines) + last[: len(last) // 2])
+    broken.unlink()  # so the last step is done again
+    assert Process("train", [*command, "--resume"], broken.parents[2]).wait()[0] == 0
+    assert [line["loss"] for line in log(broken.parents[1])] == [line["loss"] for line in log(uninterrupted)]
+
+
+def equal(one, other):
+    """Equality of what a checkpoint holds."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(broken):
+    content, whole = broken.read_bytes(), torch.load(broken, weights_only=True)
+    draw, found = random.Random(0), 0
+    for _ in range(150):
+        place = draw.randrange(8 * len(content))
+        spoilt = bytearray(content)
+        spoilt[place // 8] ^= 1 << place % 8
+        broken.write_bytes(spoilt)
+        try:
+            state = runtime.read_checkpoint(broken)
+        except cli.InputError as error:
+            assert f"--resume {broken.parent / 'step-00000011.pt'}" in str(error)
+            found += 1
+        else:
+            assert equal(state, whole), place
+    assert found > 100
