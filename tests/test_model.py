@@ -12,6 +12,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, greedy
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,6 +176,30 @@ def test_a_clip_above_forty_seconds_keeps_its_embeddings_in_a_batch(new_model):
             assert relative(embedding, model.embed_audio([features])[0]) < 1e-5
 
 
+def test_every_block_of_the_encoder_is_called_once_for_a_batch_whatever_the_lengths(new_model):
+    """Processes that share its weights wait for each other at every call."""
+    model, calls = new_model(), []
+    for block in model.core.model.embed_tokens_extend.audio_embed.encoder.encoders:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model.embed_audio([torch.zeros(frames, 80) for frames in (4100, 50, 9000)])
+    assert len(calls) == 2  # the tiny encoder's blocks
+
+
+@pytest.mark.parametrize("strategy", ["unfreeze", "full"])
+def test_checkpointing_reaches_the_audio_encoder_where_it_trains(new_model, examples, strategy):
+    exact, model = (torch.manual_seed(0) and new_model(strategy) for _ in range(2))
+    model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    calls, block = [], model.core.model.embed_tokens_extend.audio_embed.encoder.encoders[0]
+    block.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    (loss, found), (expected_loss, expected) = (gradients(m, [examples[:4:2]]) for m in (model, exact.train()))
+    assert len(calls) == 2  # forward, and again for the backward pass
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name in expected:  # those of a key's bias are zero but for rounding
+        assert relative(found[name], expected[name]) < 1e-4 or "k_proj.bias" in name, name
+
+
 def test_embeddings_of_a_frozen_encoder_are_equal_to_the_bit_whatever_they_are_asked_for_with(new_model, utterances):
     one, other = new_model(), new_model()
     together, alone = one.audio_embeddings(utterances[:6]), [other.audio_embeddings([u])[0] for u in utterances[:6]]
@@ -288,6 +314,68 @@ def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, exa
     audio = model.audio_embeddings([examples[0].utterance])
     with pytest.raises(ValueError, match="audio placeholders for"):
         model.loss(model.prepare([examples[0]]), [audio[0][1:]])
+
+
+def test_what_is_compared_is_computed_in_float32_where_the_weights_are_bfloat16(new_model):
+    """Hidden states whose two likeliest tokens are often equal in bfloat16."""
+    model = new_model(dtype="bfloat16")
+    weight = model.core.lm_head.token_adapter.base_layer.weight
+    hidden = 20 * torch.randn(400, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = hidden.double() @ weight.double().T  # (400, V)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = torch.arange(11).expand(len(hidden), -1)
+        exact, rounded = model._exact_logits(hidden, tokens), model._logits(hidden)
+        assert model._likeliest(hidden).tolist() == expected.argmax(dim=1).tolist()
+    assert rounded.argmax(dim=1).tolist() != expected.argmax(dim=1).tolist()
+    assert exact.dtype == torch.float32 and relative(exact, expected[:, :11]) < 1e-5 < relative(rounded, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Control tokens in spare rows
+
+
+def test_a_spare_row_that_is_next_to_nothing_starts_from_the_users(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    (matrix,) = (weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    as_it_is = models.load_base(str(folder), None, "float32", "sdpa", "merge")
+    apa, mdd = models.control_token_ids(as_it_is.tokenizer)
+    assert as_it_is.started_rows == []
+    assert torch.equal(as_it_is.core.get_input_embeddings().weight[[apa, mdd]], matrix[[apa, mdd]])
+    matrix[mdd] *= 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = models.load_base(str(folder), None, "float32", "sdpa", "merge")
+    rows, user = model.core.get_input_embeddings().weight, model.tokenizer.convert_tokens_to_ids(prompts.USER)
+    assert model.started_rows == [prompts.CONTROL_TOKENS["MDD"]]
+    assert torch.equal(rows[mdd], rows[user]) and torch.equal(rows[apa], matrix[apa])
+    assert torch.equal(model.core.lm_head.weight[mdd], rows[user])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How far training has moved the model
+
+
+@pytest.mark.parametrize("speech_adapter", models.SPEECH_ADAPTERS)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_what_has_moved_is_measured_from_where_training_began(new_model, examples, speech_adapter, quantize):
+    model = new_model(speech_adapter=speech_adapter, quantize=quantize)
+    layers = {name: layer for name, layer in model.core.named_modules() if isinstance(layer, LoraLayer)}
+    before = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+    assert models.moved(model) == {"adapter_moved": pytest.approx(0, abs=1e-7), "control_tokens_moved": 0}
+    assert "next to nothing" in models.describe_moved(models.moved(model))
+    train_one_step(model, examples[:8])
+    found = models.moved(model)
+    shares = []
+    for name, layer in layers.items():
+        weight = dequantize_module_weight(layer.get_base_layer())
+        shares.append((layer.get_delta_weight("default") - before[name]).norm() / weight.norm())
+    assert found["adapter_moved"] == pytest.approx(torch.stack(shares).median().item(), rel=1e-3)
+    assert found["adapter_moved"] > 1e-4 and found["control_tokens_moved"] > 1e-4
+    assert "next to nothing" not in models.describe_moved(found)
+
+
+def test_a_model_without_an_adapter_has_not_moved(new_model):
+    assert models.moved(new_model("full")) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,6 +546,18 @@ def full_size(strategy, rank=None, targets=models.LORA_TARGETS):
 
 
 LANGUAGE_MODEL, ENCODER, PROJECTOR, ROWS = 3_836_021_760, 441_254_144, 12_589_056, 2 * 3072
+
+
+def test_the_memory_that_full_takes_is_counted_and_refused_before_the_weights_are_read(tmp_path):
+    model, counts = full_size("full")
+    trained = sum(counts.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expected = 18 * trained + 2 * (total - trained)
+    assert sum(models.memory_of_full(model.core).values()) == expected == 78_125_847_424
+    Phi4MultimodalConfig(num_attention_heads=24, tie_word_embeddings=True).save_pretrained(tmp_path)
+    models.check_memory(tmp_path, expected)
+    with pytest.raises(cli.InputError, match=r"78\.1 GB before activations .*the GPU has 78\.1: .*--shard"):
+        models.check_memory(tmp_path, expected - 1)
 
 
 @pytest.mark.parametrize("strategy, rank, counts", [

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, script
 from processes import Process, together
@@ -49,8 +52,12 @@ def uninterrupted(command, tmp_path_factory):
     return folder / "out"
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read(run / "log.jsonl")
 
 
 def same_weights(one, other, file=WEIGHTS):
@@ -446,6 +453,25 @@ def test_sharding_full_gives_the_losses_and_weights_of_one_process_and_resumes_t
     file = Path("epoch-2") / models.TRAINED_FILE
     assert deviation(tmp_path / "one", tmp_path / "out", file) < 1e-5
     assert same_weights(tmp_path / "out", tmp_path / "through", file)
+
+
+def no_answers():
+    models.SpeechModel.generate = None
+
+
+def test_sharded_processes_validate_by_loss_alone_and_never_wait_for_a_long_recording(checkpoint, corpus, tmp_path):
+    """One process has a recording above 40 s in a micro-batch, the other has none."""
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    for recording in sorted((folder / "WAVE").rglob("*.WAV"))[1:13:10]:  # of both speakers
+        soundfile.write(recording, np.resize(soundfile.read(recording)[0], 41 * data.SAMPLE_RATE), data.SAMPLE_RATE)
+    sizes = ["--limit", 13, "--epochs", 1, "--batch-size", 4, "--accumulation", 1, "--validation", 0.5]
+    arguments = ["--model", checkpoint, "--data", folder, "--strategy", "full", *sizes]
+    one = Process("train", [*arguments, "--output", "one"], tmp_path)
+    assert one.wait()[0] == 0
+    first, _ = finish(together("train", [*arguments, "--shard"], tmp_path, prepare=no_answers))
+    (line,), (expected,) = (read(tmp_path / name / "validation.jsonl") for name in ("out", "one"))
+    assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert line.keys() == {"epoch", "best", "step", "loss"} and "on held-out speakers: loss" in first.text()
 
 
 def test_torchrun_trains_and_evaluates_as_one_process_does(command, tmp_path):

@@ -439,6 +439,16 @@ def test_a_run_prints_its_arithmetic_trained_groups_and_settings_before_it_start
         assert any(expected in line for line in lines), expected
 
 
+def test_every_epoch_says_and_logs_how_far_the_adapter_has_moved(run):
+    folder, result = run
+    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    ends = [line for line in log if "adapter_moved" in line]
+    assert [line["step"] for line in ends] == [2, 4]
+    assert 0 < ends[0]["adapter_moved"] < ends[1]["adapter_moved"] and ends[1]["control_tokens_moved"] > 0
+    for line in ends:
+        assert f"epoch {line['epoch']}: the adapter has moved its layers by {line['adapter_moved']:.2%}" in result.stderr + result.stdout
+
+
 def test_a_run_logs_every_step_and_saves_an_adapter_an_epoch(run):
     out = run[0] / "out"
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -450,6 +460,33 @@ def test_a_run_logs_every_step_and_saves_an_adapter_an_epoch(run):
         assert saved["epoch"] == epoch and saved["rank"] == 4 and saved["versions"]["torch"] == torch.__version__
     first, last = (load_file(out / f"epoch-{epoch}" / "adapter_model.safetensors") for epoch in (1, 2))
     assert any(not torch.equal(first[key], last[key]) for key in first)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--rank", 4], ["--speech-adapter", "none", "--rank", 4], ["--speech-adapter", "continue"],
+    ["--strategy", "unfreeze", "--rank", 4, "--gradient-checkpointing"], ["--strategy", "full"],
+    ["--quantize", "nf4", "--rank", 4], ["--quantize", "nf4", "--speech-adapter", "continue"],
+])  # fmt: skip
+def test_the_types_of_a_gpu_are_walked_on_a_cpu_from_training_to_the_table(
+    monkeypatch, small, tmp_path, capsys, arguments
+):
+    """Frozen weights in bfloat16, trained ones in float32, autocast to bfloat16; validation, and evaluation after."""
+    monkeypatch.setattr(runtime, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(data, "MAX_NEW_TOKENS", 10)
+    train.train(small(*arguments, "--dtype", "bfloat16", "--limit", 12, "--epochs", 1, "--validation", 0.5))
+    out = tmp_path / "out"
+    where = ["--adapter", str(out), "--limit", "2", "--max-new-tokens", "10", "--scoring", "greedy", "expected"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *where])
+    evaluate.main()
+    assert "this run, epoch-1, expected" in capsys.readouterr().out
+    assert all(np.isfinite(line["loss"]) for line in logged(tmp_path)) and (out / "predictions.jsonl").exists()
+    (validated,) = map(json.loads, (out / "validation.jsonl").read_text().splitlines())
+    assert np.isfinite(validated["loss"])
+    saved = {}
+    for file in (out / "epoch-1").glob("*.safetensors"):
+        saved |= load_file(file)
+    kept = torch.bfloat16 if "full" in arguments else torch.float32  # "full" is saved in the type it is used in
+    assert {weight.dtype for weight in saved.values()} == {kept}
 
 
 def test_the_same_seed_gives_the_same_weights(monkeypatch, checkpoint, corpus, tmp_path):
