@@ -37,14 +37,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import load_peft_weights
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BitsAndBytesConfig,
     Phi4MultimodalFeatureExtractor,
@@ -87,7 +88,8 @@ STRATEGIES = {  # paper 3.2; "full" is not in the paper
 }
 
 TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
-MAX_ENCODER_TOKENS = 500  # 40 s; the encoder cuts what is longer into chunks of this length
+MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
+CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
 # of files that are missing, do not fit, or are pickles with more in them than tensors
 LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
@@ -176,66 +178,67 @@ class SpeechModel(nn.Module):
         transformers' own padded path does not give that: it adds a boolean mask to the attention bias, so padding is
         attended to, and the subsampling convolutions look past a recording's end. Here the convolutions run on each
         recording alone, and the conformer blocks, whose own convolutions are causal, on the padded batch with a
-        0 / -inf mask. The few longer than 40 s, which the encoder cuts into chunks, go through it one by one.
+        0 / -inf mask. A chunk of a recording above 40 s is a row of that batch like any other, so processes that share
+        the weights (FSDP2) call each block equally often, whatever the lengths of their recordings.
 
         features: list of log-mel features, each (F, 80). Returns a tuple of (A, D), A = ceil(F / 8).
         """
         audio = self.core.model.embed_tokens_extend.audio_embed
-        weight = audio.up_proj_for_speech.weight
+        encoder, weight = audio.encoder, audio.up_proj_for_speech.weight
         features = [feature.to(weight.device, weight.dtype)[None] for feature in features]  # each (1, F, 80)
-        tokens = [-(-feature.shape[1] // data.FRAMES_PER_TOKEN) for feature in features]
-
-        short = [i for i, count in enumerate(tokens) if count <= MAX_ENCODER_TOKENS]
-        hidden = {i: audio.encoder(features[i], None)[0] for i in range(len(features)) if i not in short}  # (A, H)
-        if short:
-            batch = self._encode_together([features[i] for i in short])  # (B, longest A, H)
-            hidden |= {i: batch[row, : tokens[i]] for row, i in enumerate(short)}
-        hidden = torch.cat([hidden[i] for i in range(len(features))])  # (sum of A, H)
-        return audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden))).split(tokens)
-
-    def _encode_together(self, features):
-        encoder = self.core.model.embed_tokens_extend.audio_embed.encoder
         parts = [encoder.embed(encoder.encoder_embedding(feature), None)[0][0] for feature in features]  # (A, H)
-        hidden = pad_sequence(parts, batch_first=True)  # (B, longest A, H)
-        lengths = torch.tensor([len(part) for part in parts], device=hidden.device)
+        hidden = self._encode([chunk for part in parts for chunk in part.split(MAX_ENCODER_TOKENS)])  # (sum of A, H)
+        return audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden))).split([len(p) for p in parts])
+
+    def _encode(self, chunks):
+        """The conformer blocks on a list of (A, H). Returns their outputs laid end to end, (sum of A, H)."""
+        encoder = self.core.model.embed_tokens_extend.audio_embed.encoder
+        hidden = pad_sequence(chunks, batch_first=True)  # (B, longest A, H)
+        lengths = torch.tensor([len(chunk) for chunk in chunks], device=hidden.device)
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, A)
         mask = hidden.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]  # (B, 1, 1, A)
         attention_mask = mask + encoder.relative_attention_bias_layer(hidden)  # (B, heads, A, A)
-        for layer in encoder.encoders:
-            hidden = layer(hidden, attention_mask)
-        return hidden
+        for block in encoder.encoders:
+            if self.core.is_activation_checkpointing:  # transformers' own does not reach these blocks
+                hidden = checkpoint(block, hidden, attention_mask, use_reentrant=False)
+            else:
+                hidden = block(hidden, attention_mask)
+        return hidden[~padding]
 
     def _inputs_embeds(self, input_ids, placeholders, audio):
         """Token embeddings with the audio embeddings in the place of their placeholders, (B, T, D).
 
         placeholders: (P,), positions in the rows laid end to end; audio: list of (A, D).
         """
-        embeds = self._embed_tokens(input_ids)  # (B, T, D)
+        embeds = _rows(self.core.get_input_embeddings(), input_ids)  # (B, T, D)
         audio = torch.cat(audio).to(embeds.dtype)  # (sum of A, D)
         if len(placeholders) != len(audio):
             raise ValueError(f"{len(placeholders)} audio placeholders for {len(audio)} audio embeddings")
         return embeds.flatten(0, 1).index_copy(0, placeholders, audio).view_as(embeds)
 
-    # The rows of the control tokens train while the matrix they lie in is frozen. PEFT's layer copies the matrix with
-    # the rows put in, for the embedding and once more for the head, and the gradient is as large: 1.2 GB each at full
-    # size. These two give the same numbers from the frozen matrix and the few rows.
-
-    def _embed_tokens(self, input_ids):
-        layer = self.core.get_input_embeddings()
-        rows = _trained_rows(layer)
-        embeds = layer.base_layer(input_ids) if rows else layer(input_ids)  # (B, T, D)
-        for token, row in rows.items():
-            embeds = torch.where((input_ids == token)[..., None], row.to(embeds.dtype), embeds)
-        return embeds
-
     def _logits(self, hidden):
         """Logits (N, V) of hidden states (N, D)."""
-        layer = self.core.lm_head
-        rows = _trained_rows(layer)
-        logits = layer.base_layer(hidden) if rows else layer(hidden)
-        for token, row in rows.items():
-            logits[:, token] = F.linear(hidden, row.to(layer.base_layer.weight.dtype)[None])[:, 0]
+        head, trained = _trained_rows(self.core.lm_head)
+        logits = head(hidden)
+        for token, row in trained.items():
+            logits[:, token] = F.linear(hidden, row.to(head.weight.dtype)[None])[:, 0]
         return logits
+
+    def _exact_logits(self, hidden, tokens):
+        """Logits (B, K) of some tokens (B, K) in float32, whatever type the weights have. hidden: (B, D).
+
+        bfloat16 has 8 bits: logits between 16 and 32 are 0.125 apart, and the likeliest two are often equal.
+        """
+        rows = _rows(self.core.lm_head, tokens)  # (B, K, D)
+        return (rows.float() * hidden.float()[:, None]).sum(dim=-1)
+
+    def _likeliest(self, hidden):
+        """The likeliest token (B,) after hidden states (B, D)."""
+        logits = self._logits(hidden)  # (B, V)
+        if logits.dtype == torch.float32:
+            return logits.argmax(dim=-1)
+        tokens = logits.topk(CANDIDATES).indices  # (B, CANDIDATES)
+        return tokens.gather(1, self._exact_logits(hidden, tokens).argmax(dim=-1, keepdim=True))[:, 0]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Loss and answers
@@ -288,7 +291,7 @@ class SpeechModel(nn.Module):
         cache, mask = where
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         output = self.core.model(
-            inputs_embeds=self._embed_tokens(tokens),
+            inputs_embeds=_rows(self.core.get_input_embeddings(), tokens),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :],  # padding counts nowhere
             past_key_values=cache,
@@ -305,11 +308,11 @@ class SpeechModel(nn.Module):
         stop = [self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id]
         stops = torch.tensor(stop, device=self.device)
         hidden, where = self._read_prompts(utterances, audio, task, control_token)
-        written = [self._logits(hidden).argmax(dim=-1)]  # of each step, (B,)
+        written = [self._likeliest(hidden)]  # of each step, (B,)
         ended = torch.isin(written[-1], stops)
         while len(written) < max_new_tokens and not ended.all():
             hidden, where = self._read_on(written[-1][:, None], where)
-            written.append(self._logits(hidden).argmax(dim=-1))
+            written.append(self._likeliest(hidden))
             ended |= torch.isin(written[-1], stops)
         answers = []
         for tokens in torch.stack(written, dim=1).tolist():
@@ -327,22 +330,37 @@ class SpeechModel(nn.Module):
         short passes with one cache, and no output that could be malformed.
         """
         before, values = data.encode_score_slots(self.tokenizer)
-        values = torch.tensor(values, device=self.device)  # (11,)
+        values = torch.tensor(values, device=self.device).expand(len(utterances), -1)  # (B, 11)
         hidden, where = self._read_prompts(utterances, audio, "APA", control_token, before[0])
-        distributions = [self._logits(hidden)[:, values].float().softmax(dim=-1)]  # of each score, (B, 11)
+        distributions = [self._exact_logits(hidden, values).softmax(dim=-1)]  # of each score, (B, 11)
         for following in before[1:]:
-            own = values[distributions[-1].argmax(dim=-1)][:, None]  # (B, 1)
+            own = values.gather(1, distributions[-1].argmax(dim=-1, keepdim=True))  # (B, 1)
             text = torch.tensor(following, device=own.device).expand(len(own), -1)
             hidden, where = self._read_on(torch.cat([own, text], dim=1), where)
-            distributions.append(self._logits(hidden)[:, values].float().softmax(dim=-1))
+            distributions.append(self._exact_logits(hidden, values).softmax(dim=-1))
         return torch.stack(distributions, dim=1)
 
 
+# The rows of the control tokens train while the matrix they lie in is frozen. PEFT's layer copies the matrix with the
+# rows put in, for the embedding and once more for the head, and the gradient is as large: 1.2 GB each at full size. The
+# two functions below give the same numbers from the frozen matrix and the few rows.
+
+
 def _trained_rows(layer):
-    """{token: row (D,)} of an embedding or head in which PEFT trains rows that are not merged; empty otherwise."""
-    if not isinstance(layer, TrainableTokensLayer) or layer.merged:
-        return {}
-    return dict(zip(layer.token_indices["default"], layer.trainable_tokens_delta["default"]))
+    """An embedding or head as it is frozen, and {token: row (D,)} of what PEFT trains of it and has not merged."""
+    if not isinstance(layer, TrainableTokensWrapper) or layer.token_adapter.merged:
+        return layer, {}
+    adapter = layer.token_adapter
+    return adapter.base_layer, dict(zip(adapter.token_indices["default"], adapter.trainable_tokens_delta["default"]))
+
+
+def _rows(layer, tokens):
+    """The rows (..., D) that some tokens have in an embedding or head."""
+    frozen, trained = _trained_rows(layer)
+    rows = F.embedding(tokens, frozen.weight)
+    for token, row in trained.items():
+        rows = torch.where((tokens == token)[..., None], row.to(rows.dtype), rows)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -626,8 +644,8 @@ def merge_rows(model):
     Else PEFT would copy the whole matrix in every decoding step, twice.
     """
     for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            module.merge()
+        if isinstance(module, TrainableTokensWrapper):
+            module.token_adapter.merge()
 
 
 def _outside_adapter(model, strategy):

@@ -14,6 +14,8 @@ from conftest import ROOT, greedy
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 from support import cli
@@ -224,23 +226,61 @@ def test_embeddings_of_other_weights_or_another_type_are_never_used(new_model, u
                for changed, embeddings in zip((model, other, half), found))  # fmt: skip
 
 
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors of a matrix' size that are made, views of others left out."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.size, self.bytes = matrix.numel(), 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **keywords or {})
+        known = {x.untyped_storage().data_ptr() for x in tree_flatten(arguments)[0] if isinstance(x, torch.Tensor)}
+        for made in tree_flatten(results)[0]:
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.bytes += made.nbytes * (made.numel() == self.size)
+        return results
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_the_control_tokens_enter_loss_and_gradient_as_in_pefts_own_layers(new_model, examples, dtype):
+def test_rows_of_the_control_tokens_enter_loss_and_gradient_as_in_pefts_own_layers_without_a_copy_of_the_matrix(
+    new_model, examples, monkeypatch, dtype
+):
     """PEFT puts the trained rows into a copy of the matrix, for the embedding and for the head tied to it."""
     model = new_model(dtype=dtype)
+    matrix = model.core.get_input_embeddings().token_adapter.base_layer.weight
     rows = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
     rows.data += torch.randn_like(rows)
+    for layer in (model.core.get_input_embeddings(), model.core.lm_head):
+        frozen, trained = models._trained_rows(layer)
+        assert frozen.weight is matrix and [*trained] == models.control_token_ids(model.tokenizer)
     batch = model.prepare(examples[:4])
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        ours = model(batch)
-        ours.backward()
-        gradient, rows.grad = rows.grad, None
-        model._embed_tokens, model._logits = model.core.get_input_embeddings(), model.core.lm_head
-        theirs = model(batch)
-        theirs.backward()
+    audio = model.embed(batch.recordings)
+    made = {}
+    for whose in ("ours", "PEFT's"):
+        if whose == "PEFT's":
+            monkeypatch.setattr(models, "_rows", lambda layer, tokens: layer(tokens))
+            monkeypatch.setattr(model, "_logits", lambda hidden: model.core.lm_head(hidden))
+        with Allocated(matrix) as made[whose]:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model.loss(batch, audio)
+            loss.backward()
+        made[whose].result, rows.grad = (loss.item(), rows.grad), None
+    assert made["ours"].bytes == 0 and made["PEFT's"].bytes >= 4 * matrix.nbytes  # two copies and two gradients
     exact = 1e-5 if dtype == "float32" else 0.02
-    assert ours.item() == pytest.approx(theirs.item(), rel=exact)
-    assert rows.grad.norm() > 0 and relative(gradient, rows.grad) < exact
+    (ours, gradient), (theirs, expected) = (m.result for m in made.values())
+    assert ours == pytest.approx(theirs, rel=exact)
+    assert expected.norm() > 0 and relative(gradient, expected) < exact
+
+
+def test_answers_of_a_model_that_still_trains_allocate_no_copy_of_the_matrix(new_model, utterances):
+    model = new_model().eval()
+    matrix = model.core.get_input_embeddings().token_adapter.base_layer.weight
+    audio = model.audio_embeddings(utterances[:2])
+    with Allocated(matrix) as made:
+        model.generate(utterances[:2], audio, "APA", 3)
+        model.score_distributions(utterances[:2], audio)
+    assert made.bytes == 0
 
 
 def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, examples):
