@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support import cli
 import prompts
+from support import cli
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor

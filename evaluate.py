@@ -26,11 +26,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import cli, files
 import data
 import metrics
 import prompts
 import tables
+from support import cli, files
 
 WINDOW = 8  # batches that are sorted by length together; outputs are written after each window
 SCORINGS = ("greedy", "expected")  # the paper's, and the expectation of each score's distribution

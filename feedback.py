@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support import cli
 import data
 import metrics
 import prompts
+from support import cli
 
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
 # Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted

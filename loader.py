@@ -11,6 +11,7 @@ positions, P audio placeholders of a micro-batch.
 """
 
 import hashlib
+import io
 import os
 import signal
 import sys
@@ -25,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-from support import cli
 import data
 import runtime
+from support import cli
 
 PREFETCHED = 2  # steps that each worker process prepares ahead
+SILENCE = 600  # seconds without a step after which workers are given up; one is prepared in a few
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class Recording:
     file: Path | None = None  # where the embeddings are to be kept
 
     def pin_memory(self):
-        """Pinned memory is copied to a GPU while it computes; DataLoader calls this."""
+        """Pinned memory is copied to a GPU while it computes."""
         pinned = {name: None if value is None else value.pin_memory()
                   for name, value in (("embeddings", self.embeddings), ("features", self.features))}  # fmt: skip
         return Recording(**pinned, file=self.file)
@@ -199,7 +201,8 @@ def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, proces
         prefetch_factor=PREFETCHED if workers else None,
         # forks start at once; others import torch first, in every epoch. macOS does not survive them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=_packed if workers else None,
+        timeout=SILENCE if workers else 0,
         worker_init_fn=_leave_signals_to_the_loop,
         generator=torch.Generator(),  # DataLoader draws a seed; not from the numbers that a resumed run goes on with
     )
@@ -213,9 +216,11 @@ def load_steps(examples, steps, micro_batch, prepare, workers, rank=None, proces
 def _raise_errors(loader):
     try:
         for step in loader:
+            step = torch.load(io.BytesIO(step), weights_only=False) if isinstance(step, bytes) else step
             if isinstance(step, Exception):
                 raise step
-            yield step
+            supervised, share = step
+            yield supervised, [batch.pin_memory() for batch in share] if torch.cuda.is_available() else share
     except RuntimeError as error:
         if not loader.num_workers:
             raise
@@ -223,6 +228,17 @@ def _raise_errors(loader):
             f"a worker process failed: {cli.first_line(error)} Perhaps memory is short, or shared memory (/dev/shm): "
             f"--workers 0 does without, and --resume goes on"
         ) from error
+
+
+def _packed(step):
+    """A step as bytes, which go through the queue's pipe.
+
+    A tensor that a worker hands over as such is a file descriptor until the step is done, some 200 a step: where they
+    run out, the queue's thread dies, and the loop would wait for ever.
+    """
+    buffer = io.BytesIO()
+    torch.save(step, buffer)
+    return buffer.getvalue()
 
 
 def _leave_signals_to_the_loop(worker):

@@ -37,7 +37,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,17 +50,18 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     BitsAndBytesConfig,
+    Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from support import cli, files
 import data
 import loader
 import prompts
 import runtime
+from support import cli, files
 
 transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
 transformers_logging.disable_progress_bar()
@@ -87,7 +90,10 @@ STRATEGIES = {  # paper 3.2; "full" is not in the paper
     "full": ("language model", *AUDIO_GROUPS),  # the control tokens' rows are part of the language model's embedding
 }
 
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
+UNMOVED = 1e-4  # share of a layer's norm; our choice: below a fortieth of what bfloat16 can tell apart
+SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
 # of files that are missing, do not fit, or are pickles with more in them than tensors
@@ -104,6 +110,7 @@ class SpeechModel(nn.Module):
         self.tokenizer = tokenizer
         self.extractor = extractor
         self.source = None  # (name, revision, speech adapter) that load_base was asked for
+        self.started_rows = []  # control tokens that load_base started from another row
         self.prepare = loader.Preparation(extractor, self.pad_id, self.audio_id)
 
     @property
@@ -444,7 +451,22 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.source = (name, revision, speech_adapter)
+    model.started_rows = _start_rows(network.get_input_embeddings().weight, tokenizer)
     return model
+
+
+def _start_rows(matrix, tokenizer):
+    """Start control tokens whose spare rows are next to nothing from the row of <|user|>; returns those tokens.
+
+    The model normalises a row before it is read, so the gradient of a row with a thousandth of the usual norm is a
+    thousand times the usual one: it would rule the clipped norm of every step. matrix: the embedding, (V, D).
+    """
+    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)  # (V,)
+    user = tokenizer.convert_tokens_to_ids(prompts.USER)
+    small = [token for token in control_token_ids(tokenizer) if norms[token] < SPARE * norms.median()]
+    for token in small:
+        matrix.data[token] = matrix.data[user].clone()
+    return tokenizer.convert_ids_to_tokens(small)
 
 
 def _nf4():
@@ -521,6 +543,29 @@ def _check_fit(weights, own):
 # Training: the adapter, and what of the model trains
 
 
+def memory_of_full(network):
+    """Bytes that training all weights takes, before activations: {what: bytes}. network: on any device, meta too."""
+    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES["full"]]
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    trained = sum(size for name, size in sizes.items() if any(re.search(pattern, name) for pattern in patterns))
+    return {
+        "weights, gradients and Adam's moments": 16 * trained,  # float32
+        "frozen weights": 2 * (sum(sizes.values()) - trained),  # bfloat16
+        "autocast's copies of the weights": 2 * trained,  # bfloat16, from a forward pass to its backward pass
+    }
+
+
+def check_memory(folder, memory):
+    """Stop before the weights are read when `--strategy full` cannot fit. memory: bytes that the GPU has."""
+    with torch.device("meta"):
+        parts = memory_of_full(Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_pretrained(folder)))
+    if sum(parts.values()) > memory:
+        listed = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
+        raise cli.InputError(f"--strategy full takes {sum(parts.values()) / 1e9:.1f} GB before activations ({listed}), "
+                             f"and the GPU has {memory / 1e9:.1f}: share them with torchrun --nproc-per-node N and "
+                             f"--shard, or use --strategy unfreeze")  # fmt: skip
+
+
 def add_adapter(model, rank, alpha, dropout):
     """Put the LoRA that is to be trained into the model: a fresh one, or the shipped one with "continue".
 
@@ -577,6 +622,48 @@ def shard(model):
         fully_shard(layer, **how)
     fully_shard(model, **how, ignored_params={p for p in model.parameters() if not p.requires_grad})
     register_fsdp_forward_method(model, "generate")
+
+
+@torch.no_grad()
+def moved(model):
+    """How far training has moved the layers that the adapter sits on, and the rows of the control tokens.
+
+    Returns {"adapter_moved": median over layers of |alpha/r (BA - B0 A0)| / |W|, "control_tokens_moved": mean over the
+    tokens of |row - row0| / |row0|}; B0 A0 is the shipped adapter where that is trained on ("continue"), else 0.
+    Empty for a model without an adapter.
+    """
+    if not isinstance(model.network, PeftModel):
+        return {}
+    start = _shipped_weights(model)
+    changes = []
+    for name, layer in model.core.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (side["default"].weight.double() for side in (layer.lora_A, layer.lora_B))  # (r, in), (out, r)
+            if start:
+                a0, b0 = (start[f"base_model.model.{name}.lora_{side}.weight"].to(a) for side in "AB")
+                a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+            change = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()  # |BA| without BA, which is as large as W
+            weight = dequantize_module_weight(layer.get_base_layer())
+            changes.append(layer.scaling["default"] * change / torch.linalg.vector_norm(weight, dtype=torch.float32))
+    tokens = model.core.get_input_embeddings().token_adapter
+    row, row0 = (rows["default"].float() for rows in (tokens.trainable_tokens_delta, tokens.trainable_tokens_original))
+    return {
+        "adapter_moved": torch.stack(changes).median().item(),
+        "control_tokens_moved": ((row - row0).norm(dim=1) / row0.norm(dim=1)).mean().item(),
+    }
+
+
+def _shipped_weights(model):
+    """The shipped adapter's weights where the adapter started from them, else None."""
+    name, _, speech_adapter = model.source
+    return load_file(Path(name) / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else None
+
+
+def describe_moved(moved):
+    """The dict of `moved` as a sentence."""
+    layers, rows = moved["adapter_moved"], moved["control_tokens_moved"]
+    warning = ": next to nothing, so it is still the model it started from" if layers < UNMOVED else ""
+    return f"the adapter has moved its layers by {layers:.2%} (median), the control tokens' rows by {rows:.2%}{warning}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import files
 import metrics
 import prompts
+from support import files
 
 SHOWN = 40  # utterances with the largest errors
 RAW = 400  # characters of an unparsed output

@@ -11,13 +11,18 @@ import random
 import resource
 import signal
 import sys
+import time
+import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import ConfigDict, PositiveInt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import cli, files
@@ -25,7 +30,42 @@ from support import cli, files
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
 CHECKPOINT_NAME = "step-????????.pt"
-CHECKPOINT_KEYS = {"step", "weights", "optimiser", "random", "settings", "corpus"}
+LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
+
+
+class Optimiser(files.Shape):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class Checkpoint(files.Shape):
+    """What a checkpoint holds; see save_checkpoint."""
+
+    step: PositiveInt
+    weights: dict[str, Any]  # of tensors
+    optimiser: Optimiser
+    random: list[dict[str, Any]]  # of each process
+    settings: dict[str, Any]
+    corpus: str
+
+
+class LogLine(files.Shape):
+    """What of a line of log.jsonl is read again."""
+
+    step: PositiveInt
+    loss: float
+    learning_rate: float
+
+
+class ValidationLine(files.Shape):
+    """What of a line of validation.jsonl is read again; the other numbers are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epoch: PositiveInt
+    best: bool
+    step: PositiveInt
+    loss: float
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,16 +108,24 @@ def update(optimiser, weights, loss, clip, not_finite):
 def start_processes():
     """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
 
-    Rank 0 alone prints: the standard output of the others is closed.
+    Rank 0 alone prints: the standard output of the others is closed. Where torchrun is killed its processes end.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     if cli.process_rank():
         sys.stdout = open(os.devnull, "w")
+
+
+def _end_with(launcher):
+    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_SEEN)
+    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
 
 
 def end_processes():
@@ -196,15 +244,16 @@ def read_checkpoint(path):
 
     Raises InputError when the file is not a whole checkpoint; it names the one before it.
     """
+    older = [file for file in checkpoints(path.parent) if file.name < path.name]
+    way = f"the one before it: --resume {older[-1]}" if older else "there is no older one"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a checksum of each tensor, and torch.load reads none
+            if spoilt := archive.testzip():
+                raise ValueError(f"the checksum of {spoilt} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state.keys() != CHECKPOINT_KEYS:
-            raise ValueError("other keys than a checkpoint's")
+        files.check(Checkpoint, state, path)
     except Exception as error:  # torch raises many kinds for what is not its own file
-        older = [file for file in checkpoints(path.parent) if file.name < path.name]
-        way = f"the one before it: --resume {older[-1]}" if older else "there is no older one"
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is cut off, or not a checkpoint of train.py"
-        raise cli.InputError(f"checkpoint {path} {what}; {way}") from error
+        raise cli.InputError(f"checkpoint {path} is cut off, damaged, or not one of train.py; {way}") from error
     return state
 
 
@@ -257,8 +306,9 @@ def open_log(path, step):
     if cli.process_rank():
         yield open(os.devnull, "w")
         return
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    lines = files.read_text(path).splitlines() if path.exists() else []
+    known = files.read_lines(path, LogLine, cut_off=True) if path.exists() else []
+    kept = [line for line, values in zip(lines, known) if values.step <= step]
     with files.whole(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))
     with open(path, "a") as file:

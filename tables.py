@@ -7,9 +7,9 @@ import json
 import math
 import statistics
 
-from support import cli
 import metrics
 import prompts
+from support import cli
 
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.

@@ -36,9 +36,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from support import cli
 import data
 import prompts
+from support import cli
 
 LEXICON = {
     "WE": "W IY",

@@ -19,31 +19,44 @@ import os
 import random
 import shutil
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support import cli, files
 import data
 import loader
 import metrics
 import model as models
 import prompts
 import runtime
+from support import cli, files
 
 FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
 # What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
 MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "max_tokens", "patience",
               "track", "data", "data_revision", "audio_cache", "workers", "compile")  # fmt: skip
+# What a run writes into --output
+WRITTEN = ("settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints/step-*.pt")
 ESTIMATE_AFTER = 10  # steps
 COMPILERS = ("g++", "clang++", "c++")
 VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
+
+
+class RunSettings(files.Shape):
+    """What tells that a settings.json is a run's."""
+
+    strategy: str
+    speech_adapter: str
+    epochs: PositiveInt
+    seed: int
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each declared once, shown by --help, printed, and saved beside the adapter
@@ -115,7 +128,8 @@ def parse_settings():
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--compile", action="store_true", help="join a layer's small operations with torch.compile: faster and smaller "
         "after a minute or two, last digits differ")  # fmt: skip
-    add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2)")
+    add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2); "
+        "--validation then gives the loss alone")  # fmt: skip
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=cli.seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
@@ -188,22 +202,29 @@ def conflicts(settings, given):
 
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
-    given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
-    checkpoint = choose_checkpoint(settings)
+    choose_checkpoint(settings)  # what is wrong here is said at once, and looked at again when nobody else can write
     models.check_model(settings.model)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
-    corpus = data.fingerprint(utterances)
-    state = read_state(checkpoint, given, corpus) if checkpoint else None
-    utterances, held_out = split(utterances, settings)
-    plan = batch_arithmetic(len(utterances) * len(prompts.TASKS), settings)
-    files.make_folder(settings.output, "--output")
-    files.make_folder(settings.audio_cache, "--audio-cache")
+    chosen, held_out = split(utterances, settings)
+    plan = batch_arithmetic(len(chosen) * len(prompts.TASKS), settings)
+    with files.lock(settings.output, "train", "--output"):
+        files.make_folder(settings.audio_cache, "--audio-cache")
+        run(settings, chosen, held_out, plan, data.fingerprint(utterances))
 
+
+def run(settings, chosen, held_out, plan, corpus):
+    """The part of a run that writes into --output.
+
+    chosen, held_out: utterances to train and to validate on; plan: of batch_arithmetic; corpus: its fingerprint.
+    """
+    given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
+    checkpoint = choose_checkpoint(settings)
+    state = read_state(checkpoint, given, corpus) if checkpoint else None
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
     model = build_model(settings)
-    examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (utterances, held_out))
+    examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (chosen, held_out))
     record = record_settings(settings)
 
     # From here on each process has random numbers of its own: dropout differs, the weights do not
@@ -218,49 +239,50 @@ def train(settings):
     started = saved = time.perf_counter()
     durations = []  # seconds of each step
     model.train()
-    with (ExitStack() as loaders, runtime.StopRequest() as stop,
-          runtime.open_log(settings.output / "log.jsonl", step) as log,
+    with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
           runtime.tracker(settings.track, settings.output, record, step) as track,
           tqdm(total=plan["steps"], initial=step, unit="step", disable=cli.process_rank() > 0) as bar):  # fmt: skip
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
             order = data.epoch_steps(len(examples), plan["step_size"], settings.seed, epoch)
             left = order[len(order) - (last_step - step) :]
-            prepared = loaders.enter_context(
-                loader.load_steps(examples, left, settings.micro_batch, model.prepare, settings.workers)
-            )
-            for _ in left:
-                # Learning rate: a function of the step alone
-                rate = runtime.learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
+            # Worker processes end with their epoch
+            with loader.load_steps(examples, left, settings.micro_batch, model.prepare, settings.workers) as prepared:
+                for _ in left:
+                    # Learning rate: a function of the step alone
+                    rate = runtime.learning_rate(step, plan["steps"], settings.learning_rate, plan["warmup"])
+                    for group in optimiser.param_groups:
+                        group["lr"] = rate
 
-                step_started = time.perf_counter()
-                supervised, share = next(prepared)
-                step += 1
-                numbers = train_step(distributed, weights, optimiser, supervised, share, step, settings)
-                durations.append(time.perf_counter() - step_started)
+                    step_started = time.perf_counter()
+                    supervised, share = next(prepared)
+                    step += 1
+                    numbers = train_step(distributed, weights, optimiser, supervised, share, step, settings)
+                    durations.append(time.perf_counter() - step_started)
 
-                # Log
-                line = {"step": step, "epoch": epoch, "learning_rate": rate, **numbers, "seconds": durations[-1],
-                        "tokens_per_second": numbers["tokens"] / durations[-1],
-                        "memory_gb": runtime.peak_memory()}  # fmt: skip
-                print(json.dumps(line), file=log, flush=True)
-                track(step, line)
-                bar.update()
-                bar.set_postfix_str(progress(line))
-                if len(durations) == ESTIMATE_AFTER and step < plan["steps"]:
-                    bar.write(estimate(sum(durations), plan["steps"] - step))
+                    # Log
+                    moved = models.moved(model) if step == last_step else {}
+                    line = {"step": step, "epoch": epoch, "learning_rate": rate, **numbers, "seconds": durations[-1],
+                            "tokens_per_second": numbers["tokens"] / durations[-1],
+                            "memory_gb": runtime.peak_memory(), **moved}  # fmt: skip
+                    print(json.dumps(line), file=log, flush=True)
+                    track(step, line)
+                    bar.update()
+                    bar.set_postfix_str(progress(line))
+                    if moved:
+                        bar.write(f"epoch {epoch}: {models.describe_moved(moved)}")
+                    if len(durations) == ESTIMATE_AFTER and step < plan["steps"]:
+                        bar.write(estimate(sum(durations), plan["steps"] - step))
 
-                # Checkpoint; the clock is rank 0's, and a signal to one process stops all
-                overdue = cli.process_rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
-                stopping, due = runtime.total(stop.name is not None, overdue)
-                if stopping or due or step == last_step:
-                    save(step)
-                    saved = time.perf_counter()
-                if stopping:
-                    bar.write(f"stopped after step {step}, which is saved: the same command with --resume goes on")
-                    return
+                    # Checkpoint; the clock is rank 0's, and a signal to one process stops all
+                    overdue = cli.process_rank() == 0 and time.perf_counter() - saved > 60 * settings.save_minutes
+                    stopping, due = runtime.total(stop.name is not None, overdue)
+                    if stopping or due or step == last_step:
+                        save(step)
+                        saved = time.perf_counter()
+                    if stopping:
+                        bar.write(f"stopped after step {step}, which is saved: the same command with --resume goes on")
+                        return
 
             # The end of an epoch. A run that is stopped in here comes here again when it is resumed.
             models.save_trained(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
@@ -319,13 +341,24 @@ def plain(settings):
 
 
 def choose_checkpoint(settings):
-    """The file to go on from, or None for a run from the start. Raises InputError when --output holds a run."""
-    run, found = settings.output, runtime.checkpoints(settings.output / "checkpoints")
-    if not settings.resume:
-        if (run / "log.jsonl").exists():
-            raise cli.InputError(f"{run} holds a run already: --resume goes on with it, another --output leaves it be")
+    """The file to go on from, or None for a run from the start. Raises InputError when --output holds something else.
+
+    That is, without --resume any file of a run, and with it files of these names that train.py did not write.
+    """
+    run = settings.output
+    there = [path for name in WRITTEN for path in sorted(run.glob(name))] if run.is_dir() else []
+    found = [path for path in there if path.parent != run]
+    if there and not settings.resume:
+        raise cli.InputError(f"{there[0]} is there already: --resume goes on with the run in {run}, another --output "
+                             f"leaves it be")  # fmt: skip
+    if there:
+        files.read_json(run / "settings.json", RunSettings)
+    if settings.resume is None:
         return None
     if settings.resume != "newest":
+        if not Path(settings.resume).is_file():
+            raise cli.InputError(f"checkpoint {settings.resume} is missing; {run} has "
+                                 f"{', '.join(map(str, found)) or 'none'}")  # fmt: skip
         return Path(settings.resume)
     if not found:
         print(f"no checkpoint in {run}/checkpoints: the run begins at the start")
@@ -386,6 +419,8 @@ def batch_arithmetic(examples, settings):
 
 def build_model(settings):
     """The model with what is to be trained; prints what trains."""
+    if settings.strategy == "full" and not settings.shard and torch.cuda.is_available():
+        models.check_memory(settings.model, torch.cuda.get_device_properties(0).total_memory)
     model = models.load_base(
         settings.model,
         settings.revision,
@@ -403,6 +438,8 @@ def build_model(settings):
         model.compile_layers()
     if settings.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    for token in model.started_rows:
+        print(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"model: {total:,} parameters on {model.device}, attention {settings.attention}; trained: "
           + ", ".join(f"{group} {count:,}" for group, count in counts.items()))  # fmt: skip
@@ -514,7 +551,10 @@ def estimate(seconds, left):
 
 @torch.no_grad()
 def validate(model, examples, settings):
-    """Loss per supervised token and the metrics on held-out speakers; together."""
+    """Loss per supervised token and the metrics on held-out speakers; together.
+
+    Under --shard the loss alone: all processes would have to write every answer, and gather each layer for each token.
+    """
     # Under --shard the processes have to compute the same, because each layer's weights come from all of them
     rank, processes = (0, 1) if settings.shard else (cli.process_rank(), runtime.processes())
     step_size = settings.batch_size * settings.accumulation
@@ -527,7 +567,7 @@ def validate(model, examples, settings):
             for count, share in prepared:
                 supervised += count
                 loss += sum(float(model(micro_batch)) for micro_batch in share)
-        share = examples.utterances[rank::processes]
+        share = [] if settings.shard else examples.utterances[rank::processes]
         for start in range(0, len(share), settings.micro_batch):
             batch = share[start : start + settings.micro_batch]
             audio = model.audio_embeddings(batch)
@@ -536,10 +576,11 @@ def validate(model, examples, settings):
                 for utterance, (text, *_) in zip(batch, texts, strict=True):
                     pairs[task].append((prompts.parse_output(task, text), data.reference(utterance, task)))
     model.train()
-    if not settings.shard:
-        (loss,) = runtime.total(loss)
-        parts = runtime.gather(pairs)
-        pairs = {task: sum((part[task] for part in parts), []) for task in prompts.TASKS}
+    if settings.shard:
+        return {"loss": loss / supervised}
+    (loss,) = runtime.total(loss)
+    parts = runtime.gather(pairs)
+    pairs = {task: sum((part[task] for part in parts), []) for task in prompts.TASKS}
     numbers, _ = metrics.summarise(pairs["APA"], pairs["MDD"])
     return {"loss": loss / supervised} | {key: None if math.isnan(value) else value for key, value in numbers.items()}
 
@@ -552,7 +593,7 @@ def best_epoch(validated):
 def record_validated(output, validated):
     """Print the newest validation result and write them all to validation.jsonl, the best one marked."""
     best, (epoch, numbers) = best_epoch(validated), list(validated.items())[-1]
-    shown = [f"{name} {numbers[key]:.3f}" for name, key in VALIDATION_SHOWN.items() if numbers[key] is not None]
+    shown = [f"{name} {numbers[key]:.3f}" for name, key in VALIDATION_SHOWN.items() if numbers.get(key) is not None]
     verdict = "the best so far" if epoch == best else f"epoch {best} is the best so far"
     tqdm.write(f"epoch {epoch} on held-out speakers: {' '.join(shown)}; {verdict}")
     lines = [{"epoch": epoch, "best": epoch == best, **numbers} for epoch, numbers in validated.items()]
@@ -563,8 +604,8 @@ def record_validated(output, validated):
 def read_validated(output, step):
     """Validation results up to the step that a run goes on from, as {epoch: numbers}; together."""
     path = output / "validation.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    validated = {line.pop("epoch"): line for line in lines if line.pop("best") is not None and line["step"] <= step}
+    lines = files.read_lines(path, runtime.ValidationLine) if path.exists() else []
+    validated = {line.epoch: line.model_dump(exclude={"epoch", "best"}) for line in lines if line.step <= step}
     return runtime.gather(validated)[0]
 
 

@@ -22,11 +22,11 @@ from workload import clock
 # isort: split
 import torch
 
-from support import cli
 import data
 import model as models
 import prompts
 import runtime
+from support import cli
 
 ALL = 2500  # utterances of the test part
 

@@ -26,12 +26,12 @@ from workload import clock
 import numpy as np
 import torch
 
-from support import cli
 import data
 import loader
 import model as models
 import runtime
 import train
+from support import cli
 
 SIZES = (250, 1_000, 5_000, 50_000)
 STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, models.default_workers(), 0  # as in train.py

@@ -30,12 +30,12 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from support import cli
 import data
 import loader
 import model as models
 import runtime
 import train
+from support import cli
 
 STEP = 64  # examples, each of another utterance; paper 4.2
 MICRO_BATCH, RATE, CLIP = 8, 2e-5, 1.0  # paper 4.2; clipping as in train.py

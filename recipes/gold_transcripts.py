@@ -63,10 +63,10 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # isort: split
-from support import cli, files
 import data
 import metrics
 import runtime
+from support import cli, files
 
 transformers_logging.set_verbosity_error()  # Recogniser checks for itself that no weight is missing
 transformers_logging.disable_progress_bar()

@@ -42,9 +42,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # isort: split
-from support import cli, files
 import metrics
 import runtime
+from support import cli, files
 
 # Columns of a frame, in this order: 33 pose, 2 x 21 hand and 468 face points with x, y, z (document), then 3 x 1629
 # values that the document calls temporal: velocity, acceleration, and by the public code the raw values once more.

@@ -51,10 +51,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # isort: split
-from support import cli, files
 import data
 import metrics
 import runtime
+from support import cli, files
 
 transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
 transformers_logging.disable_progress_bar()

@@ -11,10 +11,10 @@ import pytest
 import soundfile
 from transformers import Phi4MultimodalFeatureExtractor
 
-from support import cli
 import data
 import prompts
 import tiny
+from support import cli
 
 
 def sound(wave, rate=data.SAMPLE_RATE, subtype="FLOAT"):

@@ -7,13 +7,13 @@ import pytest
 from conftest import ROOT, greedy, script
 from processes import Process
 
-from support import cli
 import data
 import evaluate
 import metrics
 import model as models
 import prompts
 import tables
+from support import cli
 
 METRIC_KEYS = {f"{name}_{kind}" for name in prompts.SCORES for kind in ("pcc", "pvalue", "mae")} | {
     "wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_precision",

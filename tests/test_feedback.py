@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from support import cli
 import data
 import feedback
 import prompts
+from support import cli
 
 
 def speech(seconds=1.0, rate=data.SAMPLE_RATE, amplitude=0.3):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
 
-from support import cli
 import data
+from support import cli
 
 sys.path.append(str(ROOT / "recipes"))
 

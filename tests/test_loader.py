@@ -8,10 +8,10 @@ import pytest
 import torch
 from processes import Process
 
-from support import cli
 import data
 import loader
 import runtime
+from support import cli
 
 
 @pytest.fixture

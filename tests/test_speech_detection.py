@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-from support import cli
 import data
 import runtime
 import tiny
+from support import cli
 
 sys.path.append(str(ROOT / "recipes"))
 

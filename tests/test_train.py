@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from support import cli
 import data
 import evaluate
 import model as models
 import prompts
 import runtime
 import train
+from support import cli
 
 
 def settings(monkeypatch, *arguments):
@@ -466,7 +466,7 @@ def test_the_same_seed_gives_the_same_weights(monkeypatch, checkpoint, corpus, t
 
 def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     code, text = Process("train", ["--model", checkpoint, "--data", corpus], run[0]).wait()
-    assert code == 2 and "out holds a run already: --resume goes on with it, another --output leaves it be" in text
+    assert code == 2 and "out/settings.json is there already: --resume goes on" in text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -554,7 +554,7 @@ def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message
     (["--model", ROOT / "tests"], "holds no checkpoint"),
     (["--output", Path(__file__) / "out"], "cannot write into"),
     (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers leaves none to train on"),
-    (["--resume", "nowhere.pt"], "checkpoint nowhere.pt is missing; there is no older one"),
+    (["--resume", "nowhere.pt"], "checkpoint nowhere.pt is missing; out has none"),
     (["--model", "tiny/nowhere"], "tiny/nowhere (not a folder here, so one from the hub) needs a CUDA GPU"),
 ])  # fmt: skip
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(
