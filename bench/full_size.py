@@ -12,6 +12,7 @@ defaults, and says how many hours its three epochs would take.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,8 @@ def write_shards(folder, weights):
     index = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{SHARDS:05}.safetensors"
-        save_file({name: random_weight(name, weight) for name, weight in shard.items()}, folder / file, {"format": "pt"})
+        values = {name: random_weight(name, weight) for name, weight in shard.items()}
+        save_file(values, folder / file, {"format": "pt"})
         index |= dict.fromkeys(shard, file)
     content = {"metadata": {"total_size": 2 * total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
@@ -158,11 +160,16 @@ def write_inputs(folder, shape, utterances):
 
 
 def run(script, arguments, stop_at=None):
-    """Seconds and peak memory of a script; it is killed once a file matches stop_at, (folder, pattern)."""
-    started, stopped = time.perf_counter(), False
+    """Seconds and peak memory of a script; it is killed once a file matches stop_at, (folder, pattern).
+
+    `peak_gb` counts what is mapped from the checkpoint as well, which the system drops when memory is short and reads
+    again; `peak_own_gb` does not.
+    """
+    started, stopped, own = time.perf_counter(), False, 0.0
     command = [sys.executable, "-c", LAUNCHER, script, *map(str, arguments)]
     process = subprocess.Popen(command, cwd=workload.BENCH.parent, stdout=subprocess.DEVNULL)  # tables of no meaning
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        own = max(own, own_memory(process.pid))
         if stop_at and not stopped and any(stop_at[0].glob(stop_at[1])):
             process.kill()
             stopped = True
@@ -173,7 +180,15 @@ def run(script, arguments, stop_at=None):
         killed = ", killed, as where memory is short" if process.returncode == -signal.SIGKILL else ""
         raise cli.RunError(f"{' '.join(command[3:])} ended with {process.returncode}{killed}")
     kilobyte = 1 if sys.platform == "darwin" else 1024  # a Mac counts in bytes
-    return {"seconds": time.perf_counter() - started, "peak_gb": usage.ru_maxrss * kilobyte / 1e9}
+    peak = usage.ru_maxrss * kilobyte / 1e9
+    return {"seconds": time.perf_counter() - started, "peak_gb": peak, "peak_own_gb": own}
+
+
+def own_memory(process):
+    """GB that a process holds beside what it maps from files; 0 where the system does not tell."""
+    status = Path(f"/proc/{process}/status")
+    found = re.search(r"RssAnon:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 
 def train(case, folder, output, *more, stop_at=None):
@@ -183,7 +198,7 @@ def train(case, folder, output, *more, stop_at=None):
     figures = run("train.py", [*where, *TRAINING[kind()], *CASES[case], *more], stop_at)
     steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     if kind() == "cuda":
-        figures["peak_gb"] = max(step["memory_gb"] for step in steps)
+        figures = {"seconds": figures["seconds"], "peak_gb": max(step["memory_gb"] for step in steps)}
     seconds = [step["seconds"] for step in steps]
     return figures | {"step": mean(seconds[WARM:] or seconds[-1:]), "loss": steps[-1]["loss"]}
 
@@ -198,8 +213,8 @@ def measure(case, folder):
     else:
         figures["train.py"] = train(case, folder, output)
     figures["evaluate.py"] = run("evaluate.py", ["--adapter", output, *EVALUATION[kind()]])
-    if kind() == "cuda":
-        del figures["evaluate.py"]["peak_gb"]  # the process', not the GPU's
+    if kind() == "cuda":  # the process' memory is not the GPU's
+        figures["evaluate.py"] = {"seconds": figures["evaluate.py"]["seconds"]}
     shutil.rmtree(output)
     return figures
 

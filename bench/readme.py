@@ -97,13 +97,13 @@ def full_size(result):
     rows, hours = [], []
     for case, processes in result["cases"].items():
         for name, figures in processes.items():
-            columns = [f"{figures[key]:.{digits}f}" if key in figures else ""
-                       for key, digits in (("seconds", 0), ("step", 1), ("peak_gb", 1), ("loss", 2))]  # fmt: skip
+            digits = {"seconds": 0, "step": 0, "peak_gb": 1, "peak_own_gb": 1, "loss": 2}
+            columns = [f"{figures[key]:.{number}f}" if key in figures else "" for key, number in digits.items()]
             rows.append([case, name, *columns])
             if "cuda" in result["benchmark"] and name == "train.py":
                 hours.append(f"{case} {STEPS * figures['step'] / HOUR:.1f}")
     told = f"\n\nHours for three epochs of 5,000 examples at these rates: {', '.join(hours)}." if hours else ""
-    return table(["case", "process", "seconds", "of them a step", "peak GB", "loss"], rows) + told
+    return table(["case", "process", "seconds", "of them a step", "peak GB", "without mapped, GB", "loss"], rows) + told
 
 
 def write_tables():
