@@ -355,9 +355,11 @@ class SpeechModel(nn.Module):
 
 def _trained_rows(layer):
     """An embedding or head as it is frozen, and {token: row (D,)} of what PEFT trains of it and has not merged."""
-    if not isinstance(layer, TrainableTokensWrapper) or layer.token_adapter.merged:
+    if not isinstance(layer, TrainableTokensWrapper):
         return layer, {}
     adapter = layer.token_adapter
+    if adapter.merged:
+        return adapter.base_layer, {}  # not the wrapper, whose `weight` is a copy even then
     return adapter.base_layer, dict(zip(adapter.token_indices["default"], adapter.trainable_tokens_delta["default"]))
 
 

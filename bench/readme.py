@@ -92,10 +92,25 @@ def scaling(result):
                   "held at the end, GB", "peak, GB"], rows)  # fmt: skip
 
 
+def full_size(result):
+    """Seconds and peak memory of each process, and on a GPU the hours that the paper's run would take."""
+    rows, hours = [], []
+    for case, processes in result["cases"].items():
+        for name, figures in processes.items():
+            digits = {"seconds": 0, "step": 0, "peak_gb": 1, "peak_own_gb": 1, "loss": 2}
+            columns = [f"{figures[key]:.{number}f}" if key in figures else "" for key, number in digits.items()]
+            rows.append([case, name, *columns])
+            if "cuda" in result["benchmark"] and name == "train.py":
+                hours.append(f"{case} {STEPS * figures['step'] / HOUR:.1f}")
+    told = f"\n\nHours for three epochs of 5,000 examples at these rates: {', '.join(hours)}." if hours else ""
+    return table(["case", "process", "seconds", "of them a step", "peak GB", "without mapped, GB", "loss"], rows) + told
+
+
 def write_tables():
     """Put a table of every result between its marks in the README."""
     text = README.read_text()
-    for name, describe in (("train_step", train_step), ("evaluate", evaluate), ("scaling", scaling)):
+    for describe in (train_step, evaluate, scaling, full_size):
+        name = describe.__name__
         parts = []
         results = [json.loads(path.read_text()) for path in (workload.BENCH / "results").glob(f"{name}-*.json")]
         for result in sorted(results, key=lambda result: (list(MODELS).index(result["model"]), result.get("batch", 0))):

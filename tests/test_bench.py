@@ -1,11 +1,15 @@
 """That the benchmarks compare like with like. How fast anything is, is not tested."""
 
 import json
+import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import Process
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "bench"))
@@ -13,6 +17,8 @@ sys.path.append(str(ROOT / "bench"))
 import data
 import loader
 import model as models
+import prompts
+from support import cli
 
 
 def imported(name):
@@ -25,8 +31,8 @@ def imported(name):
     return module
 
 
-workload, train_step, evaluation, scaling, readme = map(
-    imported, ("workload", "train_step", "evaluate", "scaling", "readme")
+workload, train_step, evaluation, scaling, readme, full_size = map(
+    imported, ("workload", "train_step", "evaluate", "scaling", "readme", "full_size")
 )
 STEP = 8  # examples, where a benchmark has 64
 
@@ -129,6 +135,88 @@ def test_a_repeated_corpus_is_read_trained_on_and_embedded(noise, tmp_path, monk
     assert len(set(written)) >= 20 and 0 < figures["started_gb"] <= figures["peak_gb"]
 
 
+TINY = workload.SCALED | {"num_hidden_layers": 2}  # where the full-size benchmark has workload.FULL
+
+
+@pytest.fixture(scope="module")
+def tiny_full(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full_size, "RANK", 4)
+        full_size.write_inputs(folder, TINY, 2)
+    return folder
+
+
+def test_the_full_size_checkpoint_has_the_real_numbers_of_weights_and_the_real_ids():
+    config, weights, lora, adapter = full_size.new_weights(workload.FULL)
+    assert sum(weight.numel() for weight in adapter.values()) == 461_373_440
+    # 5,574.5 million are reported, with 830.5 million in speech and vision adapter
+    assert sum(weight.numel() for weight in weights.values()) / 1e6 == pytest.approx(5574.5 - 830.5, abs=0.1)
+    ids = full_size.SPECIAL_TOKENS
+    assert config.audio_config.audio_token_id == ids["<|endoftext11|>"]
+    assert config.eos_token_id == [ids["<|endoftext|>"], ids[prompts.END]] and config.vocab_size == full_size.VOCABULARY
+
+
+def test_the_written_checkpoint_is_loaded_whole_with_the_control_tokens_in_spare_rows(tiny_full):
+    shards = sorted((tiny_full / "model").glob("model-*.safetensors"))
+    assert len(shards) == 5 and max(f.stat().st_size for f in shards) < 2 * min(f.stat().st_size for f in shards)
+    model = models.load_base(str(tiny_full / "model"), None, "bfloat16", "sdpa", "merge")  # refuses missing weights
+    last = max(full_size.SPECIAL_TOKENS.values()) - full_size.VOCABULARY + workload.VOCABULARY
+    assert models.control_token_ids(model.tokenizer) == [last + 1, last + 2]
+    ids = model.tokenizer.encode(prompts.PROMPTS["APA"])
+    assert len(ids) > 500 and max(ids) < last - 30  # the real one has 568 with the turn tokens
+
+
+@pytest.mark.parametrize("case", full_size.CASES)
+def test_every_full_size_case_is_trained_and_evaluated(case, tiny_full, tmp_path, monkeypatch):
+    printed = {}
+
+    def forked(script, arguments, stop_at=None):
+        process = Process(script.removesuffix(".py"), arguments, tmp_path)
+        while stop_at and not any(stop_at[0].glob(stop_at[1])) and process.process.is_alive():
+            time.sleep(0.01)
+        if stop_at:
+            process.signal(signal.SIGKILL)
+        code, text = process.wait()
+        assert code == 0 or stop_at, text
+        printed[len(printed)] = text
+        return {"seconds": 1.0, "peak_gb": 1.0}
+
+    monkeypatch.setattr(full_size, "run", forked)
+    figures = full_size.measure(case, tiny_full)
+    assert figures.keys() == {"train.py", "evaluate.py"} or "resumed after step 1" in printed[1]
+    assert all("loss" in numbers for name, numbers in figures.items() if name.startswith("train.py"))
+    assert not (tiny_full / "run").exists()
+
+
+def test_a_script_is_measured_and_killed_once_its_file_is_there(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time\nhalf = bytearray(b'1' * 500_000_000)\nopen(sys.argv[1], 'w')\ntime.sleep(60)")
+    figures = full_size.run(script, [tmp_path / "step-1.pt"], stop_at=(tmp_path, "step-*.pt"))
+    assert figures["seconds"] < 50 and 0.5 < figures["peak_own_gb"] <= figures["peak_gb"] < 5
+
+
+def test_a_script_that_fails_ends_the_benchmark(monkeypatch):
+    monkeypatch.setattr(full_size, "LAUNCHER", "raise SystemExit(3)")
+    with pytest.raises(cli.RunError, match="train.py --rank 7 ended with 3"):
+        full_size.run("train.py", ["--rank", 7])
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(full_size.shutil, "disk_usage", lambda folder: SimpleNamespace(free=17e9))
+    with pytest.raises(cli.InputError, match="17.0 GB.*17.8 GB"):
+        full_size.write_inputs(tmp_path, workload.FULL, 2)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_hours_are_those_of_the_papers_steps():
+    figures = {"seconds": 100.0, "step": 10.0, "peak_gb": 40.0, "loss": 12.0}
+    case = {"train.py": figures, "evaluate.py": {"seconds": 5.0}}
+    result = {"benchmark": "full_size-cuda", "cases": {"lora": case}}
+    assert "lora 0.7" in readme.full_size(result)  # 234 steps of 10 s
+    assert "lora 0" not in readme.full_size(result | {"benchmark": "full_size-cpu"})
+
+
 def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     text = readme.README.read_text()
     copy = tmp_path / "README.md"
@@ -137,4 +225,4 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     readme.write_tables()
     assert copy.read_text() == text
     names = {json.loads(path.read_text())["benchmark"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    assert {name.split("-")[0] for name in names} == {"train_step", "evaluate", "scaling"}
+    assert {name.split("-")[0] for name in names} == {"train_step", "evaluate", "scaling", "full_size"}

@@ -299,8 +299,11 @@ def test_rows_of_the_control_tokens_enter_loss_and_gradient_as_in_pefts_own_laye
     assert expected.norm() > 0 and relative(gradient, expected) < exact
 
 
-def test_answers_of_a_model_that_still_trains_allocate_no_copy_of_the_matrix(new_model, utterances):
+@pytest.mark.parametrize("merged", [False, True])
+def test_answers_allocate_no_copy_of_the_matrix_while_the_model_trains_and_after(new_model, utterances, merged):
     model = new_model().eval()
+    if merged:
+        models.merge_rows(model)
     matrix = model.core.get_input_embeddings().token_adapter.base_layer.weight
     audio = model.audio_embeddings(utterances[:2])
     with Allocated(matrix) as made:
