@@ -38,7 +38,6 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,7 +52,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from support import cli, files
+from support import cli, files, hub
 import data
 import loader
 import prompts
@@ -65,6 +64,10 @@ transformers_logging.disable_progress_bar()
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
+WEIGHTS = "model*.safetensors"
+MODEL_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json",
+               WEIGHTS, f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]  # fmt: skip
 SPEECH_ADAPTERS = ("merge", "continue", "none")
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
@@ -101,7 +104,7 @@ class SpeechModel(nn.Module):
         self.network = network  # Phi4MultimodalForCausalLM, or a PeftModel around it
         self.tokenizer = tokenizer
         self.extractor = extractor
-        self.source = None  # (name, revision, speech adapter) that load_base was asked for
+        self.source = None  # (folder, commit at the hub, speech adapter) of load_base
         self.prepare = loader.Preparation(extractor, self.pad_id, self.audio_id)
 
     @property
@@ -349,19 +352,20 @@ def _trained_rows(layer):
 # Loading
 
 
-def check_model(name):
-    """Stop before anything slow has started: a folder without a checkpoint, or 5.6 billion parameters without a GPU."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise cli.InputError(f"model folder {name} holds no checkpoint: there is no config.json in it")
-    if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
-        return
-    if not torch.cuda.is_available():
-        kind = "" if folder.is_dir() or name == HUB_MODEL else " (not a folder here, so one from the hub)"
+def check_model(name, revision):
+    """Stop before anything slow has started: no checkpoint, or 5.6 billion parameters without a GPU.
+
+    Nothing large is fetched. Returns the commit that `revision` of a hub id names, None for a folder.
+    """
+    folder, commit = hub.fetch(name, revision, "model", ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise cli.InputError(f"model {name} holds no checkpoint: there is no config.json in it")
+    if not torch.cuda.is_available() and hub.size(name, commit, "model", WEIGHTS) > LARGEST_CPU_MODEL:
         raise cli.InputError(
-            f"{name}{kind} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
+            f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
             f"or use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
         )
+    return commit
 
 
 def default_dtype():
@@ -382,23 +386,23 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    source = {"revision": revision} if not Path(name).is_dir() else {}
+    folder, commit = hub.fetch(name, revision, "model", MODEL_FILES)
     try:
         # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
         # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
         # pretraining (transformers issue 45920).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source)
-        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
-            name,
+            folder,
             dtype=getattr(torch, dtype),
             # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
             attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
             quantization_config=_nf4() if quantize else None,
             use_safetensors=True,
             output_loading_info=True,
-            **source,
         )
+        network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
         if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
             raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
         if quantize:
@@ -406,14 +410,14 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
         else:
             network = network.to("cuda" if torch.cuda.is_available() else "cpu")
         if speech_adapter == "merge" and quantize:
-            network = _with_speech_adapter(network, name, revision, FROZEN_SPEECH, lora_dropout=0.0)
+            network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
             for key, parameter in network.named_parameters():
                 if ".lora_" in key:
                     parameter.data = parameter.data.to(getattr(torch, dtype))
         elif speech_adapter == "merge":
-            network = _with_speech_adapter(network, name, revision).merge_and_unload()
+            network = _with_speech_adapter(network, folder).merge_and_unload()
     except LOADING_ERRORS as error:
-        at = f" (revision {revision})" if source else ""
+        at = f" (revision {revision})" if commit else ""
         raise cli.InputError(f"model {name!r}{at} cannot be loaded: {cli.first_line(error)}") from error
 
     for token in prompts.TURN_TOKENS:
@@ -425,7 +429,7 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
         raise cli.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
-    model.source = (name, revision, speech_adapter)
+    model.source = (folder, commit, speech_adapter)
     return model
 
 
@@ -460,17 +464,21 @@ def control_token_ids(tokenizer):
     return tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
 
 
-def _with_speech_adapter(network, name, revision, adapter_name="default", **changes):
+def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    source = {"subfolder": SPEECH_ADAPTER} | ({"revision": revision} if not Path(name).is_dir() else {})
-    config = LoraConfig.from_pretrained(name, **source)
+    config = _read_config(folder / SPEECH_ADAPTER)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
-    weights = load_peft_weights(name, device="cpu", **source)
+    weights = load_file(folder / SPEECH_ADAPTER / "adapter_model.safetensors")
     _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
+
+
+def _read_config(folder):
+    """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
+    return LoraConfig.from_pretrained(folder.absolute())
 
 
 def _attach(network, config):
@@ -508,11 +516,11 @@ def add_adapter(model, rank, alpha, dropout):
 
     rank, alpha and dropout are the fresh one's. Returns the configuration of the adapter, PEFT's LoraConfig.
     """
-    name, revision, speech_adapter = model.source
+    folder, commit, speech_adapter = model.source
     tokens = {"embed_tokens": control_token_ids(model.tokenizer)}
     if speech_adapter == "continue":
         model.network = _with_speech_adapter(
-            model.network, name, revision, trainable_token_indices=tokens, inference_mode=False
+            model.network, folder, trainable_token_indices=tokens, inference_mode=False, revision=commit
         )
     else:
         config = LoraConfig(
@@ -522,7 +530,7 @@ def add_adapter(model, rank, alpha, dropout):
             target_modules=LORA_TARGETS,
             trainable_token_indices=tokens,
             task_type="CAUSAL_LM",
-            revision=revision,
+            revision=commit,
         )
         model.network = _attach(model.network, config)
     return model.network.peft_config["default"]
@@ -611,7 +619,7 @@ def load_trained(model, folder, strategy):
 
 
 def _load_adapter(model, folder):
-    config = LoraConfig.from_pretrained(folder)
+    config = _read_config(folder)
     config.inference_mode = True
     if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
         raise ValueError("its control tokens are not this base model's")

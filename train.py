@@ -188,9 +188,10 @@ def conflicts(settings, given):
 
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
-    given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
     checkpoint = choose_checkpoint(settings)
-    models.check_model(settings.model)
+    settings.revision = models.check_model(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
+    _, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
+    given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
     corpus = data.fingerprint(utterances)

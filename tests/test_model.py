@@ -602,9 +602,12 @@ def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, t
         models.load_base(str(folder), None, "float32", "sdpa", "merge")
 
 
-def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
+def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with open(tmp_path / "model-00001-of-00002.safetensors", "wb") as file:
+        file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
     with pytest.raises(cli.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
-        models.check_model(models.HUB_MODEL)
+        models.check_model(tmp_path, None)
     assert "\n" not in str(error.value)
 
 
