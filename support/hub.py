@@ -65,3 +65,7 @@ class _Bar(tqdm):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, delay=MOMENT, disable=process_rank() > 0 or None)
+
+    def display(self, *args, **kwargs):
+        if self._time() - self.start_t > MOMENT:  # a new description is shown without regard to `delay`
+            super().display(*args, **kwargs)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -48,7 +49,7 @@ class Answer(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).removeprefix("/")
         self.server.seen.append(f"{self.command} {path}")
         api = re.fullmatch(r"api/((?:models|datasets)/[^/]+/[^/]+)/(revision|tree)/(.+)", path)
-        file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/(\w{40})/(.+)", path)
+        file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/(\w+)/(.+)", path)
         if api:
             repository, what, revision = api.groups()
             repository = repository.removeprefix("models/")
@@ -64,7 +65,9 @@ class Answer(BaseHTTPRequestHandler):
             return self.reply(200, {}, json.dumps(files).encode())
         if file:
             repository, commit, name = file.groups()
-            path = self.server.commits[repository, commit] / name
+            path = self.server.commits.get((repository, commit), Path()) / name
+            if not path.is_file():
+                return self.reply(404, {"X-Error-Code": "EntryNotFound"})
             return self.reply(200, {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit}, path.read_bytes())
         self.reply(404, {})
 
@@ -162,7 +165,7 @@ def life(server, tmp_path_factory):
     moving = models.HUB_MODEL, models.HUB_MODEL_REVISION
     happened = {"train": machine.train("online")}
     server.revisions[moving] = SECOND
-    shutil.rmtree(machine.folder / "cache" / "datasets")  # what the library made of the Parquet files
+    shutil.rmtree(machine.folder / "cache" / "datasets", ignore_errors=True)  # what the library made of the Parquet files
     happened |= {
         "evaluate, moved": machine.evaluate("online", "scores"),
         "train, offline": machine.train("offline", offline=True),
