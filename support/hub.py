@@ -57,7 +57,7 @@ def _reason(error):
         return "there is none of this name that may be read (if it is yours: hf auth login)"
     if isinstance(error, RevisionNotFoundError):
         return "there is no such revision"
-    return first_line(error.__cause__ or error)
+    return first_line(error.__cause__ or error).rstrip(".")
 
 
 class _Bar(tqdm):

@@ -165,7 +165,7 @@ def life(server, tmp_path_factory):
     moving = models.HUB_MODEL, models.HUB_MODEL_REVISION
     happened = {"train": machine.train("online")}
     server.revisions[moving] = SECOND
-    shutil.rmtree(machine.folder / "cache" / "datasets", ignore_errors=True)  # what the library made of the Parquet files
+    shutil.rmtree(machine.folder / "cache" / "datasets", ignore_errors=True)  # made of the Parquet files
     happened |= {
         "evaluate, moved": machine.evaluate("online", "scores"),
         "train, offline": machine.train("offline", offline=True),
