@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import prompts
-from support import cli
+from support import cli, hub
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
@@ -47,6 +47,7 @@ HUB_CORPUS = "mispeech/speechocean762"
 # The dataset's main in 2025, when the paper was written. The labels corrected on 2026-04-30 are in
 # 06385584fad212b26134c656fdd3ccf9f093f33e.
 HUB_CORPUS_REVISION = "f95618ea1353303f34cf186b9c310fa2c1eb02c8"
+HUB_FILES = ["*.parquet", "README.md"]  # README.md says which file is of which split
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,8 @@ def read_corpus(source, split, revision=None, limit=None):
     source: folder in the layout of the public release, or a hub id; revision: of the hub id; limit: only the first N.
     Raises InputError with one line for every bad record or recording.
     """
-    if Path(source).is_dir():
-        rows = _read_folder(Path(source), split, limit)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir():
-        rows = read_hub(source, split, revision, limit)
-    else:
-        raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
+    folder, commit = find_corpus(source, revision)
+    rows = read_hub(source, folder, split, limit) if commit else _read_folder(folder, split, limit)
     found, problems, known = {}, {}, {}
     for position, row in rows:
         try:
@@ -118,6 +115,17 @@ def read_corpus(source, split, revision=None, limit=None):
     if not utterances:
         raise cli.InputError(f"{source} has no utterances in split {split!r}")
     return utterances
+
+
+def find_corpus(source, revision):
+    """The folder of a corpus, of a hub id after a download, and the hub's commit, None for a folder.
+
+    Raises InputError when there is none.
+    """
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir()
+    if not hub_id and not Path(source).is_dir():
+        raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
+    return hub.fetch(source, revision, "dataset", HUB_FILES)
 
 
 def _read_folder(root, split, limit):
@@ -183,15 +191,15 @@ def _read_list(path):
     return values
 
 
-def read_hub(name, split, revision, limit=None):
-    """Rows of the hub dataset, as (position, row). Audio stays encoded: soundfile decodes it, not torchcodec."""
+def read_hub(name, folder, split, limit=None):
+    """Rows of the hub's data set, as (position, row). Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split, revision=revision)
+        dataset = datasets.load_dataset(str(folder), split=split)
     except (OSError, ValueError) as error:
-        raise cli.InputError(f"corpus {name!r} is not a folder here, and cannot be loaded from the hub "
-                             f"(revision {revision}, split {split!r}): {cli.first_line(error)}") from error  # fmt: skip
+        raise cli.InputError(f"corpus {name} has no split {split!r} that can be read: "
+                             f"{cli.first_line(error)}") from error  # fmt: skip
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     for i, record in enumerate(islice(dataset, limit)):
         # The hub has no id column: the name of the sound file is the release's utterance id.

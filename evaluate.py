@@ -207,14 +207,23 @@ def evaluations(args):
     return chosen
 
 
+def base_model(args, settings):
+    """Name and revision of the model that was fine-tuned, or that is asked for; settings: of the training."""
+    import model as models
+
+    return (
+        args.model or settings.get("model", models.HUB_MODEL),
+        args.revision or settings.get("revision") or models.HUB_MODEL_REVISION,
+    )
+
+
 def load(evaluation, args):
     """The model that an evaluation is of, with its adapter."""
     import model as models
 
     settings, base = evaluation.settings, evaluation.adapter is None
     model = models.load_base(
-        args.model or settings.get("model", models.HUB_MODEL),
-        args.revision or settings.get("revision", models.HUB_MODEL_REVISION),
+        *base_model(args, settings),
         args.dtype or settings.get("dtype", models.default_dtype()),
         args.attention or settings.get("attention", "sdpa"),
         "merge" if base else settings["speech_adapter"],  # the unmodified model hears through its speech adapter
@@ -278,7 +287,8 @@ def choose_part(evaluation, utterances, args):
     settings = {
         "evaluated": evaluation.label, "adapter": str(evaluation.adapter),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
-        "model": args.model or evaluation.settings.get("model"), "dtype": args.dtype, "attention": args.attention,
+        "model": args.model or evaluation.settings.get("model"), "revision": args.revision,
+        "dtype": args.dtype, "attention": args.attention,
         "scoring": sorted(args.scoring), "max_new_tokens": args.max_new_tokens,
         "corpus": data.fingerprint(utterances),
     }  # fmt: skip
@@ -353,7 +363,7 @@ def listen(args):
     words = feedback.canonical_words(args.text) if args.text else None
     utterances = [feedback.read_recording(path) for path in args.audio]
     (evaluation,) = evaluations(args)
-    models.check_model(args.model or evaluation.settings.get("model", models.HUB_MODEL))
+    args.revision = models.check_model(*base_model(args, evaluation.settings))
     model, control_token = load(evaluation, args), evaluation.adapter is not None
     results = []
     for utterance in utterances:
@@ -605,9 +615,9 @@ def main():
         import runtime
 
         runtime.start_processes()
-        models.check_model(args.model or settings.get("model", models.HUB_MODEL))
+        args.revision = models.check_model(*base_model(args, settings))  # one for all evaluations
     source = args.data or settings.get("data", data.HUB_CORPUS)
-    revision = args.data_revision or settings.get("data_revision", data.HUB_CORPUS_REVISION)
+    revision = args.data_revision or settings.get("data_revision") or data.HUB_CORPUS_REVISION
     if args.data or not args.predictions:
         utterances = data.read_corpus(source, args.split, revision, args.limit)
         print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")

@@ -26,8 +26,9 @@ import json
 import logging
 import re
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Annotated, Literal
 
 # Messages on import and loading that no user of these scripts can act on.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -38,10 +39,9 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import TrainableTokensWrapper
-from safetensors import SafetensorError
+from pydantic import Field, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -61,7 +61,7 @@ import data
 import loader
 import prompts
 import runtime
-from support import cli, files
+from support import cli, files, hub
 
 transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
 transformers_logging.disable_progress_bar()
@@ -69,6 +69,10 @@ transformers_logging.disable_progress_bar()
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
+WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
+MODEL_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", WEIGHTS_INDEX, WEIGHTS,
+               f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]  # fmt: skip
 SPEECH_ADAPTERS = ("merge", "continue", "none")
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
@@ -96,8 +100,7 @@ UNMOVED = 1e-4  # share of a layer's norm; our choice: below a fortieth of what 
 SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
-# of files that are missing, do not fit, or are pickles with more in them than tensors
-LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, UnpicklingError)
+LARGEST_RANK = 3072  # the width of the real model: no matrix of it has a higher rank
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
 
@@ -109,7 +112,7 @@ class SpeechModel(nn.Module):
         self.network = network  # Phi4MultimodalForCausalLM, or a PeftModel around it
         self.tokenizer = tokenizer
         self.extractor = extractor
-        self.source = None  # (name, revision, speech adapter) that load_base was asked for
+        self.source = None  # (folder, commit at the hub, speech adapter) of load_base
         self.started_rows = []  # control tokens that load_base started from another row
         self.prepare = loader.Preparation(extractor, self.pad_id, self.audio_id)
 
@@ -376,19 +379,54 @@ def _rows(layer, tokens):
 # Loading
 
 
-def check_model(name):
-    """Stop before anything slow has started: a folder without a checkpoint, or 5.6 billion parameters without a GPU."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise cli.InputError(f"model folder {name} holds no checkpoint: there is no config.json in it")
-    if folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LARGEST_CPU_MODEL:
-        return
-    if not torch.cuda.is_available():
-        kind = "" if folder.is_dir() or name == HUB_MODEL else " (not a folder here, so one from the hub)"
+class ModelConfig(files.Shape):
+    """What of a checkpoint's config.json is checked here; transformers reads the rest."""
+
+    model_type: Literal["phi4_multimodal"]
+
+
+class WeightsIndex(files.Shape):
+    """model.safetensors.index.json: in which file each weight is; none outside the folder."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]]
+
+
+class AdapterConfig(files.Shape):
+    """What of an adapter_config.json is checked here; PEFT reads the rest."""
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: float
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    trainable_token_indices: dict[str, list[int]] | None = None
+
+
+def check_model(name, revision):
+    """Stop before anything slow has started: no checkpoint, or 5.6 billion parameters without a GPU.
+
+    Nothing large is fetched. Returns the commit that `revision` of a hub id names, None for a folder.
+    """
+    folder, commit = hub.fetch(name, revision, "model", ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise cli.InputError(f"model {name} holds no checkpoint: there is no config.json in it")
+    files.read_json(folder / "config.json", ModelConfig)
+    if not torch.cuda.is_available() and hub.size(name, commit, "model", WEIGHTS) > LARGEST_CPU_MODEL:
         raise cli.InputError(
-            f"{name}{kind} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
+            f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
             f"or use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
         )
+    return commit
+
+
+@contextmanager
+def _loading(what):
+    """Libraries say in many ways that a file is missing, does not fit, or is no file of theirs: one InputError."""
+    try:
+        yield
+    except cli.InputError:
+        raise
+    except Exception as error:
+        raise cli.InputError(f"{what} cannot be loaded: {cli.first_line(error)}") from error
 
 
 def default_dtype():
@@ -409,23 +447,25 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    source = {"revision": revision} if not Path(name).is_dir() else {}
-    try:
+    folder, commit = hub.fetch(name, revision, "model", MODEL_FILES)
+    if (folder / WEIGHTS_INDEX).exists():
+        files.read_json(folder / WEIGHTS_INDEX, WeightsIndex)
+    with _loading(f"model {name!r}" + (f" (revision {revision})" if commit else "")):
         # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
         # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
         # pretraining (transformers issue 45920).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **source)
-        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(name, **source)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
-            name,
+            folder,
             dtype=getattr(torch, dtype),
             # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
             attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
             quantization_config=_nf4() if quantize else None,
             use_safetensors=True,
             output_loading_info=True,
-            **source,
         )
+        network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
         if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
             raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
         if quantize:
@@ -433,15 +473,12 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
         else:
             network = network.to("cuda" if torch.cuda.is_available() else "cpu")
         if speech_adapter == "merge" and quantize:
-            network = _with_speech_adapter(network, name, revision, FROZEN_SPEECH, lora_dropout=0.0)
+            network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
             for key, parameter in network.named_parameters():
                 if ".lora_" in key:
                     parameter.data = parameter.data.to(getattr(torch, dtype))
         elif speech_adapter == "merge":
-            network = _with_speech_adapter(network, name, revision).merge_and_unload()
-    except LOADING_ERRORS as error:
-        at = f" (revision {revision})" if source else ""
-        raise cli.InputError(f"model {name!r}{at} cannot be loaded: {cli.first_line(error)}") from error
+            network = _with_speech_adapter(network, folder).merge_and_unload()
 
     for token in prompts.TURN_TOKENS:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
@@ -452,7 +489,7 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
         raise cli.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
-    model.source = (name, revision, speech_adapter)
+    model.source = (folder, commit, speech_adapter)
     model.started_rows = _start_rows(network.get_input_embeddings().weight, tokenizer)
     return model
 
@@ -502,17 +539,22 @@ def control_token_ids(tokenizer):
     return tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
 
 
-def _with_speech_adapter(network, name, revision, adapter_name="default", **changes):
+def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    source = {"subfolder": SPEECH_ADAPTER} | ({"revision": revision} if not Path(name).is_dir() else {})
-    config = LoraConfig.from_pretrained(name, **source)
+    config = _read_config(folder / SPEECH_ADAPTER)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
-    weights = load_peft_weights(name, device="cpu", **source)
+    weights = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE)
     _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
+
+
+def _read_config(folder):
+    """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
+    files.read_json(folder / "adapter_config.json", AdapterConfig)
+    return LoraConfig.from_pretrained(folder.absolute())
 
 
 def _attach(network, config):
@@ -557,8 +599,9 @@ def memory_of_full(network):
     }
 
 
-def check_memory(folder, memory):
+def check_memory(name, revision, memory):
     """Stop before the weights are read when `--strategy full` cannot fit. memory: bytes that the GPU has."""
+    folder, _ = hub.fetch(name, revision, "model", ["config.json"])
     with torch.device("meta"):
         parts = memory_of_full(Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_pretrained(folder)))
     if sum(parts.values()) > memory:
@@ -573,11 +616,11 @@ def add_adapter(model, rank, alpha, dropout):
 
     rank, alpha and dropout are the fresh one's. Returns the configuration of the adapter, PEFT's LoraConfig.
     """
-    name, revision, speech_adapter = model.source
+    folder, commit, speech_adapter = model.source
     tokens = {"embed_tokens": control_token_ids(model.tokenizer)}
     if speech_adapter == "continue":
         model.network = _with_speech_adapter(
-            model.network, name, revision, trainable_token_indices=tokens, inference_mode=False
+            model.network, folder, trainable_token_indices=tokens, inference_mode=False, revision=commit
         )
     else:
         config = LoraConfig(
@@ -587,7 +630,7 @@ def add_adapter(model, rank, alpha, dropout):
             target_modules=LORA_TARGETS,
             trainable_token_indices=tokens,
             task_type="CAUSAL_LM",
-            revision=revision,
+            revision=commit,
         )
         model.network = _attach(model.network, config)
     return model.network.peft_config["default"]
@@ -657,8 +700,8 @@ def moved(model):
 
 def _shipped_weights(model):
     """The shipped adapter's weights where the adapter started from them, else None."""
-    name, _, speech_adapter = model.source
-    return load_file(Path(name) / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else None
+    folder, _, speech_adapter = model.source
+    return load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else None
 
 
 def describe_moved(moved):
@@ -704,7 +747,7 @@ def save_trained(model, folder, settings):
 def load_trained(model, folder, strategy):
     """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
     folder = Path(folder)
-    try:
+    with _loading(f"adapter {folder}"):
         if strategy != "full":
             _load_adapter(model, folder)
         if parameters := _outside_adapter(model, strategy):
@@ -712,18 +755,16 @@ def load_trained(model, folder, strategy):
             _check_fit(weights, parameters)
             for name, parameter in parameters.items():
                 parameter.data = weights[name].to(parameter.device)
-    except LOADING_ERRORS as error:
-        raise cli.InputError(f"adapter {folder} cannot be loaded: {cli.first_line(error)}") from error
     model.eval()
 
 
 def _load_adapter(model, folder):
-    config = LoraConfig.from_pretrained(folder)
+    config = _read_config(folder)
     config.inference_mode = True
     if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
         raise ValueError("its control tokens are not this base model's")
     model.network = _attach(model.network, config)
-    _load_exactly(model.network, load_file(folder / "adapter_model.safetensors"))
+    _load_exactly(model.network, load_file(folder / ADAPTER_FILE))
     merge_rows(model)
 
 

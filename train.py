@@ -45,6 +45,7 @@ MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_check
 # What a run writes into --output
 WRITTEN = ("settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints/step-*.pt")
 ESTIMATE_AFTER = 10  # steps
+MOST_WORKERS = 64  # two keep a GPU busy; thousands bring a machine down
 COMPILERS = ("g++", "clang++", "c++")
 VALIDATION_SHOWN = {"loss": "loss"} | {name: f"{name}_pcc" for name in prompts.SCORES} | {"WER": "wer", "PER": "per"}
 
@@ -174,6 +175,9 @@ def conflicts(settings, given):
          f"{settings.strategy} trains"),
         (settings.shard and "RANK" not in os.environ, "--shard needs several processes: start it with torchrun "
          "--nproc-per-node N"),
+        (settings.rank > models.LARGEST_RANK, f"--rank {settings.rank} is above {models.LARGEST_RANK:,}, the width of "
+         f"the model: no change of it needs more"),
+        (settings.workers > MOST_WORKERS, f"--workers {settings.workers} is above {MOST_WORKERS}"),
         (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
          f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),
         ("data_revision" in given and Path(settings.data).is_dir(),
@@ -203,7 +207,8 @@ def conflicts(settings, given):
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     choose_checkpoint(settings)  # what is wrong here is said at once, and looked at again when nobody else can write
-    models.check_model(settings.model)
+    settings.revision = models.check_model(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
+    _, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
     print(f"corpus: {data.describe(utterances)}")
     chosen, held_out = split(utterances, settings)
@@ -420,7 +425,7 @@ def batch_arithmetic(examples, settings):
 def build_model(settings):
     """The model with what is to be trained; prints what trains."""
     if settings.strategy == "full" and not settings.shard and torch.cuda.is_available():
-        models.check_memory(settings.model, torch.cuda.get_device_properties(0).total_memory)
+        models.check_memory(settings.model, settings.revision, torch.cuda.get_device_properties(0).total_memory)
     model = models.load_base(
         settings.model,
         settings.revision,

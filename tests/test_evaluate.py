@@ -124,7 +124,7 @@ def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, con
     (["--base", "--epochs", "2"], "--epochs 2 chooses among those of a run: give --adapter as well"),
     (["--adapter", "out", "--predictions", "x"], "--predictions scores a saved file: leave out --adapter"),
     (["--base", "--batch-size", "0"], "--batch-size 0 is not a number from 1 up"),
-    (["--base", "--model", "nowhere"], "needs a CUDA GPU"),
+    (["--base", "--model", "nowhere"], "model nowhere is not a folder here, revision refs/pr/70 of it is not whole"),
 ])  # fmt: skip
 def test_a_users_mistake_ends_with_2_and_one_line(tmp_path, arguments, message):
     code, text = Process("evaluate", arguments, tmp_path).wait()

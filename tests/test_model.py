@@ -558,9 +558,9 @@ def test_the_memory_that_full_takes_is_counted_and_refused_before_the_weights_ar
     expected = 18 * trained + 2 * (total - trained)
     assert sum(models.memory_of_full(model.core).values()) == expected == 78_125_847_424
     Phi4MultimodalConfig(num_attention_heads=24, tie_word_embeddings=True).save_pretrained(tmp_path)
-    models.check_memory(tmp_path, expected)
+    models.check_memory(tmp_path, None, expected)
     with pytest.raises(cli.InputError, match=r"78\.1 GB before activations .*the GPU has 78\.1: .*--shard"):
-        models.check_memory(tmp_path, expected - 1)
+        models.check_memory(tmp_path, None, expected - 1)
 
 
 @pytest.mark.parametrize("strategy, rank, counts", [
@@ -755,9 +755,12 @@ def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, t
         models.load_base(str(folder), None, "float32", "sdpa", "merge")
 
 
-def test_the_large_model_without_a_gpu_stops_with_the_two_ways_on():
+def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with open(tmp_path / "model-00001-of-00002.safetensors", "wb") as file:
+        file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
     with pytest.raises(cli.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
-        models.check_model(models.HUB_MODEL)
+        models.check_model(tmp_path, None)
     assert "\n" not in str(error.value)
 
 

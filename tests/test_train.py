@@ -592,7 +592,7 @@ def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message
     (["--output", Path(__file__) / "out"], "cannot write into"),
     (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers leaves none to train on"),
     (["--resume", "nowhere.pt"], "checkpoint nowhere.pt is missing; out has none"),
-    (["--model", "tiny/nowhere"], "tiny/nowhere (not a folder here, so one from the hub) needs a CUDA GPU"),
+    (["--model", "tiny/nowhere"], "model tiny/nowhere is not a folder here, revision refs/pr/70 of it is not whole"),
 ])  # fmt: skip
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(
     arguments, message, checkpoint, corpus, tmp_path

@@ -1,0 +1,71 @@
+"""The Hugging Face hub: what is there is downloaded once, and from then on it is a folder.
+
+With HF_HUB_OFFLINE=1, or without a network, the folder comes from the cache (below HF_HOME), as on the compute nodes of
+most clusters. A revision such as refs/pr/70 moves; the commit does not.
+"""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from tqdm import tqdm
+
+from support.cli import InputError, first_line, process_rank
+
+MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
+
+
+def fetch(name, revision, kind, patterns):
+    """The folder of a model or data set, and the commit that it is of; a folder is returned as it is, with None.
+
+    name: folder or hub id; revision: of the hub id; kind: "model" or "dataset"; patterns: of the files that are needed.
+    Raises InputError when a hub id is neither within reach nor whole in the cache.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    wanted = {"repo_id": str(name), "revision": revision, "repo_type": kind}
+    try:
+        if not _listed(wanted):
+            HfApi().repo_info(**wanted)  # says at once what snapshot_download would say after half a minute's attempts
+        folder = Path(snapshot_download(**wanted, allow_patterns=patterns, tqdm_class=_Bar))
+    except Exception as error:  # the hub, HTTP, Xet and the disk each have their own
+        raise InputError(f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
+                         f"{constants.HF_HUB_CACHE}, and the hub does not give it: {_reason(error)}; give a folder or "
+                         f"another id, or start once where there is a network") from error  # fmt: skip
+    return folder, folder.name
+
+
+def size(name, commit, kind, pattern):
+    """Bytes of the files that match in a folder, or in a commit that `fetch` has seen, downloaded or not."""
+    if not commit:
+        return sum(file.stat().st_size for file in Path(name).glob(pattern))
+    listed = _listed({"repo_id": str(name), "revision": commit, "repo_type": kind})
+    return sum(file.size for file in listed if fnmatch(file.path, pattern))
+
+
+def _listed(wanted):
+    """The files of a revision as the hub listed them when it was last fetched; none if it never was."""
+    try:
+        return get_cached_repo_tree(**wanted)
+    except CachedRepoTreeNotFoundError:
+        return []
+
+
+def _reason(error):
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is none of this name that may be read (if it is yours: hf auth login)"
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision"
+    return first_line(error.__cause__ or error).rstrip(".")
+
+
+class _Bar(tqdm):
+    """Shows the progress of rank 0, on a terminal, once it takes more than a moment."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, delay=MOMENT, disable=process_rank() > 0 or None)
+
+    def display(self, *args, **kwargs):
+        if self._time() - self.start_t > MOMENT:  # a new description is shown without regard to `delay`
+            super().display(*args, **kwargs)
