@@ -16,20 +16,25 @@ Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 
 import hashlib
 import io
+import json
 import math
+import os
 import re
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 import prompts
-from support import cli, hub
+from support import cli, files, hub
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
@@ -38,6 +43,10 @@ FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 
 SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg")
 # A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
 FULL_SCALE = 0.99
+LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz of a recording; no speech is below, no converter above
+MOST_SAMPLES = 2**28  # of a recording, over all channels and at 16 kHz: 4.7 hours of mono
+UNKNOWN_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)  # of a WAV's sound, as SoX, others and ffmpeg write to a pipe
+LONGEST = 10_000  # characters of a text, words of a sentence, phones of a word
 # Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
 CLIPPED = 0.01  # share of a channel's samples
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
@@ -98,17 +107,16 @@ def read_corpus(source, split, revision=None, limit=None):
     """
     folder, commit = find_corpus(source, revision)
     rows = read_hub(source, folder, split, limit) if commit else _read_folder(folder, split, limit)
-    found, problems, known = {}, {}, {}
-    for position, row in rows:
+    utterances, problems, known = [], [], {}
+    for row in rows:
         try:
-            found[position] = _utterance(**row, known=known)
+            utterances.append(_utterance(**row, known=known))
         except cli.InputError as error:
-            problems[position] = f"{row['id']}: {error}"
+            problems.append(f"{row['id']}: {error}")
     if problems:
-        raise cli.InputError(f"{len(problems)} of {len(found) + len(problems)} utterances of {source} ({split}) cannot "
+        raise cli.InputError(f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) cannot "
                              f"be used; repair or remove them:\n  "
-                             + "\n  ".join(problems[position] for position in sorted(problems)))  # fmt: skip
-    utterances = [found[position] for position in sorted(found)]
+                             + "\n  ".join(problems))  # fmt: skip
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
         raise cli.InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
@@ -122,20 +130,14 @@ def find_corpus(source, revision):
 
     Raises InputError when there is none.
     """
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not Path(source).parent.is_dir()
-    if not hub_id and not Path(source).is_dir():
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not os.path.isdir(Path(source).parent)
+    if not hub_id and not os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
     return hub.fetch(source, revision, "dataset", HUB_FILES)
 
 
 def _read_folder(root, split, limit):
-    """Rows of the public release: WAVE/, resource/scores.json and, per split, wav.scp, utt2spk, spk2age, spk2gender.
-
-    Yields (position in wav.scp, row). scores.json is read record by record: parsed whole, it would take some thirty
-    times the memory of what is kept of it.
-    """
-    import ijson
-
+    """Yields a row of each utterance in the list of the public release's `split`, in its order."""
     needed = [root / "resource" / "scores.json"]
     needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
     missing = [str(path) for path in needed if not path.is_file()]
@@ -144,55 +146,49 @@ def _read_folder(root, split, limit):
             f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing"
         )
     recordings, speakers, ages, genders = map(_read_list, needed[1:])
-    position = {id: i for i, id in enumerate(list(recordings)[:limit])}
-
-    def row(id, record):
-        """(position, row) of an utterance, which then is no longer expected."""
+    records = _read_records(needed[0])
+    for id, path in islice(recordings.items(), limit):
         speaker = speakers.get(id)
-        return position.pop(id), {
+        yield {
             "id": id,
-            "recording": partial(_read_file, str(root / recordings[id])),
-            "record": record,
+            "recording": partial(files.read_bytes, str(root / path)),
+            "record": records.pop(id, None),  # together they take some thirty times what is kept of them
             "speaker": speaker,
             "age": ages.get(speaker),
             "gender": genders.get(speaker),
         }
 
-    before = None
-    with open(needed[0], "rb") as file:
-        try:
-            for id, record in ijson.kvitems(file, "", use_float=True):
-                if id in position:
-                    yield row(id, record)
-                before = id
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            where = f"after utterance {before}" if before else "at its start"
-            raise cli.InputError(
-                f"{needed[0]} is not a JSON object of utterances {where}: {cli.first_line(error)}"
-            ) from error
-    for id in list(position):
-        yield row(id, None)
 
+def _read_records(path):
+    """{id: record} of scores.json. Raises InputError when it is no JSON object, or one of its objects repeats a key."""
 
-def _read_file(path):
-    with open(path, "rb") as file:
-        return file.read()
+    def once(pairs):
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
+            raise cli.InputError(f"{path} has {repeated[0]!r:.80} twice in one object: remove one")
+        return dict(pairs)
+
+    try:
+        records = json.loads(files.read_text(path), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise cli.InputError(f"{path} is not JSON: {cli.first_line(error)}") from error
+    return files.check(dict[str, Any], records, path)
 
 
 def _read_list(path):
     """A Kaldi list, one `key value` a line, as a dict."""
     values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
         fields = line.split(maxsplit=1)
         if len(fields) != 2 or fields[0] in values:
             fault = "repeats a key" if len(fields) == 2 else "is not a key and a value"
-            raise cli.InputError(f"line {number} of {path} {fault}: {line!r}")
+            raise cli.InputError(f"line {number} of {path} {fault}: {line!r:.80}")
         values[fields[0]] = sys.intern(fields[1].strip())
     return values
 
 
 def read_hub(name, folder, split, limit=None):
-    """Rows of the hub's data set, as (position, row). Audio stays encoded: soundfile decodes it, not torchcodec."""
+    """Yields the rows of the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
     try:
@@ -204,17 +200,14 @@ def read_hub(name, folder, split, limit=None):
     for i, record in enumerate(islice(dataset, limit)):
         # The hub has no id column: the name of the sound file is the release's utterance id.
         id = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
-        yield (
-            i,
-            {
-                "id": id,
-                "recording": partial(_hub_recording, dataset, i),
-                "record": record,
-                "speaker": record["speaker"],
-                "age": record["age"],
-                "gender": record["gender"],
-            },
-        )
+        yield {
+            "id": id,
+            "recording": partial(_hub_recording, dataset, i),
+            "record": record,
+            "speaker": record["speaker"],
+            "age": record["age"],
+            "gender": record["gender"],
+        }
 
 
 def _hub_recording(dataset, index):
@@ -227,32 +220,78 @@ def _utterance(id, recording, record, speaker, age, gender, known):
         raise cli.InputError("no entry in resource/scores.json")
     if speaker is None or age is None or gender is None:
         raise cli.InputError(f"no speaker, or none with age and gender (speaker {speaker}, age {age}, gender {gender})")
+    record = files.check(Record, record, "its record")
     try:
-        if not isinstance(record["text"], str) or not record["text"].strip():
-            raise cli.InputError(f"text {record['text']!r} is not a sentence")
-        scores = tuple(_score(record, name) for name in prompts.SCORES)
-        return Utterance(
-            id=id,
-            recording=recording,
-            samples=len(read_audio(recording)),
-            text=record["text"],
-            scores=known.setdefault(scores, dict(zip(prompts.SCORES, scores))),
-            words=tuple(known.setdefault(word, word) for word in map(_word, record["words"])),
-            speaker=speaker,
-            age=int(age),
-            gender=gender,
-        )
-    except KeyError as error:
-        raise cli.InputError(f"no {error.args[0]!r} in its record") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise cli.InputError(f"a field of its record has the wrong type: {error}") from error
+        age = int(age)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise cli.InputError(f"age {age!r:.80} is not a whole number") from error
+    scores = tuple(getattr(record, name) for name in prompts.SCORES)
+    return Utterance(
+        id=id,
+        recording=recording,
+        samples=len(read_audio(recording)),
+        text=record.text,
+        scores=known.setdefault(scores, dict(zip(prompts.SCORES, scores))),
+        words=tuple(known.setdefault(word, word) for word in map(_word, record.words)),
+        speaker=speaker,
+        age=age,
+        gender=gender,
+    )
 
 
-def _score(record, name):
-    score, (low, high) = record[name], prompts.SCORE_RANGE
-    if not isinstance(score, (int, float)) or not low <= score <= high or score != int(score):
-        raise cli.InputError(f"{name} score {score!r} is not a whole number from {low} to {high}")
-    return int(score)
+@lru_cache(1000)  # a corpus has some hundred
+def _strip_stress(phone):
+    phone = re.sub(r"\d", "", phone)
+    if not re.fullmatch(r"\S+", phone):
+        raise ValueError("a phone is one sign such as AH0")
+    return phone
+
+
+def _whole(number):
+    if not number.is_integer():  # Field(multiple_of=1) lets 7.9999999999 pass
+        raise ValueError("not a whole number")
+    return int(number)
+
+
+def _as_list(phones):
+    return phones.split() if isinstance(phones, str) else phones
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST)]
+Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_strip_stress)]
+Phones = Annotated[list[Phone], Field(min_length=1, max_length=LONGEST), BeforeValidator(_as_list)]
+Rating = Annotated[float, Field(ge=prompts.SCORE_RANGE[0], le=prompts.SCORE_RANGE[1])]
+Score = Annotated[Rating, AfterValidator(_whole)]  # 8 may be written as 8.0
+
+
+class Mispronunciation(files.Shape):
+    index: Annotated[int, Field(ge=0, le=LONGEST)]  # of the canonical phone within its word
+    heard: Phone = Field(alias="pronounced-phone")
+
+
+class RatedWord(files.Shape):
+    text: Text
+    phones: Phones
+    accuracy: Rating
+    mispronunciations: Annotated[list[Mispronunciation], Field(max_length=LONGEST)]
+
+    @model_validator(mode="after")
+    def _labels_its_phones(self):
+        for index, count in Counter(label.index for label in self.mispronunciations).items():
+            if index >= len(self.phones):
+                raise ValueError(f"mispronunciation index {index} is outside its {len(self.phones)} phones")
+            if count > 1:
+                raise ValueError(f"mispronunciation index {index} is labelled {count} times")
+        return self
+
+
+class Record(files.Shape):  # of an utterance, in scores.json and on the hub
+    text: Text
+    accuracy: Score
+    fluency: Score
+    prosodic: Score
+    total: Score
+    words: Annotated[list[RatedWord], Field(min_length=1, max_length=LONGEST)]
 
 
 def _word(record):
@@ -261,51 +300,55 @@ def _word(record):
     Stress digits go; `<DEL>` means nothing was heard; `<unk>` and starred phones (close to the phone, but not it) are
     labels of their own.
     """
-    phones = record["phones"]
-    canonical = [_strip_stress(phone) for phone in (phones.split() if isinstance(phones, str) else phones)]
-    heard = list(canonical)
-    for label in record["mispronunciations"]:
-        index = label["index"]
-        if not 0 <= index < len(canonical):
-            raise cli.InputError(
-                f"mispronunciation index {index} is outside {record['text']} ({len(canonical)} phones)"
-            )
-        heard[index] = _strip_stress(label["pronounced-phone"])
+    heard = list(record.phones)
+    for label in record.mispronunciations:
+        heard[label.index] = label.heard
     return Word(
-        text=record["text"],
-        canonical=tuple(canonical),
+        text=record.text,
+        canonical=tuple(record.phones),
         heard=tuple(phone for phone in heard if phone != "<DEL>"),
-        accuracy=record["accuracy"],
-        mispronounced=len({label["index"] for label in record["mispronunciations"]}),
+        accuracy=record.accuracy,
+        mispronounced=len(record.mispronunciations),
     )
 
 
-def _strip_stress(phone):
-    return re.sub(r"\d", "", phone)
+class _Content(io.BytesIO):
+    """A sound file's bytes; a damaged header may send libsndfile before its start, which would print a traceback."""
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
 
 
-def read_audio(recording, lowest_rate=1):
+def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clipped=1.0):
     """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
 
     recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
-    Raises InputError for what is missing, unreadable, empty, shorter than one frame, not finite, or of a rate below
+    Raises InputError for what is missing, unreadable, cut off, empty, too large or longer than `longest` seconds,
+    shorter than one frame, not finite, at full scale in more than `most_clipped` of a channel, or of a rate below
     `lowest_rate` in Hz: its upper band would be empty.
     """
     import soundfile
     from scipy.signal import resample_poly
 
+    content = _with_length(recording() or b"")  # a row of the hub may have none
     try:
-        audio, rate = soundfile.read(io.BytesIO(recording()), dtype="float32", always_2d=True)  # (S, channels)
-    except OSError as error:
-        raise cli.InputError(f"recording {error.filename} cannot be read: {error.strerror}") from error
-    except soundfile.LibsndfileError as error:
-        raise cli.InputError(f"recording is not a readable sound file: {error.error_string}") from error
-    audio = audio.mean(axis=1)  # (S,)
+        with soundfile.SoundFile(_Content(content)) as file:
+            rate = file.samplerate
+            _check_header(rate, file.frames, file.channels, lowest_rate, longest)
+            audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
+    except (soundfile.SoundFileError, MemoryError) as error:
+        reason = getattr(error, "error_string", "") or type(error).__name__
+        raise cli.InputError(f"not a readable sound file: {reason}") from error
     if not len(audio):
         raise cli.InputError("recording is empty")
-    if rate < lowest_rate:
-        raise cli.InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
-                             f"again at a higher rate, or leave it out")  # fmt: skip
+    clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
+    if clipped > most_clipped:  # not after resampling, which rounds flat tops
+        raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
+                             f"is distorted: record it again at a lower level")  # fmt: skip
+    audio = audio.mean(axis=1)  # (S,)
     if not np.isfinite(audio).all():
         raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:
@@ -316,36 +359,60 @@ def read_audio(recording, lowest_rate=1):
     return audio
 
 
+def _check_header(rate, frames, channels, lowest_rate, longest):
+    """Raises InputError before anything is decoded: a header of a few bytes may ask for gigabytes."""
+    if rate < lowest_rate:
+        raise cli.InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
+                             f"again at a higher rate, or leave it out")  # fmt: skip
+    if frames / rate > longest:
+        raise cli.InputError(f"{frames / rate:.2f} s is longer than {longest} s: cut it into sentences")
+    if rate > HIGHEST_RATE or frames * max(channels, SAMPLE_RATE / rate) > MOST_SAMPLES:
+        raise cli.InputError(f"its header says {rate:,} Hz and {frames:,} x {channels} samples (limits {HIGHEST_RATE:,}"
+                             f", {MOST_SAMPLES:,}): cut it, or convert it again")  # fmt: skip
+
+
+def _with_length(content):
+    """A WAV file with the length of its sound, which a program that writes to a pipe cannot know; others as they are.
+
+    Raises InputError where less sound is there than the header says: libsndfile would read what is left of it.
+    """
+    order = {b"RIFF": "<", b"RIFX": ">"}.get(content[:4])
+    start = 12  # of the first chunk: a name, a size, and content of an even length
+    while order and start + 8 <= len(content):
+        name, size = struct.unpack_from(order + "4sI", content, start)
+        start += 8
+        if name == b"data":
+            left = len(content) - start
+            (whole,) = struct.unpack_from(order + "I", content, 4)  # where this is known too, no sound is no sound
+            if size in UNKNOWN_SIZES or size == 0 and whole + 8 <= start:
+                return content[: start - 4] + struct.pack(order + "I", left) + content[start:]
+            if size > left:
+                raise cli.InputError(f"recording is cut off: its header says {size:,} bytes of sound, {left:,} are "
+                                     f"there; copy it again")  # fmt: skip
+            break
+        start += size + size % 2
+    return content
+
+
 def sound_files(folder):
     """The recordings in a folder and the folders in it, by name. Raises InputError when there are none."""
     found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
     if not found:
         raise cli.InputError(f"{folder} has no recordings ({', '.join(SOUND_FILES)}): give a folder with sound files")
+    for path in found:
+        if re.search("[\ud800-\udfff]", str(path)):  # so Python writes bytes that are not UTF-8
+            raise cli.InputError(f"{ascii(str(path))} is not UTF-8: rename it")
     return found
 
 
-def read_sound_file(path, longest=math.inf, lowest_rate=1):
+def read_sound_file(path, longest=math.inf, lowest_rate=LOWEST_RATE):
     """A sound file as `read_audio` gives it, (S,). longest: seconds.
 
-    Raises InputError, naming the file, for what `read_audio` refuses, what is longer than `longest`, and what is
-    clipped: more than CLIPPED of a channel at full scale.
+    Raises InputError, naming the file, for what `read_audio` refuses, more than CLIPPED at full scale included.
     """
-    import soundfile
-
-    path = Path(path)
+    content = files.read_bytes(path)
     try:
-        with soundfile.SoundFile(path) as file:
-            seconds = file.frames / file.samplerate
-            if seconds > longest:  # by the header: hours of sound are not decoded to be refused
-                raise cli.InputError(f"{seconds:.2f} s is longer than {longest} s: cut it into sentences")
-            channels = file.read(dtype="float32", always_2d=True)  # (S, channels) at the file's own rate
-        clipped = (np.abs(channels) >= FULL_SCALE).mean(axis=0).max() if len(channels) else 0.0
-        if clipped > CLIPPED:  # not after resampling, which rounds flat tops
-            raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the sound "
-                                 f"is distorted: record it again at a lower level")  # fmt: skip
-        return read_audio(path.read_bytes, lowest_rate)
-    except soundfile.LibsndfileError as error:
-        raise cli.InputError(f"{path}: not a readable sound file: {error.error_string}") from error
+        return read_audio(lambda: content, lowest_rate, longest, CLIPPED)
     except cli.InputError as error:
         raise cli.InputError(f"{path}: {error}") from error
 

@@ -10,6 +10,8 @@ sentence gets its canonical phones from the CMU Pronouncing Dictionary, and the 
 """
 
 import math
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 import data
 import metrics
 import prompts
-from support import cli
+from support import cli, files
 
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
 # Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
@@ -36,15 +38,15 @@ def read_recording(path):
     and for what would be scored though it says nothing about pronunciation: silence, clipping, more than LONGEST.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise cli.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
     audio = data.read_sound_file(path, LONGEST)  # (S,)
     level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
     if level < SILENCE:
         raise cli.InputError(f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
                              f"check the microphone and record it again")  # fmt: skip
-    return data.Utterance(id=path.name, recording=path.read_bytes, samples=len(audio), text="", scores={}, words=(),
-                          speaker="", age=0, gender="")  # fmt: skip
+    return data.Utterance(id=path.name, recording=partial(files.read_bytes, path), samples=len(audio), text="",
+                          scores={}, words=(), speaker="", age=0, gender="")  # fmt: skip
 
 
 def canonical_words(text):

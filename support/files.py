@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from support.cli import InputError, RunError, first_line, process_rank
 
 UNFINISHED = ".unfinished"  # ends the name of what is being written; what a killed process left is removed by `lock`
+LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
 SHOWN = 60  # characters of a wrong value that a message quotes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,12 +36,19 @@ class Shape(BaseModel):
 def read_bytes(path):
     """Content of a regular file; a FIFO or a device would hang or never end. Raises InputError."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{path} is not a regular file")
+            if status.st_size > LARGEST:
+                raise InputError(f"{path} has {status.st_size:,} bytes, more than {LARGEST:,}")
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path):
@@ -96,7 +104,10 @@ def _reason(error):
         return f"{field} is missing"
     if fault["type"] == "json_invalid":
         return fault["msg"]
-    value = ascii(fault["input"])
+    try:
+        value = ascii(fault["input"])
+    except RecursionError:
+        value = "a deeply nested value"
     value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
     return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 

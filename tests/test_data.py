@@ -1,8 +1,11 @@
 import io
 import json
+import math
 import os
 import re
 import shutil
+import struct
+import sys
 from dataclasses import replace
 
 import datasets
@@ -14,7 +17,7 @@ from transformers import Phi4MultimodalFeatureExtractor
 import data
 import prompts
 import tiny
-from support import cli
+from support import cli, files
 
 
 def sound(wave, rate=data.SAMPLE_RATE, subtype="FLOAT"):
@@ -33,9 +36,9 @@ def tone(seconds, rate, frequency=440.0):
 
 
 def word(phones, *labels):
-    return data._word({"text": "WORD", "phones": phones, "accuracy": 10, "mispronunciations": [
-        {"canonical-phone": phones[0], "index": index, "pronounced-phone": phone} for index, phone in labels
-    ]})  # fmt: skip
+    labels = [{"canonical-phone": phones[0], "index": index, "pronounced-phone": phone} for index, phone in labels]
+    record = {"text": "WORD", "phones": phones, "accuracy": 10, "mispronunciations": labels}
+    return data._word(files.check(data.RatedWord, record, "a word"))
 
 
 @pytest.mark.parametrize("labels, heard", [
@@ -56,15 +59,12 @@ def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_i
 
 @pytest.mark.parametrize("index", [3, -1])
 def test_an_index_outside_its_word_is_an_error_that_names_it(index):
-    with pytest.raises(cli.InputError, match=f"index {index} is outside WORD"):
+    with pytest.raises(cli.InputError, match=f"index {index}\\b"):
         word(["TH", "IY0", "M"], (index, "S"))
 
 
 def test_phones_written_as_one_string_are_read_like_a_list():
-    assert data._word({"text": "WE", "phones": "W IY0", "accuracy": 10, "mispronunciations": []}).canonical == (
-        "W",
-        "IY",
-    )
+    assert word("W IY0").canonical == ("W", "IY")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,10 +95,110 @@ def test_channels_are_averaged():
     (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
     (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
     (lambda: b"not a sound file", "not a readable sound file"),
+    (lambda: None, "not a readable sound file"),  # a row of the hub without its bytes
 ])  # fmt: skip
 def test_bad_audio_is_named(recording, message):
     with pytest.raises(cli.InputError, match=message):
         data.read_audio(recording)
+
+
+def wav(samples, *chunks, size=None, whole=None, riff=b"RIFF", rate=data.SAMPLE_RATE):
+    """Bytes of a 16-bit mono WAV with other chunks before its sound; size, whole: bytes that the header says."""
+    order = "<" if riff == b"RIFF" else ">"
+    sound = np.arange(samples, dtype=order + "i2").tobytes()
+    form = struct.pack(order + "4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate % 2**32, 2, 16)
+    other = b"".join(struct.pack(order + "4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
+                     for name, content in chunks)  # fmt: skip
+    size = len(sound) if size is None else size
+    content = b"WAVE" + form + other + struct.pack(order + "4sI", b"data", size) + sound
+    return riff + struct.pack(order + "I", len(content) if whole is None else whole) + content
+
+
+CHUNKS = {
+    "none": [],
+    "odd": [(b"note", b"odd")],
+    "nested": [(b"LIST", b"INFO" + b"ICMT\x0c\0\0\0data\0\0\x10\0tone")],  # no sound, though it says so
+    "both": [(b"note", b"1"), (b"LIST", b"adtl" + b"labl\x04\0\0\0data"), (b"bext", b"\0" * 602)],
+}
+
+
+@pytest.mark.parametrize("chunks, riff", [*((name, b"RIFF") for name in CHUNKS), ("odd", b"RIFX")])
+def test_a_wav_that_was_cut_off_says_what_is_missing(chunks, riff):
+    content = wav(1000, *CHUNKS[chunks], riff=riff)
+    assert len(data.read_audio(lambda: content)) == 1000
+    for missing in (1, 2, 1000):
+        with pytest.raises(cli.InputError, match=f"cut off: .* 2,000 bytes of sound, {2000 - missing:,} are there"):
+            data.read_audio(lambda: content[:-missing])
+
+
+@pytest.mark.parametrize("riff", [b"RIFF", b"RIFX"])
+@pytest.mark.parametrize("whole, size", [
+    (0, 0), (8, 0), (36, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFF024, 0x7FFFF000), (0x7FFFFFFF, 0x7FFFFFFF),
+])  # fmt: skip
+def test_a_wav_from_a_pipe_says_no_size_and_is_read_to_its_end(whole, size, riff):
+    known = data.read_audio(lambda: wav(1000, *CHUNKS["odd"], riff=riff))
+    piped = wav(1000, *CHUNKS["odd"], size=size, whole=whole, riff=riff)
+    assert np.array_equal(data.read_audio(lambda: piped), known) and len(known) == 1000
+
+
+def test_a_wav_without_sound_is_empty_whatever_comes_after():
+    with pytest.raises(cli.InputError, match="empty"):
+        data.read_audio(lambda: wav(1000, size=0))
+
+
+@pytest.mark.parametrize("form", ["RF64", "W64", "WAVEX"])
+def test_other_kinds_of_wav_are_read_as_before(form):
+    file = io.BytesIO()
+    soundfile.write(file, tone(0.1, 16_000), 16_000, format=form)
+    assert len(data.read_audio(file.getvalue)) == 1600
+
+
+@pytest.mark.parametrize("rate, message", [
+    (0, "not a readable sound file"),
+    (1, "1 Hz is below 4,000 Hz"),
+    (3_999, "3,999 Hz is below"),
+    (384_001, "384,001 Hz"),
+    (1_000_000_007, "1,000,000,007 Hz"),
+    (2**32 - 1, "Hz is below|not a readable"),
+])  # fmt: skip
+def test_a_header_with_a_rate_that_no_recording_has_is_refused(rate, message):
+    with pytest.raises(cli.InputError, match=message):
+        data.read_audio(lambda: wav(16_000, rate=rate))
+
+
+@pytest.mark.parametrize("rate", [4_000, 384_000])
+def test_the_lowest_and_the_highest_rates_are_read(rate):
+    assert abs(len(data.read_audio(lambda: wav(rate, rate=rate))) - data.SAMPLE_RATE) <= 1
+
+
+@pytest.mark.parametrize("frames", [2**36 - 1, 0])  # 0: unknown, which libsndfile takes for 2**63 - 1
+def test_a_header_that_claims_more_samples_than_memory_is_refused(frames, monkeypatch):
+    file = io.BytesIO()
+    soundfile.write(file, tone(0.1, 16_000), 16_000, format="FLAC")
+    content = bytearray(file.getvalue())
+    content[21] = content[21] & 0xF0 | frames >> 32  # STREAMINFO's last 36 bits before the checksum
+    content[22:26] = (frames & 2**32 - 1).to_bytes(4, "big")
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)  # nothing may be decoded
+    with pytest.raises(cli.InputError, match=f"samples .*{data.MOST_SAMPLES:,}"):
+        data.read_audio(lambda: bytes(content))
+
+
+def test_sound_that_does_not_fit_into_memory_is_an_input_error(monkeypatch):
+    def read(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    with pytest.raises(cli.InputError, match="MemoryError"):
+        data.read_audio(sound(tone(0.1, 16_000)))
+
+
+def test_a_damaged_header_prints_no_traceback(monkeypatch):
+    printed, file = [], io.BytesIO()
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)  # what cffi calls when libsndfile's callback fails
+    soundfile.write(file, tone(0.1, 16_000), 16_000, format="AIFF")
+    with pytest.raises(cli.InputError, match="not a readable sound file"):
+        data.read_audio(lambda: file.getvalue()[:22])  # libsndfile seeks to -1
+    assert not printed
 
 
 @pytest.mark.parametrize("samples", [400, 559, 560, 1_600, 1_839, 1_840, 16_000, 23_457])
@@ -162,7 +262,7 @@ def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_pat
     (tmp_path / "data").mkdir()
     hub_table(corpus).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     folder = data.read_corpus(corpus, "test")
-    hub = [data._utterance(**row, known={}) for _, row in data.read_hub("some/corpus", tmp_path, "test")]
+    hub = [data._utterance(**row, known={}) for row in data.read_hub("some/corpus", tmp_path, "test")]
     for ours, theirs in zip(hub, folder, strict=True):
         assert replace(ours, recording=None) == replace(theirs, recording=None)
         assert np.array_equal(data.read_audio(ours.recording), data.read_audio(theirs.recording))
@@ -201,44 +301,176 @@ def test_every_bad_file_is_listed_and_none_is_skipped(corpus, tmp_path):
     lines = str(error.value).splitlines()
     assert lines[0].startswith("9 of 20 utterances") and len(lines) == 10
     reasons = ["No such file", "not a readable", "less than one frame", "not a readable", "no entry in resource/scores"]
-    reasons += ["no 'fluency'", "total score 12", "index 99 is outside", "accuracy score None"]
+    reasons += ["fluency is missing", "total 12", "index 99 is outside", "accuracy None"]
     for id, line, reason in zip(ids[:9], lines[1:], reasons, strict=True):
         assert line.strip().startswith(f"{id}: ") and reason in line
     assert str(paths[0]) in lines[1]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda record: record.update(text=None), "text None is not a sentence"),
-    (lambda record: record.update(accuracy=7.5), "accuracy score 7.5 is not a whole number"),
-    (lambda record: record.update(words=7), "wrong type"),
-    (lambda record: record["words"][0].pop("mispronunciations"), "no 'mispronunciations'"),
+MISSING = object()
+LABEL = "words.0.mispronunciations.0"
+NO_TEXT = [MISSING, None, True, 7, [], {}, "", "  ", "\ud800", "A" * 10**7]
+NO_PHONE = [MISSING, None, True, 7, [], {}, "", "7", "\ud800", "A" * 10**7]
+NO_RATING = [MISSING, None, True, -1, 11, 1e9, 10**400, math.nan, math.inf, "high", "8", [], {}]
+NO_LIST = [MISSING, None, True, 7, "", {}, [None], [[]]]
+BAD_FIELDS = {
+    "text": NO_TEXT,
+    **dict.fromkeys(prompts.SCORES, NO_RATING + [7.5, 7.999999999999]),
+    "words": NO_LIST + [[], "BEAR", [{}] * 10**6],
+    "words.0.text": NO_TEXT,
+    "words.0.accuracy": NO_RATING,
+    "words.0.phones": NO_LIST + [[], "  ", ["AH", "B C"], ["AH", ""], ["AH", "0"], ["AH"] * 10**6],
+    "words.0.mispronunciations": NO_LIST + ["AH", [{}] * 10**6],
+    f"{LABEL}.index": [MISSING, None, True, -1, 11, 1e9, 10**400, 0.0, math.nan, "0", [], {}],
+    f"{LABEL}.pronounced-phone": NO_PHONE + ["AH B", " AH"],
+}
+WRONG = [(field, value) for field, values in BAD_FIELDS.items() for value in values]
+
+
+def short(value):
+    return "missing" if value is MISSING else repr(value)[:12] if isinstance(value, (list, str)) else f"{value!r:.12}"
+
+
+@pytest.fixture(scope="module")
+def recording():
+    return sound(tone(1, data.SAMPLE_RATE))
+
+
+def bear(**fields):
+    """A record of one word, whose first phone was heard as another."""
+    label = {"canonical-phone": "B", "index": 0, "pronounced-phone": "P"}
+    word = {"text": "BEAR", "phones": ["B", "EH0", "R"], "accuracy": 6, "mispronunciations": [label], "stress": 10}
+    return {"text": "BEAR", **dict.fromkeys(prompts.SCORES, 8), "words": [word], **fields}
+
+
+def utterance(record, recording):
+    return data._utterance("u", recording, record, "0001", "6", "m", {})
+
+
+@pytest.mark.parametrize("field, value", WRONG, ids=[f"{field}-{short(value)}" for field, value in WRONG])
+def test_a_field_of_another_shape_is_named_in_one_short_line(field, value, recording):
+    record = bear()
+    *path, last = [int(part) if part.isdecimal() else part for part in field.split(".")]
+    owner = record
+    for part in path:
+        owner = owner[part]
+    owner.pop(last) if value is MISSING else owner.update({last: value})
+    with pytest.raises(cli.InputError, match=r"words\.0|" + last) as error:
+        utterance(record, recording)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_a_value_nested_too_deeply_to_be_shown_is_still_one_line(recording):
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(cli.InputError, match="text a deeply nested value"):
+        utterance(bear(text=nested), recording)
+
+
+def test_an_index_may_not_be_labelled_twice(recording):
+    record = bear()
+    record["words"][0]["mispronunciations"] *= 2
+    with pytest.raises(cli.InputError, match="index 0 is labelled 2 times"):
+        utterance(record, recording)
+
+
+def test_scores_may_be_written_as_8_0_and_fields_that_nothing_reads_may_hold_anything(recording):
+    plain = utterance(bear(), recording)
+    record = bear(**dict.fromkeys(prompts.SCORES, 8.0), completeness=math.nan)
+    record["words"][0].update(stress="high", accuracy=6.0)
+    assert utterance(record, recording) == plain
+    assert {type(score) for score in utterance(record, recording).scores.values()} == {int}
+
+
+def test_equal_words_and_scores_are_held_once(corpus):
+    utterances = data.read_corpus(corpus, "train")
+    for held in ([u.scores for u in utterances], [word for u in utterances for word in u.words]):
+        assert len({id(one) for one in held}) == len({repr(one) for one in held}) < len(held)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of a corpus that are no such files
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda text: text[:-40], "scores.json is not JSON: .* line 1"),
+    (lambda text: text + "}", "scores.json is not JSON: Extra data"),
+    (lambda text: text.replace('"text"', "text", 1), "scores.json is not JSON: "),
+    (lambda text: f"[{text}]", "scores.json: .*dict"),
+    (lambda text: "{}", "000500001: no entry in resource/scores.json"),
+    (lambda text: "", "scores.json is not JSON: "),
+    (lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}", "scores.json is not JSON: maximum recursion depth"),
+    (lambda text: '{"u": ' + "9" * 5000 + "}", "scores.json is not JSON: Exceeds the limit"),
+    (lambda text: text.replace('"000500002"', '"000500001"'), "scores.json has '000500001' twice"),
+    (lambda text: text[:-1] + ", " + text[1:], "scores.json has '000500001' twice"),
+    (lambda text: text.replace('"fluency"', '"accuracy"', 1), "scores.json has 'accuracy' twice"),
 ])  # fmt: skip
-def test_a_bad_record_is_named(corpus, tmp_path, change, message):
+def test_a_damaged_scores_file_is_one_line(corpus, tmp_path, damage, message):
     root = copy(corpus, tmp_path)
     scores = root / "resource" / "scores.json"
     records = json.loads(scores.read_text())
-    id = (root / "test" / "wav.scp").read_text().split()[0]
-    change(records[id])
-    scores.write_text(json.dumps(records))
-    with pytest.raises(cli.InputError, match=f"{id}: .*{message}"):
-        data.read_corpus(root, "test")
+    text = json.dumps({id: records[id] for id in sorted(records) if id.startswith("0005")})
+    scores.write_text(damage(text))
+    with pytest.raises(cli.InputError, match=message) as error:
+        data.read_corpus(root, "test", limit=10)
+    assert all(len(line) < 300 for line in str(error.value).splitlines())
 
 
-def test_a_value_that_is_not_json_is_located_by_the_utterance_before_it(corpus, tmp_path):
+@pytest.mark.parametrize("name", ["resource/scores.json", "test/wav.scp", "test/utt2spk", "test/spk2age"])
+def test_a_list_that_is_not_utf_8_is_named(corpus, tmp_path, name):
     root = copy(corpus, tmp_path)
-    scores = root / "resource" / "scores.json"
-    records = json.loads(scores.read_text())
-    first, second = list(records)[:2]
-    records[second]["accuracy"] = float("nan")
-    scores.write_text(json.dumps(records))
-    with pytest.raises(cli.InputError, match=f"scores.json is not a JSON object of utterances after utterance {first}"):
+    (root / name).write_bytes((root / name).read_bytes() + b"\xff")
+    with pytest.raises(cli.InputError, match=f"{name} is not UTF-8"):
         data.read_corpus(root, "test")
+
+
+@pytest.mark.parametrize("name", ["resource/scores.json", "test/wav.scp"])
+def test_a_fifo_instead_of_a_list_does_not_hang(corpus, tmp_path, name):
+    root = copy(corpus, tmp_path)
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(cli.InputError, match=name):
+        data.read_corpus(root, "test")
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("make, message", [
+    (fifo, "is not a regular file"),
+    (lambda path: "/dev/zero", "is not a regular file"),
+    (lambda path: path.parent, "Is a directory"),
+    (lambda path: f"{path}\0.wav", "null"),
+    (lambda path: "a" * 5000, "File name too long"),
+    (lambda path: path / "there", "No such file"),
+    (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
+    (lambda path: path.write_bytes(wav(16_000, rate=1_000_000_007)) and path, "1,000,000,007 Hz"),
+    (lambda path: path.touch() or os.truncate(path, 2**40) or path, "1,099,511,627,776 bytes"),
+])  # fmt: skip
+def test_a_recording_that_is_no_sound_file_is_one_line_beside_the_others(corpus, tmp_path, make, message):
+    root = copy(corpus, tmp_path)
+    lines = (root / "test" / "wav.scp").read_text().splitlines()
+    id = lines[1].split()[0]
+    lines[1] = f"{id} {make(tmp_path / 'one.wav')}"
+    (root / "test" / "wav.scp").write_text("\n".join(lines))
+    with pytest.raises(cli.InputError) as error:
+        data.read_corpus(root, "test")
+    first, second = str(error.value).split("\n")
+    assert first.startswith("1 of 20 utterances") and second.startswith(f"  {id}: ") and message in second
+
+
+def test_a_corpus_whose_name_is_too_long_is_refused():
+    with pytest.raises(cli.InputError, match="does not exist"):
+        data.read_corpus("a" * 5000, "test")
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("wav.scp", "000500001\n", "line 1 of .*wav.scp is not a key and a value"),
     ("wav.scp", "u a.wav\nu a.wav\n", "line 2 of .*wav.scp repeats a key"),
-    ("spk2age", "0005 six\n0006 7\n", "wrong type: .*'six'"),
+    ("spk2age", "0005 six\n0006 7\n", "age 'six' is not a whole number"),
     ("utt2spk", "nobody 0005\n", "no speaker, or none with age and gender"),
 ])  # fmt: skip
 def test_a_bad_list_is_named(corpus, tmp_path, name, content, message):
@@ -443,6 +675,7 @@ def test_a_folder_without_recordings_is_refused_by_name(tmp_path):
     (np.zeros(40_000), 16_000, "2.50 s is longer than 2 s"),
     (np.ones(8000), 16_000, "100.0% of the samples are at full scale"),
     (np.zeros(0), 16_000, "recording is empty"),
+    (np.zeros(400_000), 400_000, "its header says 400,000 Hz"),
 ])  # fmt: skip
 def test_a_sound_file_that_would_mislead_is_refused_by_name(tmp_path, audio, rate, message):
     path = write_sound(tmp_path / "one.wav", audio, rate)
@@ -456,3 +689,21 @@ def test_a_file_that_is_not_sound_is_refused_by_name(tmp_path):
     path.write_text("no sound")
     with pytest.raises(cli.InputError, match=f"{path}: not a readable sound file"):
         data.read_sound_file(path)
+
+
+@pytest.mark.parametrize("make, message", [
+    (fifo, "is not a regular file"),
+    (lambda path: path.mkdir() or path, "Is a directory"),
+    (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
+    (lambda path: path.write_bytes(wav(16_000, rate=1)) and path, "1 Hz is below 4,000 Hz"),
+])  # fmt: skip
+def test_a_file_of_ones_own_that_cannot_be_read_whole_is_refused_by_name(tmp_path, make, message):
+    path = make(tmp_path / "one.wav")
+    with pytest.raises(cli.InputError, match=f"{path}.*{message}"):
+        data.read_sound_file(path)
+
+
+def test_a_recording_whose_name_is_not_utf_8_is_refused_by_name(tmp_path):
+    os.rename(write_sound(tmp_path / "a.wav", np.zeros(800)), os.fsencode(tmp_path) + b"/a\xff.wav")
+    with pytest.raises(cli.InputError, match=r"a\\udcff.wav' is not UTF-8: rename it"):
+        data.sound_files(tmp_path)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -52,9 +53,18 @@ def test_a_path_may_be_text(tmp_path):
     assert feedback.read_recording(str(written(tmp_path / "a.wav", speech()))).id == "a.wav"
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_a_missing_file_a_folder_and_a_fifo_are_named(tmp_path):
     assert "is not a file" in refusal(tmp_path / "none.wav")
     assert "is not a file" in refusal(tmp_path)
+    assert "is not a file" in refusal(tmp_path / ("a" * 5000))
+    os.mkfifo(tmp_path / "fifo.wav")
+    assert "is not a file" in refusal(tmp_path / "fifo.wav")
+
+
+def test_a_wav_that_was_cut_off_is_refused(tmp_path):
+    path = written(tmp_path / "a.wav", speech())
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "cut off: its header says 32,000 bytes of sound, 31,000 are there" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF but no more", b"hello" * 1000])
