@@ -126,7 +126,8 @@ def _score(value):
 
 
 def _transcript(value):
-    return value if isinstance(value, str) else None
+    """The text, or None; JSON can write half of a surrogate pair, which is no character and fits no file."""
+    return value if isinstance(value, str) and not re.search("[\ud800-\udfff]", value) else None
 
 
 def _json_objects(text, keys):
