@@ -147,8 +147,10 @@ def _json_objects(text, keys):
             continue  # inside an object that was taken
         try:
             value, end = decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # no answer; so would be what is inside, brace by brace
+            break
         if value.keys() >= set(keys):
             objects.append(value)
             rest += text[position : match.start()]

@@ -1,10 +1,13 @@
 import io
+import json
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT, script
 
 from analysis import floors
+from support import cli
 import data
 import prompts
 
@@ -160,3 +163,49 @@ def test_one_recording_is_held_at_a_time(monkeypatch):
     utterances = [utterance(f"a{i}", spoken(i), dict.fromkeys(prompts.SCORES, 5)) for i in range(10)]
     floors.pauses_and_energy(utterances, utterances)
     assert len(held) == 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def predictions(corpus, tmp_path_factory):
+    """Predictions file of a system that gives everybody the same scores and writes the canonical phones."""
+    lines = []
+    for u in data.read_corpus(corpus, "test")[:12]:
+        answers = prompts.apa_target(dict.fromkeys(prompts.SCORES, 5)), prompts.mdd_target(u.text, u.canonical)
+        for task, output in zip(prompts.TASKS, answers):
+            lines.append({"id": u.id, "task": task, "speaker": u.speaker, "output": output,
+                          "reference": data.reference(u, task)})  # fmt: skip
+    path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_command_prints_both_floors_beside_the_files_rows_and_loads_no_model(predictions, corpus, tmp_path):
+    code = (
+        f"import runpy, sys; sys.argv = ['floors', {str(predictions)!r}, '--data', {str(corpus)!r}];"
+        f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_module('analysis.floors', run_name='__main__');"
+        "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    result = script("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = [line.split("  ")[0] for line in result.stdout.splitlines()]
+    rows = [name for name in table if name in ("says everything right", "pauses and energy", "this run, predictions")]
+    assert rows[:3] == ["says everything right", "pauses and energy", "this run, predictions"]
+    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    numbers = floors.floor_row(records, floors.pauses_and_energy(train, test[:12])).numbers
+    (line,) = [line.split() for line in result.stdout.splitlines() if line.startswith("pauses and energy  ")]
+    assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES]
+    assert not list(tmp_path.iterdir()) and len(list(predictions.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])
+def test_predictions_of_another_corpus_are_refused(predictions, corpus, monkeypatch, tmp_path, change):
+    first, rest = predictions.read_text().split("\n", 1)
+    (tmp_path / "p.jsonl").write_text(json.dumps(json.loads(first) | change) + "\n" + rest)
+    monkeypatch.setattr("sys.argv", ["floors", str(tmp_path / "p.jsonl"), "--data", str(corpus)])
+    with pytest.raises(cli.InputError, match="is not in .*--data"):
+        floors.main()
