@@ -21,19 +21,115 @@ import os
 import re
 import sys
 import textwrap
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
+from typing import Annotated, Generic, Literal, TypeVar
 
+from pydantic import AfterValidator, Field
 from tqdm import tqdm
 
 import data
 import metrics
 import prompts
+import report
 import tables
 from support import cli, files
 
 WINDOW = 8  # batches that are sorted by length together; outputs are written after each window
 SCORINGS = ("greedy", "expected")  # the paper's, and the expectation of each score's distribution
+SCORED = ("metrics.json", "figure5.png", "phones.tsv")  # what scoring writes
+GENERATED = ("predictions.jsonl", "predictions.jsonl.part", "predictions.settings.json")  # what generating writes
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files that are read
+
+
+def _one_phone(text):
+    if text.split() != [text]:
+        raise ValueError("a phone is one or more characters without spaces")
+    return text
+
+
+def _distribution(probabilities):
+    if abs(sum(probabilities) - 1) > 1e-3:
+        raise ValueError(f"probabilities sum to {sum(probabilities):.4g}, not 1")
+    return probabilities
+
+
+Value = TypeVar("Value")
+Phones = list[Annotated[str, AfterValidator(_one_phone)]]
+Score = Annotated[float, Field(ge=prompts.SCORE_RANGE[0], le=prompts.SCORE_RANGE[1])]
+Probability = Annotated[float, Field(ge=0)]
+Distribution = Annotated[list[Probability], Field(min_length=11, max_length=11), AfterValidator(_distribution)]
+
+
+class ByScore(files.Shape, Generic[Value]):
+    """A value for each of prompts.SCORES."""
+
+    accuracy: Value
+    fluency: Value
+    prosodic: Value
+    total: Value
+
+
+class Transcripts(files.Shape):
+    """What should have been said, and the phones that raters heard."""
+
+    word_transcript: str
+    canonical: Phones
+    heard: Phones
+
+
+class Prediction(files.Shape):
+    """A line of predictions.jsonl: the raw answer to one utterance in one task."""
+
+    id: str
+    output: str
+    speaker: str | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    truncated: bool | None = None
+
+
+class AssessmentLine(Prediction):
+    task: Literal["APA"]
+    reference: ByScore[Score]
+    scores: ByScore[Distribution] | None = None
+
+
+class DiagnosisLine(Prediction):
+    task: Literal["MDD"]
+    reference: Transcripts
+
+
+Line = Annotated[AssessmentLine | DiagnosisLine, Field(discriminator="task")]
+
+
+class TrainingSettings(files.Shape):
+    """settings.json, which train.py writes beside an adapter; the choices are those of its command line."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    strategy: Literal["lora", "unfreeze", "full"]
+    speech_adapter: Literal["merge", "continue", "none"]
+    model: str
+    data: str
+    revision: str | None = None
+    data_revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    quantize: Literal["nf4"] | None = None
+
+
+class ValidatedEpoch(files.Shape):
+    """A line of validation.jsonl, which train.py --validation writes."""
+
+    epoch: int
+    best: bool
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
 
 
 def parse_arguments():
@@ -60,16 +156,16 @@ def parse_arguments():
     add("--data", help="corpus folder or hub id")
     add("--data-revision", help="of the hub id")
     add("--split", default="test", help="of the corpus (default: test)")
-    add("--limit", type=int, help="use only the first N utterances")
+    add("--limit", type=cli.positive_int, help="use only the first N utterances")
     add = parser.add_argument_group("how").add_argument
     add("--model", help="checkpoint folder or hub id of the base model (default: as in training)")
     add("--revision", help="of the hub id")
     add("--dtype", choices=("float32", "bfloat16"), help="of frozen weights (default: as in training)")
     add("--attention", choices=("sdpa", "eager", "flash_attention_2"), help="(default: as in training)")
-    add("--batch-size", type=int, default=16, help="utterances generated together (default: 16)")
+    add("--batch-size", type=cli.positive_int, default=16, help="utterances generated together (default: 16)")
     add(
         "--max-new-tokens",
-        type=int,
+        type=cli.positive_int,
         default=data.MAX_NEW_TOKENS,
         help=f"an answer longer than this is cut off and counted (default: {data.MAX_NEW_TOKENS})",
     )
@@ -101,9 +197,6 @@ def parse_arguments():
         parser.error(f"--epochs {args.epochs} chooses among those of a run: give --adapter as well")
     if args.audio and (args.epochs == "all" or (args.adapter and args.base)):
         parser.error("--audio takes one model: leave out --epochs all, and give --adapter or --base")
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from 1 up")
     return args
 
 
@@ -113,7 +206,7 @@ def parse_arguments():
 
 def adapter_folders(run, epochs):
     """The adapters that `--adapter` and `--epochs` name, as (folder, settings), earliest epoch first."""
-    if (run / "adapter_config.json").is_file() or (run / "trained.safetensors").is_file():
+    if any(map(os.path.isfile, (run / "adapter_config.json", run / "trained.safetensors"))):
         if epochs:
             raise cli.InputError(f"{run} is one epoch: leave out --epochs {epochs}, or give the folder above")
         folders = [run]
@@ -128,28 +221,19 @@ def adapter_folders(run, epochs):
         folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
         if not folders:
             raise cli.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
-    return [(folder, _read_settings(folder / "settings.json")) for folder in folders]
+    settings = [files.read_json(folder / "settings.json", TrainingSettings) for folder in folders]
+    return [(folder, found.model_dump(exclude_none=True)) for folder, found in zip(folders, settings)]
 
 
 def best_epoch(run):
     """The epoch that train.py marked as the best one on held-out speakers, as text."""
     path = run / "validation.jsonl"
-    try:
-        return next(str(line["epoch"]) for line in map(json.loads, path.read_text().splitlines()) if line["best"])
-    except (OSError, ValueError, KeyError, StopIteration) as error:
-        raise cli.InputError(f"--epochs best: {path} is missing or marks no epoch; it is written by train.py "
-                             f"--validation 0.1") from error  # fmt: skip
-
-
-def _read_settings(path):
-    try:
-        settings = json.loads(path.read_text())
-        missing = {"epoch", "strategy", "speech_adapter", "model", "data"} - settings.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise cli.InputError(f"{path}, which train.py writes beside an adapter, cannot be read: {error}") from error
-    if missing:
-        raise cli.InputError(f"{path} lacks {', '.join(sorted(missing))}: it is not train.py's")
-    return settings
+    lines = files.read_lines(path, ValidatedEpoch) if path.exists() else []
+    best = [str(line.epoch) for line in lines if line.best]
+    if len(best) != 1:
+        raise cli.InputError(f"--epochs best: {path} is missing or marks {len(best)} epochs; it is written by train.py "
+                             f"--validation 0.1")  # fmt: skip
+    return best[0]
 
 
 @dataclass
@@ -227,7 +311,7 @@ def load(evaluation, args):
         args.dtype or settings.get("dtype", models.default_dtype()),
         args.attention or settings.get("attention", "sdpa"),
         "merge" if base else settings["speech_adapter"],  # the unmodified model hears through its speech adapter
-        settings.get("quantize"),
+        None if base else settings.get("quantize"),  # and is unmodified
     )
     if not base:
         models.load_trained(model, evaluation.adapter, settings["strategy"])
@@ -241,6 +325,7 @@ def generate(evaluation, utterances, args):
     Under torchrun the processes share the batches of a window, and rank 0 writes. What a stopped evaluation has
     written is in predictions.jsonl.part, and --resume goes on with it.
     """
+    import model as models
     import runtime
 
     if evaluation.ablation:
@@ -252,6 +337,8 @@ def generate(evaluation, utterances, args):
     if "expected" in args.scoring:
         data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
     print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
+    if moved := models.moved(model):
+        print(f"       {models.describe_moved(moved)}")
     rank, processes = cli.process_rank(), runtime.processes()
     window = WINDOW * args.batch_size * processes
     with (open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
@@ -274,10 +361,16 @@ def generate(evaluation, utterances, args):
         os.replace(part, evaluation.output / "predictions.jsonl")
 
 
+def question(utterance, task):
+    """The line of predictions.jsonl for an utterance and a task, before there is an answer."""
+    return {"id": utterance.id, "task": task, "speaker": utterance.speaker, "output": None,
+            "reference": data.reference(utterance, task)}  # fmt: skip
+
+
 def choose_part(evaluation, utterances, args):
     """The file to append outputs to, and how many utterances it has already; (None, all) when there is nothing to do.
 
-    Without --resume it starts empty. Raises InputError when what is there was written by something else.
+    Without --resume it starts empty. Raises InputError when what is there is broken, or of another evaluation.
     """
     import runtime
 
@@ -292,18 +385,13 @@ def choose_part(evaluation, utterances, args):
         "scoring": sorted(args.scoring), "max_new_tokens": args.max_new_tokens,
         "corpus": data.fingerprint(utterances),
     }  # fmt: skip
-    lines, complete = [], False
+    lines, done, complete = [], 0, False
     if args.resume and (path.exists() or part.exists()):
-        if not of.exists() or json.loads(of.read_text()) != settings:
+        if not of.exists() or files.read_json(of, dict) != settings:
             raise cli.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
                                  f"setting: give the same ones, or choose another --output")  # fmt: skip
         complete = not part.exists()
-        lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
-    done = 0
-    while done < len(utterances) and [(utterances[done].id, task) for task in prompts.TASKS] == [
-        _key(line) for line in lines[done * len(prompts.TASKS) : (done + 1) * len(prompts.TASKS)]
-    ]:
-        done += 1
+        lines, done = ([], 0) if complete else read_part(part, utterances)
     complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
     if complete:
         return None, len(utterances)
@@ -314,21 +402,22 @@ def choose_part(evaluation, utterances, args):
     return part, done
 
 
-def _key(line):
-    """Utterance and task of a line; None for one that was cut off."""
+def read_part(part, utterances):
+    """Lines of an evaluation that was stopped, and how many of the utterances, from the first on, they answer."""
     try:
-        record = json.loads(line)
-        return record["id"], record["task"]
-    except (ValueError, TypeError, KeyError):
-        return None
+        records = read_lines(part, cut_off=True)
+    except cli.InputError as error:
+        raise cli.InputError(f"--resume: {error}; leave out --resume to start again") from error
+    asked = [question(utterance, task) for utterance in utterances for task in prompts.TASKS]
+    answered = (ask.items() <= (record | {"output": None}).items() for ask, record in zip(asked, records))
+    return files.read_text(part).split("\n"), sum(takewhile(bool, answered)) // len(prompts.TASKS)
 
 
 def answers(model, batch, args, control_token):
     """The lines of predictions.jsonl for some utterances, as {(id, task): line}."""
     import runtime
 
-    lines = {(u.id, task): {"id": u.id, "task": task, "speaker": u.speaker, "output": None,
-                            "reference": data.reference(u, task)} for u in batch for task in prompts.TASKS}  # fmt: skip
+    lines = {(u.id, task): question(u, task) for u in batch for task in prompts.TASKS}
     with runtime.autocast():
         audio = model.audio_embeddings(batch)
         for task in prompts.TASKS:
@@ -384,29 +473,23 @@ def listen(args):
 
 
 def read_predictions(path):
-    """The lines of a predictions file. Raises InputError naming the first line that is not one."""
-    records = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                records.append(_check_prediction(json.loads(line)))
-    except OSError as error:
-        raise cli.InputError(f"predictions {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise cli.InputError(f"line {number} of {path} is not a prediction of evaluate.py: {error!r}") from error
+    """The lines of a predictions file. Raises InputError naming the first line that is not one, or is there twice."""
+    records = read_lines(path)
     if not records:
         raise cli.InputError(f"predictions {path} is empty")
     return records
 
 
-def _check_prediction(record):
-    kinds = {"APA": dict.fromkeys(prompts.SCORES, (int, float)),
-             "MDD": {"word_transcript": str, "canonical": list, "heard": list}}[record["task"]]  # fmt: skip
-    values = [(record["id"], str), (record["output"], str)]
-    for value, kind in values + [(record["reference"][key], kind) for key, kind in kinds.items()]:
-        if not isinstance(value, kind):
-            raise TypeError(f"{value!r} has the wrong type")
-    return record
+def read_lines(path, cut_off=False):
+    """The lines as dicts that hold what is there, no nulls. Raises InputError also for one that is there twice."""
+    records = [line.model_dump(exclude_none=True) for line in files.read_lines(path, Line, cut_off)]
+    first = {}
+    for number, record in enumerate(records, 1):
+        key = record["id"], record["task"]
+        if first.setdefault(key, number) != number:
+            raise cli.InputError(f"line {number} of {path} answers {ascii(key[0])} ({key[1]}), which line {first[key]} "
+                                 f"does: remove one")  # fmt: skip
+    return records
 
 
 def scorings(records):
@@ -480,22 +563,6 @@ def canonical_floor(records):
     ]
     mdd = list(zip(outputs, references))
     return Row("says everything right", None, True, metrics.summarise([], mdd)[0], intervals(records, [], mdd))
-
-
-def pauses_and_energy(records, source, revision, utterances, output):
-    """The row of a fit that knows no phones; None without its scores: they need the corpus once, then a file."""
-    path = output / "pauses_and_energy.json"
-    if utterances:
-        import baselines
-
-        train = data.read_corpus(source, "train", revision)
-        with files.whole(path) as temporary:
-            temporary.write_text(json.dumps(baselines.pauses_and_energy(train, utterances)) + "\n")
-    if not path.exists():
-        return None
-    floor = json.loads(path.read_text())
-    apa = [(floor.get(record["id"]), record["reference"]) for record in records if record["task"] == "APA"]
-    return Row("pauses and energy", None, False, metrics.summarise(apa, [])[0], intervals(records, apa, []))
 
 
 def write_metrics(rows, evaluation):
@@ -609,40 +676,81 @@ def main():
     if args.audio:
         return listen(args)
     chosen = evaluations(args)
+    saved = read_predictions(args.predictions) if args.predictions else None
+    check_outputs(chosen, args)
+    with ExitStack() as locks:
+        for evaluation in chosen:
+            # what is unfinished beside an adapter may be train.py's, which is writing it now
+            locks.enter_context(files.lock(evaluation.output, "evaluate", "--output", clear=False))
+        evaluate(chosen, saved, args)
+
+
+def check_outputs(chosen, args):
+    """Raises InputError, before anything slow, where a file or folder would be replaced that was not written here."""
+    if args.report:
+        report.check_path(args.report)
+    names = SCORED if args.predictions else SCORED + GENERATED
+    scored = os.path.realpath(args.predictions) if args.predictions else None
+    for folder in (evaluation.output for evaluation in chosen):
+        paths = [folder / name for name in names if os.path.lexists(folder / name)]
+        foreign = [path for path in paths if path.is_dir() or os.path.realpath(path) == scored]
+        foreign = foreign or (paths if not written_here(folder) else [])
+        if foreign:
+            raise cli.InputError(f"{foreign[0]} would be replaced, and evaluate.py did not write it: choose another "
+                                 f"--output, or move it away")  # fmt: skip
+
+
+def written_here(folder):
+    """Whether a folder holds what evaluate.py alone writes."""
+    try:
+        return (folder / "predictions.settings.json").is_file() or bool(tables.read_metrics(folder / "metrics.json"))
+    except cli.InputError:
+        return False
+
+
+def evaluate(chosen, saved, args):
+    """Generate and score each evaluation; saved: the records of --predictions, which need no model."""
     settings, utterances, rank = chosen[-1].settings, [], cli.process_rank()
-    if not args.predictions:
+    if not saved:
         import model as models
         import runtime
 
         runtime.start_processes()
         args.revision = models.check_model(*base_model(args, settings))  # one for all evaluations
-    source = args.data or settings.get("data", data.HUB_CORPUS)
-    revision = args.data_revision or settings.get("data_revision") or data.HUB_CORPUS_REVISION
-    if args.data or not args.predictions:
+    if args.data or not saved:
+        source = args.data or settings.get("data", data.HUB_CORPUS)
+        revision = args.data_revision or settings.get("data_revision") or data.HUB_CORPUS_REVISION
         utterances = data.read_corpus(source, args.split, revision, args.limit)
         print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
-    if args.report:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
     rows, records = [], []
     for evaluation in chosen:
-        if not args.predictions:
+        if not saved:
             gc.collect()  # the previous model leaves the GPU before the next one comes
             generate(evaluation, utterances, args)
         if rank == 0:
-            outputs = read_predictions(args.predictions or evaluation.output / "predictions.jsonl")
+            outputs = saved or read_generated(evaluation, utterances)
             rows += score_and_draw(outputs, evaluation)
             records = outputs if not evaluation.ablation else records
     if rank == 0:
-        floor = pauses_and_energy(records, source, revision, utterances, chosen[0].output)
-        floors = [canonical_floor(records), *([floor] if floor else [])]
-        show(rows, floors, records, utterances, chosen, args)
-    if not args.predictions:
+        show(rows, [canonical_floor(records)], records, utterances, chosen, args)
+    if not saved:
         runtime.end_processes()
+
+
+def read_generated(evaluation, utterances):
+    """What was generated. Raises RunError unless it is the answers to these utterances, each task once."""
+    path = evaluation.output / "predictions.jsonl"
+    records = read_predictions(path)
+    asked = {(utterance.id, task) for utterance in utterances for task in prompts.TASKS}
+    answered = {(record["id"], record["task"]) for record in records}
+    if asked != answered:
+        raise cli.RunError(f"{path} has {len(asked & answered):,} of the {len(asked):,} answers that were asked for, "
+                           f"and {len(answered - asked):,} others: evaluate again, without --resume")  # fmt: skip
+    return records
 
 
 def score_and_draw(records, evaluation):
     """Write metrics.json and figure5.png of one predictions file; returns its rows."""
-    evaluation.output.mkdir(parents=True, exist_ok=True)
     rows = rows_of(records, evaluation)
     write_metrics(rows, evaluation)
     draw_figure5(records, evaluation.output / "figure5.png")
@@ -668,8 +776,6 @@ def show(rows, floors, records, utterances, chosen, args):
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
     print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")
     if args.report:
-        import report
-
         report.write_report(args.report, f"Pronunciation evaluation: {last.label}", [*results, phones, confusions],
                             tables.explain(rows), records, {u.id: u for u in utterances},
                             last.output / "figure5.png")  # fmt: skip

@@ -255,7 +255,7 @@ def correlation(predicted, human):
         return math.nan, math.nan, mae, f"only {len(predicted)} utterances"
     for name, values in (("predicted", predicted), ("human", human)):
         if len(set(values)) == 1:
-            return math.nan, math.nan, mae, f"all {len(values)} {name} scores are {values[0]}"
+            return math.nan, math.nan, mae, f"all {len(values)} {name} scores are {values[0]:g}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         pcc, pvalue = stats.pearsonr(predicted, human)

@@ -126,7 +126,8 @@ def _score(value):
 
 
 def _transcript(value):
-    return value if isinstance(value, str) else None
+    """The text, or None; JSON can write half of a surrogate pair, which is no character and fits no file."""
+    return value if isinstance(value, str) and not re.search("[\ud800-\udfff]", value) else None
 
 
 def _json_objects(text, keys):
@@ -146,8 +147,10 @@ def _json_objects(text, keys):
             continue  # inside an object that was taken
         try:
             value, end = decoder.raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # no answer; so would be what is inside, brace by brace
+            break
         if value.keys() >= set(keys):
             objects.append(value)
             rest += text[position : match.start()]

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import metrics
 import prompts
-from support import files
+from support import cli, files
 
 SHOWN = 40  # utterances with the largest errors
 RAW = 400  # characters of an unparsed output
+GENERATOR = '<meta name="generator" content="pronunciation evaluation, report.py">'  # marks what may be replaced
+HEAD = 200  # bytes from the start in which the mark stands
 LOW, HIGH = prompts.SCORE_RANGE
 MARKS = {"same": "=", "substituted": "≠", "missing": "−", "added": "+"}
 CELL, LEFT, TOP = 22, 36, 16  # of a plot, in its own units: one score point, margins
@@ -106,6 +109,16 @@ class Answers:
     error: float  # by which the utterances are ordered
 
 
+def check_path(path):
+    """Raises InputError where a report cannot be written, or would replace something else than an earlier report."""
+    if path.suffix != ".html":
+        raise cli.InputError(f"--report {path} is not the name of an .html file")
+    if os.path.lexists(path) and GENERATOR not in files.read_bytes(path)[:HEAD].decode(errors="replace"):
+        raise cli.InputError(f"--report {path} is not a report of evaluate.py and would be replaced: choose another "
+                             f"name, or move it away")  # fmt: skip
+    files.make_folder(path.parent, "--report")
+
+
 def write_report(path, title, tables, notes, records, utterances, figure5=None):
     """Write the report of one system as a single HTML file.
 
@@ -130,6 +143,7 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>

@@ -3,13 +3,15 @@
 A table is (caption, column titles, rows), a row (name, cells): text that evaluate.py prints and report.py shows.
 """
 
-import json
 import math
 import statistics
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
 
 import metrics
 import prompts
-from support import cli
+from support import cli, files
 
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
@@ -147,8 +149,7 @@ def explain(rows):
         "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
         "F1, P, R in Table 3: phone agreement by position, a reading that can give the paper's figures. Detection: "
         "found mispronunciations, the field's convention. Two, as the paper defines the second and reports the first.",
-        "says everything right: writing what should have been said, without listening. pauses and energy: a linear fit "
-        "that knows no phones; a model that is not above it has learnt nothing about pronunciation.",
+        "says everything right: writing what should have been said, without listening.",
         "\u2020: given the sentence. FAR, FRR, DER: false acceptance, false rejection, diagnosis error. cut off: the "
         "length limit came before the end.",
         *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
@@ -159,9 +160,21 @@ def explain(rows):
 # Systems and runs beside each other
 
 
+class Metrics(files.Shape):
+    """metrics.json: what was evaluated, and numbers, null for those that do not exist."""
+
+    model_config = ConfigDict(extra="allow")
+    evaluated: str
+    utterances: int
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-cli.LARGEST, le=cli.LARGEST)] | None]
+
+
 def summarise(runs):
     """Print mean, standard deviation and range of each number over the metrics.json of several runs."""
-    results = {run: _read_metrics(run if run.is_file() else run / "metrics.json") for run in runs}
+    paths = [run if run.is_file() else run / "metrics.json" for run in runs]
+    if repeated := [run for run, path in zip(runs, paths) if [p.resolve() for p in paths].count(path.resolve()) > 1]:
+        raise cli.InputError(f"--summarise names {repeated[0]} more than once: a spread is over different runs")
+    results = {run: read_metrics(path) for run, path in zip(runs, paths)}
     counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
     if len(set(counted.values())) > 1:
         raise cli.InputError("these runs were evaluated on different utterances: "
@@ -172,8 +185,8 @@ def summarise(runs):
           + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
     print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
     for key in next(iter(results.values())):
-        values = [result[key] for result in results.values() if isinstance(result.get(key), (int, float))]
-        if key != "utterances" and not key.endswith(("_low", "_high")) and values:
+        values = [result[key] for result in results.values() if result.get(key) is not None]
+        if key not in Metrics.model_fields and not key.endswith(("_low", "_high")) and values:
             spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
             print(
                 f"{key:30}{statistics.fmean(values):10.3f}{spread:>10}{min(values):10.3f}{max(values):10.3f}{len(values):8}"
@@ -181,13 +194,12 @@ def summarise(runs):
     print("\nstd: of the sample (n - 1). runs: those that have the number; a constant prediction has no correlation.")
 
 
-def _read_metrics(path):
+def read_metrics(path):
+    """The numbers of a metrics.json of evaluate.py, by key; None where there is none. Raises InputError."""
     try:
-        values = json.loads(path.read_text())
-        values["evaluated"], values["utterances"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cli.InputError(f"{path} cannot be read, or is not evaluate.py's: evaluate the run first") from error
-    return values
+        return files.read_json(path, Metrics).model_dump()
+    except cli.InputError as error:
+        raise cli.InputError(f"{error}; evaluate the run first") from error
 
 
 def compare(first, second, names, samples):

@@ -62,13 +62,14 @@ def run_script(name, main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
         sys.exit(1)
     except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"
         print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG  # the name of a file, which the user gave
+        sys.exit(2 if too_long or isinstance(error, InputError) else 1)
 
 
 def process_rank():

@@ -180,9 +180,10 @@ def make_folder(folder, setting):
 
 
 @contextmanager
-def lock(folder, work, setting):
+def lock(folder, work, setting, clear=True):
     """Own a folder for some work ("train", "evaluate"), then clear away what a killed process left half written.
 
+    clear: not where other work may be writing into the folder.
     Makes the folder. The system frees the lock with the process, however that ends, and does not hand it to forked
     workers. Raises InputError naming the process that has it. Rank 0 locks for all.
     """
@@ -200,6 +201,6 @@ def lock(folder, work, setting):
                              f"or choose another {setting}") from error  # fmt: skip
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})", file=file, flush=True)
-        for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")]:
+        for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")] if clear else []:
             _remove(left)
         yield

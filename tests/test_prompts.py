@@ -88,9 +88,25 @@ def test_transcripts_are_read_as_a_model_really_writes_them(text):
     '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
     """{"word_transcript": "THAT\\u0027S IT", 'phoneme_transcript': "DH AE"}""",
     "DH AE T S IH",
+    r'{"word_transcript": "THAT IS IT", "phoneme_transcript": "DH \ud800 T"}',
+    r'{"word_transcript": "THAT\udfff", "phoneme_transcript": "DH AE T"}',
 ])  # fmt: skip
 def test_a_cut_off_or_incomplete_transcript_is_unparsed(text):
     assert prompts.parse_output("MDD", text) is None
+
+
+def test_a_whole_surrogate_pair_is_a_character_and_half_of_one_is_no_transcript():
+    written = r'{"word_transcript": "\ud83d\ude00", "phoneme_transcript": "W"}'
+    assert prompts.parse_output("MDD", written) == {"word_transcript": "\U0001f600", "phoneme_transcript": "W"}
+    assert prompts.parse_output("MDD", written.replace(r"\ude00", "")) is None
+
+
+def test_deep_nesting_is_given_up_at_once(monkeypatch):
+    tried = []
+    decode = json.JSONDecoder.raw_decode
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", lambda *args: tried.append(1) or decode(*args))
+    assert prompts.parse_output("MDD", '{"word_transcript":' * 3000) is None
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("task, target", [("APA", prompts.apa_target(SCORES)), ("MDD", json.dumps(WORDS))])

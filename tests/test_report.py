@@ -1,12 +1,15 @@
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support import cli, files
 import data
 import metrics
 import prompts
@@ -55,7 +58,7 @@ def one_hot(value, low=None):
 def write(tmp_path, records, utterances=None, title="Report", tables=TABLES, figure5=None):
     path = tmp_path / "report.html"
     report.write_report(path, title, tables, ["a note with <b>"], records, utterances or {}, figure5)
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".tmp"] == []
+    assert not list(tmp_path.glob(f"*{files.UNFINISHED}"))
     return path.read_text(encoding="utf-8")
 
 
@@ -200,6 +203,36 @@ def gone():
 ])  # fmt: skip
 def test_a_recording_is_played_by_its_type_or_the_reason_is_given(recording, shown):
     assert shown in report.show_player(utterance("a", recording=recording))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it is written
+
+
+def test_a_report_replaces_an_earlier_one(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    report.check_path(path)
+    report.write_report(path, "T" * 5000, TABLES, [], [], {})
+    report.check_path(path)
+
+
+@pytest.mark.parametrize("name, make, message", [
+    ("report.txt", None, "report.txt is not the name of an .html file"),
+    ("out", Path.mkdir, "out is not the name of an .html file"),
+    ("report.html", Path.mkdir, "report.html cannot be read"),
+    ("report.html", lambda path: path.write_text("<!DOCTYPE html>mine"), "another name"),
+    ("report.html", lambda path: path.write_bytes(bytes(range(256))), "another name"),
+    ("report.html", lambda path: path.write_text("x" * 5000 + report.GENERATOR), "another name"),
+    ("report.html", lambda path: path.symlink_to("nowhere"), "report.html cannot be read"),
+    ("report.html", os.mkfifo, "not a regular file"),
+    ("file/report.html", lambda path: path.parent.touch(), "file"),
+])  # fmt: skip
+def test_a_report_replaces_nothing_else(tmp_path, name, make, message):
+    if make:
+        make(tmp_path / name)
+    with pytest.raises(cli.InputError, match=message) as error:
+        report.check_path(tmp_path / name)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 import io
+import json
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT, script
 
-import baselines
+from analysis import floors
+from support import cli
 import data
 import prompts
 
@@ -21,7 +24,7 @@ def silence(seconds):
 
 
 def features(*parts):
-    return dict(zip(baselines.FEATURES, baselines.waveform_features(np.concatenate(parts)), strict=True))
+    return dict(zip(floors.FEATURES, floors.waveform_features(np.concatenate(parts)), strict=True))
 
 
 def utterance(id, audio, scores, speaker="s"):
@@ -45,7 +48,7 @@ def test_two_pauses_are_counted_and_measured():
 
 
 def test_a_gap_shorter_than_the_shortest_pause_is_none_but_still_silent():
-    short = baselines.SHORTEST_PAUSE - 2 * FRAME_LENGTH
+    short = floors.SHORTEST_PAUSE - 2 * FRAME_LENGTH
     found = features(tone(1), silence(short), tone(1))
     assert (found["pauses"], found["longest_pause"], found["pause_sum"]) == (0, 0, 0)
     assert found["silence_share"] == pytest.approx(short / (2 + short), abs=0.03)
@@ -58,7 +61,7 @@ def test_silence_before_and_after_speech_is_no_pause():
 def test_pauses_do_not_depend_on_how_loud_the_recording_is():
     parts = tone(1), silence(0.6), tone(0.5, 0.2), silence(1.2), tone(0.8)
     loud, quiet = features(*parts), features(*(0.05 * part for part in parts))
-    for name in baselines.FEATURES[:6]:
+    for name in floors.FEATURES[:6]:
         assert loud[name] == quiet[name]
     assert loud["level_50"] - quiet["level_50"] == pytest.approx(-20 * np.log10(0.05), abs=0.01)
 
@@ -67,7 +70,7 @@ def test_a_pause_is_quieter_than_speech_by_the_threshold_not_digitally_silent():
     def pauses(drop):
         return features(tone(1), tone(1, 0.5 * 10 ** (-drop / 20)), tone(1))["pauses"]
 
-    assert pauses(baselines.SILENCE + 1) == 1 and pauses(baselines.SILENCE - 1) == 0
+    assert pauses(floors.SILENCE + 1) == 1 and pauses(floors.SILENCE - 1) == 0
 
 
 def test_the_level_of_a_tone_is_its_root_mean_square():
@@ -116,7 +119,7 @@ def planted(audio):
 def test_a_linear_relation_is_recovered_on_utterances_that_were_not_fitted():
     train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(40)]
     test = [utterance(f"b{i}", audio := spoken(100 + i), {}) for i in range(15)]
-    fitted = baselines.pauses_and_energy(train, test)
+    fitted = floors.pauses_and_energy(train, test)
     assert list(fitted) == [u.id for u in test]
     for u in test:
         assert fitted[u.id] == pytest.approx(planted(data.read_audio(u.recording)), abs=1e-4)
@@ -126,7 +129,7 @@ def test_a_linear_relation_is_recovered_on_utterances_that_were_not_fitted():
 def test_the_human_scores_of_the_test_split_are_not_used():
     train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(20)]
     without, with_scores = (
-        baselines.pauses_and_energy(train, [utterance("b", spoken(50), scores)])
+        floors.pauses_and_energy(train, [utterance("b", spoken(50), scores)])
         for scores in ({}, dict.fromkeys(prompts.SCORES, 1))
     )
     assert without == with_scores
@@ -134,13 +137,13 @@ def test_the_human_scores_of_the_test_split_are_not_used():
 
 def test_scores_stay_on_their_scale():
     train = [utterance(f"a{i}", tone(i), dict.fromkeys(prompts.SCORES, i)) for i in range(1, 10)]
-    fitted = baselines.pauses_and_energy(train, [utterance("b", tone(25), {})])
+    fitted = floors.pauses_and_energy(train, [utterance("b", tone(25), {})])
     assert fitted == {"b": dict.fromkeys(prompts.SCORES, 10.0)}
 
 
 def test_recordings_without_any_difference_get_the_mean_score():
     silent = [utterance(f"a{i}", silence(1), dict.fromkeys(prompts.SCORES, score)) for i, score in enumerate((4, 8))]
-    fitted = baselines.pauses_and_energy(silent, silent)
+    fitted = floors.pauses_and_energy(silent, silent)
     for scores in fitted.values():
         assert scores == pytest.approx(dict.fromkeys(prompts.SCORES, 6.0))
 
@@ -158,5 +161,51 @@ def test_one_recording_is_held_at_a_time(monkeypatch):
 
     monkeypatch.setattr(data, "read_audio", counted)
     utterances = [utterance(f"a{i}", spoken(i), dict.fromkeys(prompts.SCORES, 5)) for i in range(10)]
-    baselines.pauses_and_energy(utterances, utterances)
+    floors.pauses_and_energy(utterances, utterances)
     assert len(held) == 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def predictions(corpus, tmp_path_factory):
+    """Predictions file of a system that gives everybody the same scores and writes the canonical phones."""
+    lines = []
+    for u in data.read_corpus(corpus, "test")[:12]:
+        answers = prompts.apa_target(dict.fromkeys(prompts.SCORES, 5)), prompts.mdd_target(u.text, u.canonical)
+        for task, output in zip(prompts.TASKS, answers):
+            lines.append({"id": u.id, "task": task, "speaker": u.speaker, "output": output,
+                          "reference": data.reference(u, task)})  # fmt: skip
+    path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_command_prints_both_floors_beside_the_files_rows_and_loads_no_model(predictions, corpus, tmp_path):
+    code = (
+        f"import runpy, sys; sys.argv = ['floors', {str(predictions)!r}, '--data', {str(corpus)!r}];"
+        f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_module('analysis.floors', run_name='__main__');"
+        "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    result = script("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    table = [line.split("  ")[0] for line in result.stdout.splitlines()]
+    rows = [name for name in table if name in ("says everything right", "pauses and energy", "this run, predictions")]
+    assert rows[:3] == ["says everything right", "pauses and energy", "this run, predictions"]
+    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
+    records = [json.loads(line) for line in predictions.read_text().splitlines()]
+    numbers = floors.floor_row(records, floors.pauses_and_energy(train, test[:12])).numbers
+    (line,) = [line.split() for line in result.stdout.splitlines() if line.startswith("pauses and energy  ")]
+    assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES]
+    assert not list(tmp_path.iterdir()) and len(list(predictions.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])
+def test_predictions_of_another_corpus_are_refused(predictions, corpus, monkeypatch, tmp_path, change):
+    first, rest = predictions.read_text().split("\n", 1)
+    (tmp_path / "p.jsonl").write_text(json.dumps(json.loads(first) | change) + "\n" + rest)
+    monkeypatch.setattr("sys.argv", ["floors", str(tmp_path / "p.jsonl"), "--data", str(corpus)])
+    with pytest.raises(cli.InputError, match="is not in .*--data"):
+        floors.main()

@@ -1,16 +1,30 @@
 """What does a number mean beside one that needs no pronunciation?
 
-The floor row "pauses and energy": least squares on eleven numbers of the waveform, none of which knows a phone or a
+    python -m analysis.floors out/predictions.jsonl                      # speechocean762, which is fetched
+    python -m analysis.floors out/predictions.jsonl --data tiny/corpus
+
+prints the tables of evaluate.py for saved predictions with two floors, and needs no model. "says everything right"
+writes what should have been said. "pauses and energy" is fitted on the train part of the corpus.
+
+The row "pauses and energy": least squares on eleven numbers of the waveform, none of which knows a phone or a
 word. On speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and
 0.59 (total); what a model hears of pronunciation is what it has above this row.
 
 Shapes: S samples, F features, U utterances, K scores.
 """
 
+import argparse
+import textwrap
+from pathlib import Path
+
 import numpy as np
 
+from support import cli
 import data
+import evaluate
+import metrics
 import prompts
+import tables
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -80,3 +94,56 @@ def pauses_and_energy(train, test):
 def _design(utterances):
     """The features of every utterance and a 1 for the intercept: (U, F + 1)."""
     return np.array([[*waveform_features(data.read_audio(utterance.recording)), 1.0] for utterance in utterances])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments():
+    parser = cli.ArgumentParser(
+        description=__doc__,
+        usage="python -m analysis.floors PREDICTIONS [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("predictions", type=Path, help="predictions.jsonl of evaluate.py")
+    add("--data", default=data.HUB_CORPUS, help=f"corpus folder or hub id (default: {data.HUB_CORPUS})")
+    add("--data-revision", default=data.HUB_CORPUS_REVISION, help="of the hub id (default: as in training)")
+    add("--split", default="test", help="the part that was evaluated (default: test)")
+    return parser.parse_args()
+
+
+def find_utterances(records, corpus, where):
+    """The utterances that were evaluated. Raises InputError where the corpus has other ones, or other labels."""
+    known = {utterance.id: utterance for utterance in corpus}
+    for record in records:
+        utterance = known.get(record["id"])
+        if utterance is None or data.reference(utterance, record["task"]) != record["reference"]:
+            raise cli.InputError(f"{ascii(record['id'])} ({record['task']}) is not in {where}, or has other labels "
+                                 f"there: give the --data, --data-revision and --split that were evaluated")  # fmt: skip
+    return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
+
+
+def floor_row(records, fitted):
+    """The table row of the fit; fitted: of `pauses_and_energy`."""
+    apa = [(fitted[record["id"]], record["reference"]) for record in records if record["task"] == "APA"]
+    numbers, _ = metrics.summarise(apa, [])
+    return evaluate.Row("pauses and energy", None, False, numbers, evaluate.intervals(records, apa, []))
+
+
+def main():
+    args = parse_arguments()
+    records = evaluate.read_predictions(args.predictions)
+    test, train = (data.read_corpus(args.data, split, args.data_revision) for split in (args.split, "train"))
+    fitted = pauses_and_energy(train, find_utterances(records, test, f"{args.data} ({args.split})"))
+    rows = evaluate.rows_of(records, evaluate.Evaluation("predictions", args.predictions.parent))
+    for table in tables.result_tables(rows, [evaluate.canonical_floor(records), floor_row(records, fitted)]):
+        tables.show(table)
+    notes = [*tables.explain(rows), "pauses and energy: a linear fit that knows no phones; a model that is not above it "
+             "has learnt nothing about pronunciation."]  # fmt: skip
+    print("", *(textwrap.fill(note, 118) for note in notes), sep="\n")
+
+
+if __name__ == "__main__":
+    cli.run_script("analysis.floors", main)
