@@ -333,7 +333,8 @@ def read_audio(recording, lowest_rate=sound.LOWEST_RATE, longest=math.inf, most_
     if clipped > most_clipped:  # not after resampling, which rounds flat tops
         raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
                              f"is distorted: record it again at a lower level")  # fmt: skip
-    audio = audio.mean(axis=1)  # (S,)
+    with np.errstate(invalid="ignore", over="ignore"):  # said below
+        audio = audio.mean(axis=1)  # (S,)
     if not np.isfinite(audio).all():
         raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:

@@ -95,9 +95,12 @@ def test_channels_are_averaged():
     (sound(np.zeros(0, np.float32)), "empty"),
     (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
     (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
+    (sound(np.full((500, 2), [np.inf, -np.inf], np.float32)), "500 samples that are not finite"),
+    (sound(np.full((500, 2), 3e38, np.float32)), "500 samples that are not finite"),
     (lambda: b"not a sound file", "not a readable sound file"),
     (lambda: None, "not a readable sound file"),  # a row of the hub without its bytes
 ])  # fmt: skip
+@pytest.mark.filterwarnings("error")  # a second line
 def test_bad_audio_is_named(recording, message):
     with pytest.raises(cli.InputError, match=message):
         data.read_audio(recording)
