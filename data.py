@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,19 +33,16 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 import prompts
-from support import cli, files, hub
+from support import cli, files, hub, sound
 
 SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
 FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
+LONGEST = 10_000  # characters of a text, words of a sentence, phones of a word
 SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg")
 # A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
 FULL_SCALE = 0.99
-LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz of a recording; no speech is below, no converter above
-MOST_SAMPLES = 2**28  # of a recording, over all channels and at 16 kHz: 4.7 hours of mono
-UNKNOWN_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)  # of a WAV's sound, as SoX, others and ffmpeg write to a pipe
-LONGEST = 10_000  # characters of a text, words of a sentence, phones of a word
 # Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
 CLIPPED = 0.01  # share of a channel's samples
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
@@ -114,9 +110,8 @@ def read_corpus(source, split, revision=None, limit=None):
         except cli.InputError as error:
             problems.append(f"{row['id']}: {error}")
     if problems:
-        raise cli.InputError(f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) cannot "
-                             f"be used; repair or remove them:\n  "
-                             + "\n  ".join(problems))  # fmt: skip
+        raise cli.InputError(f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) "
+                             f"cannot be used; repair or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
         raise cli.InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
@@ -163,10 +158,11 @@ def _read_records(path):
     """{id: record} of scores.json. Raises InputError when it is no JSON object, or one of its objects repeats a key."""
 
     def once(pairs):
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
-            raise cli.InputError(f"{path} has {repeated[0]!r:.80} twice in one object: remove one")
-        return dict(pairs)
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise cli.InputError(f"{path} has {repeated!r:.80} twice in one object: remove one")
+        return fields
 
     try:
         records = json.loads(files.read_text(path), object_pairs_hook=once)
@@ -312,17 +308,7 @@ def _word(record):
     )
 
 
-class _Content(io.BytesIO):
-    """A sound file's bytes; a damaged header may send libsndfile before its start, which would print a traceback."""
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        try:
-            return super().seek(offset, whence)
-        except (ValueError, OverflowError):
-            return self.tell()
-
-
-def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clipped=1.0):
+def read_audio(recording, lowest_rate=sound.LOWEST_RATE, longest=math.inf, most_clipped=1.0):
     """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
 
     recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
@@ -330,25 +316,15 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
     shorter than one frame, not finite, at full scale in more than `most_clipped` of a channel, or of a rate below
     `lowest_rate` in Hz: its upper band would be empty.
     """
-    import soundfile
     from scipy.signal import resample_poly
 
-    content = _with_length(recording() or b"")  # a row of the hub may have none
-    try:
-        with soundfile.SoundFile(_Content(content)) as file:
-            rate = file.samplerate
-            _check_header(rate, file.frames, file.channels, lowest_rate, longest)
-            audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
-    except (soundfile.SoundFileError, MemoryError) as error:
-        reason = getattr(error, "error_string", "") or type(error).__name__
-        raise cli.InputError(f"not a readable sound file: {reason}") from error
-    if not len(audio):
-        raise cli.InputError("recording is empty")
+    audio, rate = sound.decode(recording() or b"", lowest_rate, longest)  # (S, channels); the hub may have no bytes
     clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
     if clipped > most_clipped:  # not after resampling, which rounds flat tops
         raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
                              f"is distorted: record it again at a lower level")  # fmt: skip
-    audio = audio.mean(axis=1)  # (S,)
+    with np.errstate(invalid="ignore", over="ignore"):  # said below
+        audio = audio.mean(axis=1)  # (S,)
     if not np.isfinite(audio).all():
         raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:
@@ -357,41 +333,6 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
     if len(audio) < FRAME:
         raise cli.InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
     return audio
-
-
-def _check_header(rate, frames, channels, lowest_rate, longest):
-    """Raises InputError before anything is decoded: a header of a few bytes may ask for gigabytes."""
-    if rate < lowest_rate:
-        raise cli.InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
-                             f"again at a higher rate, or leave it out")  # fmt: skip
-    if frames / rate > longest:
-        raise cli.InputError(f"{frames / rate:.2f} s is longer than {longest} s: cut it into sentences")
-    if rate > HIGHEST_RATE or frames * max(channels, SAMPLE_RATE / rate) > MOST_SAMPLES:
-        raise cli.InputError(f"its header says {rate:,} Hz and {frames:,} x {channels} samples (limits {HIGHEST_RATE:,}"
-                             f", {MOST_SAMPLES:,}): cut it, or convert it again")  # fmt: skip
-
-
-def _with_length(content):
-    """A WAV file with the length of its sound, which a program that writes to a pipe cannot know; others as they are.
-
-    Raises InputError where less sound is there than the header says: libsndfile would read what is left of it.
-    """
-    order = {b"RIFF": "<", b"RIFX": ">"}.get(content[:4])
-    start = 12  # of the first chunk: a name, a size, and content of an even length
-    while order and start + 8 <= len(content):
-        name, size = struct.unpack_from(order + "4sI", content, start)
-        start += 8
-        if name == b"data":
-            left = len(content) - start
-            (whole,) = struct.unpack_from(order + "I", content, 4)  # where this is known too, no sound is no sound
-            if size in UNKNOWN_SIZES or size == 0 and whole + 8 <= start:
-                return content[: start - 4] + struct.pack(order + "I", left) + content[start:]
-            if size > left:
-                raise cli.InputError(f"recording is cut off: its header says {size:,} bytes of sound, {left:,} are "
-                                     f"there; copy it again")  # fmt: skip
-            break
-        start += size + size % 2
-    return content
 
 
 def sound_files(folder):
@@ -405,7 +346,7 @@ def sound_files(folder):
     return found
 
 
-def read_sound_file(path, longest=math.inf, lowest_rate=LOWEST_RATE):
+def read_sound_file(path, longest=math.inf, lowest_rate=sound.LOWEST_RATE):
     """A sound file as `read_audio` gives it, (S,). longest: seconds.
 
     Raises InputError, naming the file, for what `read_audio` refuses, more than CLIPPED at full scale included.

@@ -18,6 +18,7 @@ import data
 import prompts
 import tiny
 from support import cli, files
+from support.sound import MOST_SAMPLES
 
 
 def sound(wave, rate=data.SAMPLE_RATE, subtype="FLOAT"):
@@ -94,9 +95,12 @@ def test_channels_are_averaged():
     (sound(np.zeros(0, np.float32)), "empty"),
     (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
     (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
+    (sound(np.full((500, 2), [np.inf, -np.inf], np.float32)), "500 samples that are not finite"),
+    (sound(np.full((500, 2), 3e38, np.float32)), "500 samples that are not finite"),
     (lambda: b"not a sound file", "not a readable sound file"),
     (lambda: None, "not a readable sound file"),  # a row of the hub without its bytes
 ])  # fmt: skip
+@pytest.mark.filterwarnings("error")  # a second line
 def test_bad_audio_is_named(recording, message):
     with pytest.raises(cli.InputError, match=message):
         data.read_audio(recording)
@@ -179,8 +183,16 @@ def test_a_header_that_claims_more_samples_than_memory_is_refused(frames, monkey
     content[21] = content[21] & 0xF0 | frames >> 32  # STREAMINFO's last 36 bits before the checksum
     content[22:26] = (frames & 2**32 - 1).to_bytes(4, "big")
     monkeypatch.setattr(soundfile.SoundFile, "read", None)  # nothing may be decoded
-    with pytest.raises(cli.InputError, match=f"samples .*{data.MOST_SAMPLES:,}"):
+    with pytest.raises(cli.InputError, match=f"samples .*{MOST_SAMPLES:,}"):
         data.read_audio(lambda: bytes(content))
+
+
+def test_an_encoding_that_cannot_be_measured_is_an_input_error():
+    file = io.BytesIO()
+    soundfile.write(file, tone(0.1, 16_000), 16_000, format="AU")
+    content = file.getvalue()[:15] + b"\x17" + file.getvalue()[16:]  # G.721 instead of 16-bit
+    with pytest.raises(cli.InputError, match="not a readable sound file"):
+        data.read_audio(lambda: content)
 
 
 def test_sound_that_does_not_fit_into_memory_is_an_input_error(monkeypatch):
@@ -460,6 +472,17 @@ def test_a_recording_that_is_no_sound_file_is_one_line_beside_the_others(corpus,
         data.read_corpus(root, "test")
     first, second = str(error.value).split("\n")
     assert first.startswith("1 of 20 utterances") and second.startswith(f"  {id}: ") and message in second
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_no_descriptor_open(tmp_path):
+    def next_descriptor():
+        with open(os.devnull) as file:
+            return file.fileno()
+
+    before = next_descriptor()
+    with pytest.raises(cli.InputError, match="Is a directory"):
+        files.read_bytes(tmp_path)
+    assert next_descriptor() == before
 
 
 def test_a_corpus_whose_name_is_too_long_is_refused():
