@@ -698,6 +698,7 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
     (["--adapter", "out", "--audio", "x.wav", "--epochs", "all"], "--audio takes one model: leave out --epochs all"),
     (["--adapter", "out", "--base", "--audio", "x.wav"], "give --adapter or --base"),
     (["--compare", "a", "b", "--output", "x"], "--compare reads two predictions files: leave out --output"),
+    (["--predictions", "a", "--data", ""], "--data is empty"),
     (["--predictions", "a", "--resume"], "--predictions scores a saved file: leave out --resume"),
     (["--predictions", "a", "--audio-ablation", "swap"], "leave out --audio-ablation"),
 ])  # fmt: skip
