@@ -177,6 +177,8 @@ def parse_arguments():
     add("--report", type=Path, help="write a page with tables, plots and recordings to this .html file")
 
     args = parser.parse_args()
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        parser.error(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out")
     if not (args.predictions or args.adapter or args.base or args.summarise or args.compare):
         parser.error("nothing to evaluate: give --adapter, --base, --predictions, --summarise or --compare")
     how = ("adapter", "base", "epochs", "model", "revision", "dtype", "attention", "max_new_tokens")

@@ -19,7 +19,8 @@ from collections import Counter
 import numpy as np
 from scipy import stats
 
-SCORES = ("accuracy", "fluency", "prosodic", "total")
+from prompts import SCORES
+
 RESAMPLES = 1000  # of the bootstrap
 LEVEL = 0.95  # of its intervals
 EVENTS = ("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error")

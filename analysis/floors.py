@@ -100,6 +100,12 @@ def _design(utterances):
 # The command
 
 
+NOTE = (
+    "pauses and energy: a linear fit that knows no phones; a model that is not above it has learnt nothing about "
+    "pronunciation."
+)
+
+
 def parse_arguments():
     parser = cli.ArgumentParser(
         description=__doc__,
@@ -121,7 +127,7 @@ def find_utterances(records, corpus, where):
         utterance = known.get(record["id"])
         if utterance is None or data.reference(utterance, record["task"]) != record["reference"]:
             raise cli.InputError(f"{ascii(record['id'])} ({record['task']}) is not in {where}, or has other labels "
-                                 f"there: give the --data, --data-revision and --split that were evaluated")  # fmt: skip
+                                 f"there: give --data, --data-revision and --split as they were")  # fmt: skip
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
 
@@ -140,8 +146,7 @@ def main():
     rows = evaluate.rows_of(records, evaluate.Evaluation("predictions", args.predictions.parent))
     for table in tables.result_tables(rows, [evaluate.canonical_floor(records), floor_row(records, fitted)]):
         tables.show(table)
-    notes = [*tables.explain(rows), "pauses and energy: a linear fit that knows no phones; a model that is not above it "
-             "has learnt nothing about pronunciation."]  # fmt: skip
+    notes = [*tables.explain(rows), NOTE]
     print("", *(textwrap.fill(note, 118) for note in notes), sep="\n")
 
 

@@ -43,9 +43,9 @@ def write(path, lines):
     return path
 
 
-def test_the_papers_table_is_typed_as_printed():
-    assert tables.PAPER["lora", 3] == (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721)
-    assert len(tables.PAPER) == 9 and {len(row) for row in tables.PAPER.values()} == {len(tables.TABLE_3)}
+def test_each_row_of_the_papers_table_has_a_number_for_each_column():
+    """The numbers themselves: tests/test_readme.py."""
+    assert {len(row) for row in tables.PAPER.values()} == {len(tables.TABLE_3)}
 
 
 def test_scoring_counts_what_was_unparsed_and_cut_off():
@@ -391,10 +391,6 @@ def test_a_corpus_without_a_train_part_is_evaluated(monkeypatch, run, corpus, tm
     assert (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_words_and_scores_named_in_metrics_are_those_of_prompts():
-    assert metrics.SCORES == prompts.SCORES
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Generating
 
@@ -702,6 +698,7 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
     (["--adapter", "out", "--audio", "x.wav", "--epochs", "all"], "--audio takes one model: leave out --epochs all"),
     (["--adapter", "out", "--base", "--audio", "x.wav"], "give --adapter or --base"),
     (["--compare", "a", "b", "--output", "x"], "--compare reads two predictions files: leave out --output"),
+    (["--predictions", "a", "--data", ""], "--data is empty"),
     (["--predictions", "a", "--resume"], "--predictions scores a saved file: leave out --resume"),
     (["--predictions", "a", "--audio-ablation", "swap"], "leave out --audio-ablation"),
 ])  # fmt: skip
