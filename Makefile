@@ -11,11 +11,12 @@ EPOCHS ?= 8
 .PHONY: demo test
 
 demo: .venv/installed
-	@if [ -n "$$(ls -A out 2>/dev/null)" ] && ! grep -qs '"model": "tiny/model"' out/settings.json; then \
+	@if [ -n "$$(ls out 2>/dev/null)" ] && ! grep -qs '"model": "tiny/model"' out/settings.json; then \
 		echo "out/ holds something that is not the demo's: move it away first"; exit 2; fi
-	rm -rf tiny/model tiny/corpus out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl \
-		out/predictions.jsonl.part
+	rm -rf tiny/model tiny/corpus
 	.venv/bin/python tiny.py --steps $(PRETRAINING_STEPS) --train-speakers $(TRAIN_SPEAKERS) --seed $(SEED)
+	rm -rf out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl out/curves.png \
+		out/predictions.jsonl.part out/report.html out/settings.json
 	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3 \
 		--batch-size 8 --accumulation 2 --epochs $(EPOCHS) --seed $(SEED)
 	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected --report out/report.html

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import evaluate
 import model as models
-import data
 import prompts
 from support import cli
 
@@ -49,10 +49,10 @@ def main():
     parser.add_argument("--limit", type=cli.positive_int, default=200, help="utterances of the test part (200)")
     args = parser.parse_args()
     ((folder, settings),) = evaluate.adapter_folders(args.adapter, None)
-    utterances = data.read_corpus(settings.data, "test", settings.data_revision, args.limit)
-    model = models.load_base(settings.model, settings.revision, args.dtype, "sdpa", settings.speech_adapter,
-                             settings.quantize)  # fmt: skip
-    models.load_trained(model, folder, settings.strategy)
+    utterances = data.read_corpus(settings["data"], "test", settings.get("data_revision"), args.limit)
+    model = models.load_base(settings["model"], settings.get("revision"), args.dtype, "sdpa",
+                             settings["speech_adapter"], settings.get("quantize"))  # fmt: skip
+    models.load_trained(model, folder, settings["strategy"])
     (texts, scores), (other_texts, other_scores) = (answer(model, utterances, size) for size in SIZES)
     print(f"{len(utterances)} utterances, {args.dtype}, {workload.machine()['device']}, batches of {SIZES}:")
     for task in prompts.TASKS:
