@@ -112,7 +112,8 @@ def start_processes():
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -4,6 +4,7 @@ What is read from outside is distrusted here: a file must be a regular one, its 
 `Shape`. Every fault is one InputError that names the file, the field, the value and the reason.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from support.cli import InputError, RunError, first_line, process_rank
 
 UNFINISHED = ".unfinished"  # ends the name of what is being written; what a killed process left is removed by `lock`
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
 SHOWN = 60  # characters of a wrong value that a message quotes
 
@@ -196,6 +198,11 @@ def lock(folder, work, setting, clear=True):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                print(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes into it",
+                      file=sys.stderr)  # fmt: skip
+                yield
+                return
             file.seek(0)
             raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it ends, "
                              f"or choose another {setting}") from error  # fmt: skip

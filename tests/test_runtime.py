@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, resumed, and spread over processes."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -607,6 +608,15 @@ def test_a_killed_run_holds_no_lock_even_where_its_workers_live_on(tmp_path):
     with files.lock(tmp_path, "train", "--output"):
         assert len(left) == 1 and left[0].is_running()
     left[0].kill()
+
+
+def test_where_the_file_system_has_no_locks_a_run_goes_on_and_says_so(monkeypatch, tmp_path, capsys):
+    def lockf(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
+    with files.lock(tmp_path, "train", "--output"):
+        assert f"{tmp_path} cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_what_a_killed_save_left_is_cleared_away_and_nothing_else(command, tmp_path):
