@@ -409,7 +409,7 @@ def arguments_that_are_wrong(tmp_path):
         (["--data", tmp_path, "--seeds", 1, 2, 1], "--seeds 1 2 1: each is one run"),
         (["--trained", tmp_path], "stand alone"),
         (["--compare", tmp_path, tmp_path, "--seeds", 1], "leave out the other settings, or --compare"),
-        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav: not a readable sound file"),
+        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav cannot be read: No such file"),
         (["--compare", tmp_path, tmp_path], "predictions.jsonl is missing"),
         (["--data", tmp_path, "--model", sounds], "no Qwen2-Audio checkpoint"),
     ]
