@@ -2,8 +2,11 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from processes import Process
@@ -11,7 +14,7 @@ from processes import Process
 import data
 import loader
 import runtime
-from support import cli
+from support import cli, files
 
 
 @pytest.fixture
@@ -37,7 +40,8 @@ def test_what_was_written_is_read_to_the_bit(cache, dtype):
 
 
 def test_recordings_with_other_content_have_other_files_whatever_their_names(cache):
-    assert cache.file(b"one") != cache.file(b"two") and cache.file(b"one") == cache.file(b"one")
+    assert cache.file(b"one") != cache.file(b"two")
+    assert cache.file(b"one") == loader.AudioCache(cache.folder).file(b"one")
 
 
 def test_a_file_that_was_cut_off_anywhere_counts_as_missing_and_is_written_again(cache):
@@ -133,7 +137,7 @@ def test_workers_change_neither_order_nor_content_and_draw_no_random_numbers(new
         for one, other in zip(share, other_share):
             assert one.utterances == other.utterances
             assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.supervised, other.supervised)
-            for recording, same in zip(one.recordings, other.recordings):
+            for _, recording, same in zip(one.utterances, one.recordings, other.recordings, strict=True):
                 assert torch.equal(recording.features, same.features)
 
 
@@ -141,9 +145,11 @@ def test_workers_give_embeddings_that_are_known_and_features_of_the_others(new_m
     model = new_model()
     model.keep_audio(tmp_path)
     known = model.audio_embeddings(utterances[:6])
-    for _, share in loaded(model, utterances[:12], workers=2):
+    steps = loaded(model, utterances[:12], workers=2)
+    assert len(steps) == 3
+    for _, share in steps:
         for batch in share:
-            for id, recording in zip(batch.utterances, batch.recordings):
+            for id, recording in zip(batch.utterances, batch.recordings, strict=True):
                 place = next(i for i, utterance in enumerate(utterances) if utterance.id == id)
                 assert (recording.embeddings is None) == (place >= 6) == (recording.features is not None)
                 if place < 6:
@@ -159,10 +165,10 @@ def test_a_ctrl_c_that_reaches_a_worker_leaves_the_step_to_be_finished(new_model
 
 
 def test_an_error_in_a_worker_is_one_line_of_the_user(new_model, utterances):
-    gone = replace(utterances[0], recording=lambda: open("gone.wav", "rb").read())
+    gone = replace(utterances[0], recording=partial(files.read_bytes, "gone.wav"))
     with pytest.raises(cli.InputError) as error:
         loaded(new_model(), [gone] * 4, workers=1)
-    assert str(error.value) == "recording gone.wav cannot be read: No such file or directory"
+    assert str(error.value) == "gone.wav cannot be read: No such file or directory"
 
 
 def test_a_worker_that_is_killed_is_reported_with_a_way_out(new_model, utterances):
@@ -173,10 +179,11 @@ def test_a_worker_that_is_killed_is_reported_with_a_way_out(new_model, utterance
 
 
 def lose_the_recordings():
-    def read(recording):
+    def read(utterance, extractor):
+        Path(f"worker-{os.getpid()}").touch()
         raise cli.InputError("recording gone.wav cannot be read")
 
-    data.log_mel = lambda utterance, extractor: read(None)
+    data.log_mel = read
 
 
 def test_a_run_whose_worker_fails_ends_with_its_workers(checkpoint, corpus, tmp_path):
@@ -184,3 +191,5 @@ def test_a_run_whose_worker_fails_ends_with_its_workers(checkpoint, corpus, tmp_
     process = Process("train", arguments, tmp_path, prepare=lose_the_recordings)
     code, text = process.wait()
     assert code == 2 and text.splitlines()[-1] == "train.py: error: recording gone.wav cannot be read"
+    workers = [int(path.name.removeprefix("worker-")) for path in tmp_path.glob("worker-*")]
+    assert workers and not any(map(psutil.pid_exists, workers))

@@ -94,7 +94,7 @@ def test_eight_micro_batches_of_one_and_one_of_eight_give_equal_gradients(new_mo
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert one.keys() == eight.keys() and any(gradient.norm() > 0 for gradient in one.values())
     for name in one:
-        assert relative(eight[name], one[name]) < 1e-5 or one[name].norm() == 0, name
+        assert relative(eight[name], one[name]) < 1e-5, name
 
 
 def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples):
@@ -129,7 +129,7 @@ def test_bfloat16_weights_under_autocast_train_in_float32_and_stay_near_it(new_m
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, found = gradients(model, [examples[:4], examples[4:8]])
-        assert len(greedy(model.eval(), utterances[:3], "APA", 5)) == 3
+        greedy(model.eval(), utterances[:3], "APA", 5)
     exact, expected = gradients(new_model(strategy), [examples[:8]])
     assert loss == pytest.approx(exact, rel=0.02)
     for name, gradient in found.items():
@@ -148,7 +148,7 @@ def test_a_clip_has_the_same_embeddings_alone_and_batched_with_longer_clips(new_
     batch = [data.log_mel(utterance, model.extractor) for utterance in (ordered[0], ordered[-1], ordered[-2])]
     with torch.no_grad():
         together = model.embed_audio(batch)
-        for features, embedding in zip(batch, together):
+        for features, embedding in zip(batch, together, strict=True):
             alone = model.embed_audio([features])[0]
             assert relative(embedding, alone) < 1e-5
 
@@ -203,7 +203,7 @@ def test_checkpointing_reaches_the_audio_encoder_where_it_trains(new_model, exam
 def test_embeddings_of_a_frozen_encoder_are_equal_to_the_bit_whatever_they_are_asked_for_with(new_model, utterances):
     one, other = new_model(), new_model()
     together, alone = one.audio_embeddings(utterances[:6]), [other.audio_embeddings([u])[0] for u in utterances[:6]]
-    assert all(torch.equal(a, b) for a, b in zip(together, alone))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def count_embedded(model, monkeypatch):
@@ -413,7 +413,8 @@ def test_the_text_of_an_utterance_does_not_depend_on_its_batch(fluent, utterance
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_answers_are_those_of_transformers_own_generate(fluent, utterances, task):
     """One utterance at a time, from ids and features, with its cache."""
-    for utterance, (text, length, truncated) in zip(utterances[:4], greedy(fluent, utterances[:4], task, 25)):
+    answers = greedy(fluent, utterances[:4], task, 25)
+    for utterance, (text, length, truncated) in zip(utterances[:4], answers, strict=True):
         input_ids = torch.tensor([data.encode_prompt(utterance, task, fluent.tokenizer, fluent.audio_id)])
         sequence = fluent.core.generate(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=25, do_sample=False,
@@ -427,7 +428,7 @@ def test_answers_are_those_of_transformers_own_generate(fluent, utterances, task
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_what_was_learnt_by_heart_is_written_and_parsed(fluent, utterances, task):
     outputs = [prompts.parse_output(task, text) for text, _, _ in greedy(fluent, utterances[::5], task, 60)]
-    assert None not in outputs
+    assert len(outputs) == 8 and None not in outputs
 
 
 LENGTHS = (
@@ -477,7 +478,7 @@ def test_score_distributions_are_those_of_the_whole_answer_read_at_once(fluent, 
     batch = utterances[:3]
     distributions = score(fluent, batch)
     before, values = data.encode_score_slots(fluent.tokenizer)
-    for utterance, ours in zip(batch, distributions):
+    for utterance, ours in zip(batch, distributions, strict=True):
         modes = [values[i] for i in ours.argmax(dim=-1)]
         answer = sum(([*text, value] for text, value in zip(before, modes)), [])
         prompt = data.encode_prompt(utterance, "APA", fluent.tokenizer, fluent.audio_id)
@@ -579,15 +580,6 @@ def test_what_each_strategy_trains_at_full_size(strategy, rank, counts):
     assert all(name.startswith("model.layers.") for name in adapted)
     readme = (ROOT / "README.md").read_text()
     assert f"{sum(counts.values()):,}" in readme and f"{sum(p.numel() for p in model.core.parameters()):,}" in readme
-
-
-def test_830_million_at_149_percent_are_both_shipped_adapters_speech_and_vision():
-    """Rank 320 for speech, rank 256 for vision, on the same modules (field notes on the checkpoint)."""
-    model, counts = full_size("lora", 320)
-    vision = 461_373_440 * 256 // 320
-    frozen = sum(p.numel() for p in model.core.parameters()) - counts["LoRA"] - ROWS
-    both = counts["LoRA"] + vision
-    assert both == 830_472_192 and both / (frozen + both) == pytest.approx(0.149, abs=5e-4)
 
 
 def test_of_the_embedding_only_the_rows_of_the_control_tokens_train(new_model, examples):
@@ -756,7 +748,7 @@ def test_a_checkpoint_without_its_speech_adapter_is_an_input_error(checkpoint, t
 
 
 def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "phi4_multimodal"}')
     with open(tmp_path / "model-00001-of-00002.safetensors", "wb") as file:
         file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
     with pytest.raises(cli.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
@@ -817,15 +809,19 @@ def test_qlora_trains_the_adapter_alone_and_comes_back_as_it_was(
     assert rank == (8 if speech_adapter == "continue" else 4)
 
 
-def test_beside_quantised_weights_the_shipped_adapter_stays_active_frozen_and_without_dropout(new_model, examples):
+def test_beside_quantised_weights_the_shipped_adapter_stays_active_frozen_and_without_dropout(
+    new_model, checkpoint, examples, tmp_path
+):
     """Merging would round it to 4 bits with the weights; the function must be that of the unquantised model, nearly."""
     model = new_model(quantize="nf4")
     speech = [p for name, p in model.core.named_parameters() if ".lora_" in name and ".speech." in name]
     assert len(speech) == 2 * 3 * 4 and not any(p.requires_grad for p in speech)
-    dropouts = {
-        m.p for name, m in model.core.named_modules() if name.endswith("lora_dropout.speech") and hasattr(m, "p")
-    }
-    assert dropouts <= {0.0}
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = folder / models.SPEECH_ADAPTER / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))
+    dropping = models.load_base(str(folder), None, "float32", "sdpa", "merge", "nf4")
+    dropouts = [m for name, m in dropping.core.named_modules() if name.endswith("lora_dropout.speech")]
+    assert len(dropouts) == 3 * 4 and all(getattr(m, "p", 0.0) == 0 for m in dropouts)  # 0 may be PyTorch's Identity
     near, without, exact = (logits(m.eval(), examples[:2]) for m in
                             (model, new_model(speech_adapter="none", quantize="nf4"), new_model()))  # fmt: skip
     assert relative(near, exact) < 0.5 * relative(without, exact)

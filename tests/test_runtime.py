@@ -430,12 +430,26 @@ def test_a_run_of_two_processes_may_go_on_in_one(command, tmp_path):
     assert deviation(tmp_path / "one", tmp_path / "out") < 1e-5
 
 
+def note_steps():
+    """Write down the number of each step that this process takes."""
+    step = train.train_step
+
+    def noted(*arguments):
+        with open(f"steps-{os.environ['RANK']}.txt", "a") as file:
+            print(arguments[5], file=file)
+        return step(*arguments)
+
+    train.train_step = noted
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(command, tmp_path):
-    both = together("train", command, tmp_path)
+    both = together("train", command, tmp_path, prepare=note_steps)
     both[1].wait_for_lines(tmp_path / "out" / "log.jsonl", 3)
     both[1].signal(signal.SIGTERM)
     first, _ = finish(both)
-    assert "stopped after step" in first.text()
+    taken = [(tmp_path / f"steps-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert taken[0] == taken[1] and len(taken[0]) < STEPS
+    assert f"stopped after step {len(taken[0])}, " in first.text()
 
 
 def test_sharding_full_gives_the_losses_and_weights_of_one_process_and_resumes_to_the_bit(checkpoint, corpus, tmp_path):

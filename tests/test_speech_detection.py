@@ -312,7 +312,7 @@ def test_one_threshold_on_flatness_solves_the_task_as_it_was_published(speech, t
     clips = recipe.make_clips(settings(tmp_path, speech, kinds=["white"], train_clips=2 * CELL))
     train, test = ([clip for clip in clips if clip.split == split] for split in recipe.SPLITS)
     answers = recipe.flatness_baseline(train, test, tmp_path)
-    assert np.mean([answer == (clip.label == "SPEECH") for answer, clip in zip(answers, test)]) > 0.9
+    assert np.mean([answer == (clip.label == "SPEECH") for answer, clip in zip(answers, test, strict=True)]) > 0.9
 
 
 def test_flatness_is_high_for_white_noise_and_low_for_a_tone():
@@ -409,7 +409,7 @@ def arguments_that_are_wrong(tmp_path):
         (["--data", tmp_path, "--seeds", 1, 2, 1], "--seeds 1 2 1: each is one run"),
         (["--trained", tmp_path], "stand alone"),
         (["--compare", tmp_path, tmp_path, "--seeds", 1], "leave out the other settings, or --compare"),
-        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav: not a readable sound file"),
+        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav cannot be read: No such file"),
         (["--compare", tmp_path, tmp_path], "predictions.jsonl is missing"),
         (["--data", tmp_path, "--model", sounds], "no Qwen2-Audio checkpoint"),
     ]
