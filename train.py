@@ -224,7 +224,10 @@ def run(settings, chosen, held_out, plan, corpus):
     chosen, held_out: utterances to train and to validate on; plan: of batch_arithmetic; corpus: its fingerprint.
     """
     given = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
-    checkpoint = choose_checkpoint(settings)
+    # Rank 0 looks before any process goes on to write
+    (checkpoint, *_) = runtime.gather(None if cli.process_rank() else choose_checkpoint(settings))
+    if settings.resume and not checkpoint:
+        print(f"no checkpoint in {settings.output}/checkpoints: the run begins at the start")
     state = read_state(checkpoint, given, corpus) if checkpoint else None
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
@@ -365,10 +368,7 @@ def choose_checkpoint(settings):
             raise cli.InputError(f"checkpoint {settings.resume} is missing; {run} has "
                                  f"{', '.join(map(str, found)) or 'none'}")  # fmt: skip
         return Path(settings.resume)
-    if not found:
-        print(f"no checkpoint in {run}/checkpoints: the run begins at the start")
-        return None
-    return found[-1]
+    return found[-1] if found else None
 
 
 def read_state(path, given, corpus):
