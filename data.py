@@ -243,6 +243,12 @@ def _strip_stress(phone):
     return phone
 
 
+def _one_line(text):
+    if re.search(r"[\x00-\x1f\x7f]|<\|", text):
+        raise ValueError("a line of text, without <| which starts a control token")
+    return text
+
+
 def _whole(number):
     if not number.is_integer():  # Field(multiple_of=1) lets 7.9999999999 pass
         raise ValueError("not a whole number")
@@ -253,8 +259,9 @@ def _as_list(phones):
     return phones.split() if isinstance(phones, str) else phones
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST)]
-Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_strip_stress)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST),
+                 AfterValidator(_one_line)]  # fmt: skip
+Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_one_line), AfterValidator(_strip_stress)]
 Phones = Annotated[list[Phone], Field(min_length=1, max_length=LONGEST), BeforeValidator(_as_list)]
 Rating = Annotated[float, Field(ge=prompts.SCORE_RANGE[0], le=prompts.SCORE_RANGE[1])]
 Score = Annotated[Rating, AfterValidator(_whole)]  # 8 may be written as 8.0

@@ -109,7 +109,7 @@ Line = Annotated[AssessmentLine | DiagnosisLine, Field(discriminator="task")]
 class TrainingSettings(files.Shape):
     """settings.json, which train.py writes beside an adapter; the choices are those of its command line."""
 
-    epoch: Annotated[int, Field(ge=1)]
+    epoch: Annotated[int, Field(ge=1, le=cli.LARGEST)]
     strategy: Literal["lora", "unfreeze", "full"]
     speech_adapter: Literal["merge", "continue", "none"]
     model: str
@@ -177,8 +177,6 @@ def parse_arguments():
     add("--report", type=Path, help="write a page with tables, plots and recordings to this .html file")
 
     args = parser.parse_args()
-    if empty := [name for name, value in vars(args).items() if value == ""]:
-        parser.error(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out")
     if not (args.predictions or args.adapter or args.base or args.summarise or args.compare):
         parser.error("nothing to evaluate: give --adapter, --base, --predictions, --summarise or --compare")
     how = ("adapter", "base", "epochs", "model", "revision", "dtype", "attention", "max_new_tokens")
@@ -718,10 +716,14 @@ def evaluate(chosen, saved, args):
         import runtime
 
         runtime.start_processes()
-        args.revision = models.check_model(*base_model(args, settings))  # one for all evaluations
+        asked, args.revision = args.revision, models.check_model(*base_model(args, settings))  # one for all evaluations
+        if asked and not args.revision:
+            raise cli.InputError(f"--revision {asked} is of a hub id, and the model is a folder: leave it out")
     if args.data or not saved:
         source = args.data or settings.get("data", data.HUB_CORPUS)
         revision = args.data_revision or settings.get("data_revision") or data.HUB_CORPUS_REVISION
+        if args.data_revision and os.path.isdir(source):
+            raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
         utterances = data.read_corpus(source, args.split, revision, args.limit)
         print(f"corpus: {source} ({args.split}), {data.describe(utterances)}")
     rows, records = [], []

@@ -41,7 +41,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import TrainableTokensWrapper
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -379,10 +379,43 @@ def _rows(layer, tokens):
 # Loading
 
 
+Size = Annotated[int, Field(ge=1, le=10**6)]  # of a model; what is beyond takes minutes to fail
+Token = Annotated[int, Field(ge=0)]
+
+
+class AudioConfig(files.Shape):
+    audio_token_id: Token = 0
+    num_blocks: Size = 1
+
+
 class ModelConfig(files.Shape):
-    """What of a checkpoint's config.json is checked here; transformers reads the rest."""
+    """What of a checkpoint's config.json is checked here; transformers reads the rest, and what is left out."""
 
     model_type: Literal["phi4_multimodal"]
+    vocab_size: Size = 10**6
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 1
+    sliding_window: Size | None = None
+    pad_token_id: Token = 0
+    audio_config: AudioConfig = AudioConfig()
+
+    @model_validator(mode="after")
+    def _tokens_have_rows(self):
+        for token in (self.pad_token_id, self.audio_config.audio_token_id):
+            if token >= self.vocab_size:
+                raise ValueError(f"token {token} has no row: vocab_size is {self.vocab_size}")
+        return self
+
+
+class ExtractorConfig(files.Shape):
+    """preprocessor_config.json, where the features are those that data.py and the audio encoder count on."""
+
+    sampling_rate: Literal[data.SAMPLE_RATE] = data.SAMPLE_RATE
+    win_length: Literal[data.FRAME] = data.FRAME
+    hop_length: Literal[data.HOP] = data.HOP
+    feature_size: Literal[80] = 80
+    n_fft: Literal[512] = 512
+    audio_compression_rate: Literal[data.FRAMES_PER_TOKEN] = data.FRAMES_PER_TOKEN
+    preemphasis: float = 0.97
 
 
 class WeightsIndex(files.Shape):
@@ -391,14 +424,25 @@ class WeightsIndex(files.Shape):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]]
 
 
+Nothing = Annotated[list | dict, Field(max_length=0)] | None  # neither the shipped adapter nor train.py's has it
+
+
 class AdapterConfig(files.Shape):
     """What of an adapter_config.json is checked here; PEFT reads the rest."""
 
     peft_type: Literal["LORA"]
     r: PositiveInt
-    lora_alpha: float
+    lora_alpha: Annotated[float, Field(gt=0, le=cli.LARGEST)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     trainable_token_indices: dict[str, list[int]] | None = None
+    use_rslora: bool = False
+    fan_in_fan_out: Literal[False] = False
+    rank_pattern: Nothing = None
+    alpha_pattern: Nothing = None
+    modules_to_save: Nothing = None
+    target_parameters: Nothing = None
+    layers_to_transform: Nothing = None
+    layers_pattern: Nothing = None
 
 
 def check_model(name, revision):
@@ -448,6 +492,7 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     checkpoint cannot be loaded.
     """
     folder, commit = hub.fetch(name, revision, "model", MODEL_FILES)
+    files.read_json(folder / "preprocessor_config.json", ExtractorConfig)
     if (folder / WEIGHTS_INDEX).exists():
         files.read_json(folder / WEIGHTS_INDEX, WeightsIndex)
     with _loading(f"model {name!r}" + (f" (revision {revision})" if commit else "")):
@@ -483,6 +528,8 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     for token in prompts.TURN_TOKENS:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise cli.InputError(f"model {name!r} has no token {token}: it is not a Phi-4-multimodal checkpoint")
+    if tokenizer.eos_token_id is None:
+        raise cli.InputError(f"model {name!r} has no end-of-text token: tokenizer_config.json is missing or names none")
     tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
     rows = network.get_input_embeddings().weight.shape[0]
     if max(control_token_ids(tokenizer)) >= rows:
@@ -546,7 +593,7 @@ def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     for key, value in changes.items():
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
-    weights = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE)
+    weights = _read_weights(folder / SPEECH_ADAPTER / ADAPTER_FILE)
     _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
 
@@ -555,6 +602,17 @@ def _read_config(folder):
     """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
     files.read_json(folder / "adapter_config.json", AdapterConfig)
     return LoraConfig.from_pretrained(folder.absolute())
+
+
+def _read_weights(path):
+    """Tensors of a safetensors file. Raises ValueError for what is no such file, or holds no weights."""
+    if not path.is_file():  # a FIFO would be waited for
+        raise ValueError(f"{path} is missing, or is not a regular file")
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if not (weight.is_floating_point() and weight.isfinite().all()):
+            raise ValueError(f"{name} in {path} holds values that are not finite numbers of floating point")
+    return weights
 
 
 def _attach(network, config):
@@ -751,7 +809,7 @@ def load_trained(model, folder, strategy):
         if strategy != "full":
             _load_adapter(model, folder)
         if parameters := _outside_adapter(model, strategy):
-            weights = load_file(folder / TRAINED_FILE)
+            weights = _read_weights(folder / TRAINED_FILE)
             _check_fit(weights, parameters)
             for name, parameter in parameters.items():
                 parameter.data = weights[name].to(parameter.device)
@@ -764,7 +822,7 @@ def _load_adapter(model, folder):
     if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
         raise ValueError("its control tokens are not this base model's")
     model.network = _attach(model.network, config)
-    _load_exactly(model.network, load_file(folder / ADAPTER_FILE))
+    _load_exactly(model.network, _read_weights(folder / ADAPTER_FILE))
     merge_rows(model)
 
 

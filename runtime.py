@@ -15,36 +15,56 @@ import time
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, PositiveInt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import cli, files
 
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest cannot be read
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of the parameter's shape
 CHECKPOINT_NAME = "step-????????.pt"
 LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
 
 
+def _finite(tensor):
+    if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        raise ValueError("not finite numbers of floating point")
+    return tensor
+
+
+Weights = Annotated[InstanceOf[torch.Tensor], AfterValidator(_finite)]
+
+
+class Moments(files.Shape):
+    """What AdamW keeps of a parameter."""
+
+    step: Weights
+    exp_avg: Weights
+    exp_avg_sq: Weights
+
+
 class Optimiser(files.Shape):
-    state: dict[int, dict[str, Any]]
-    param_groups: list[dict[str, Any]]
+    """The moments by the parameter's number; AdamW's settings are those of the run."""
+
+    state: Annotated[dict[int, Moments], Field(min_length=1)]
 
 
 class Checkpoint(files.Shape):
     """What a checkpoint holds; see save_checkpoint."""
 
     step: PositiveInt
-    weights: dict[str, Any]  # of tensors
+    weights: dict[str, Weights]
     optimiser: Optimiser
-    random: list[dict[str, Any]]  # of each process
+    random: Annotated[list[dict[str, Any]], Field(min_length=1)]  # of each process
     settings: dict[str, Any]
     corpus: str
 
@@ -61,6 +81,7 @@ class ValidationLine(files.Shape):
     """What of a line of validation.jsonl is read again; the other numbers are kept as they are."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
 
     epoch: PositiveInt
     best: bool
@@ -248,6 +269,8 @@ def read_checkpoint(path):
     older = [file for file in checkpoints(path.parent) if file.name < path.name]
     way = f"the one before it: --resume {older[-1]}" if older else "there is no older one"
     try:
+        if not path.is_file():  # a FIFO would be waited for, a device read for ever
+            raise ValueError("not a regular file")
         with zipfile.ZipFile(path) as archive:  # torch.save writes a checksum of each tensor, and torch.load reads none
             if spoilt := archive.testzip():
                 raise ValueError(f"the checksum of {spoilt} is wrong")
@@ -263,20 +286,28 @@ def restore(state, weights, optimiser):
 
     The random numbers come back only to as many processes as there were. Raises InputError when the weights differ.
     """
-    shapes = {name: (*parameter.shape,) for name, parameter in weights.items()}
-    if shapes != {name: (*value.shape,) for name, value in state["weights"].items()}:
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    moments = state["optimiser"]["state"]
+    fits = _shapes(weights) == _shapes(state["weights"]) and moments.keys() <= set(range(len(parameters)))
+    if not (fits and all(moments[i][key].shape == parameters[i].shape for i in moments for key in MOMENTS)):
         raise cli.InputError("the checkpoint's weights are those of another model")
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(like(state["weights"][name], parameter))
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments = {
         i: {key: like(value, parameters[i]) if value.ndim else value for key, value in values.items()}
-        for i, values in state["optimiser"]["state"].items()
+        for i, values in moments.items()
     }
-    optimiser.load_state_dict(state["optimiser"] | {"state": moments})
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
     if len(state["random"]) == processes():
-        _set_random_state(state["random"][cli.process_rank()])
+        try:
+            _set_random_state(state["random"][cli.process_rank()])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise cli.InputError(f"the checkpoint's random numbers are damaged: {cli.first_line(error)}") from error
+
+
+def _shapes(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _random_state():
@@ -309,6 +340,8 @@ def open_log(path, step):
         return
     lines = files.read_text(path).splitlines() if path.exists() else []
     known = files.read_lines(path, LogLine, cut_off=True) if path.exists() else []
+    if repeated := [later.step for earlier, later in pairwise(known) if later.step <= earlier.step]:
+        raise cli.InputError(f"{path} has step {repeated[0]} behind a later one, or twice: repair it, or move it away")
     kept = [line for line, values in zip(lines, known) if values.step <= step]
     with files.whole(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept))

@@ -14,6 +14,7 @@ something to learn and a right answer. It shows that the code learns; it says no
 import argparse
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ from transformers import (
 
 import data
 import prompts
-from support import cli
+from support import cli, files
 
+MOST_SPEAKERS, MOST_UTTERANCES = 9_999, 99_999  # four digits of an id name the speaker, five the utterance
 LEXICON = {
     "WE": "W IY",
     "SEE": "S IY",
@@ -436,18 +438,20 @@ def main():
         description=__doc__, usage="python tiny.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("tiny"), help="folder for model/ and corpus/ (tiny)")
-    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of 32 clips (1000)")
-    parser.add_argument("--train-speakers", type=int, default=50, help="20 utterances each (50)")
-    parser.add_argument("--test-speakers", type=int, default=16, help="others than in training (16)")
-    parser.add_argument("--per-speaker", type=int, default=20, help="utterances (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of corpus, weights and pretraining (0)")
+    add = parser.add_argument
+    add("--steps", type=cli.positive_int, default=1000, help="pretraining steps of 32 clips (1000)")
+    add("--train-speakers", type=cli.positive_int, default=50, help="20 utterances each (50)")
+    add("--test-speakers", type=cli.positive_int, default=16, help="others than in training (16)")
+    add("--per-speaker", type=cli.positive_int, default=20, help="utterances (20)")
+    add("--seed", type=cli.seed, default=0, help="of corpus, weights and pretraining (0)")
     args = parser.parse_args()
-    for name in ("steps", "train_speakers", "test_speakers", "per_speaker"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number from 1 up")
+    if args.train_speakers + args.test_speakers > MOST_SPEAKERS or args.per_speaker > MOST_UTTERANCES:
+        parser.error(f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances are "
+                     f"above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}")  # fmt: skip
     for folder in (args.output / "corpus", args.output / "model"):
-        if folder.exists():
+        if os.path.lexists(folder):
             parser.error(f"{folder} exists already: remove it or choose another --output")
+    files.make_folder(args.output, "--output")
     speakers = {"train": args.train_speakers, "test": args.test_speakers}
     write_corpus(args.output / "corpus", speakers, args.per_speaker, args.seed)
     print(f"{args.output}/corpus: {data.describe(data.read_corpus(args.output / 'corpus', 'train'))}")

@@ -177,6 +177,8 @@ def conflicts(settings, given):
          "--nproc-per-node N"),
         (settings.rank > models.LARGEST_RANK, f"--rank {settings.rank} is above {models.LARGEST_RANK:,}, the width of "
          f"the model: no change of it needs more"),
+        (settings.learning_rate > 1, f"--learning-rate {settings.learning_rate:g} is above 1: Adam moves every weight by "
+         f"about as much in a step"),
         (settings.workers > MOST_WORKERS, f"--workers {settings.workers} is above {MOST_WORKERS}"),
         (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
          f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),
@@ -214,6 +216,7 @@ def train(settings):
     chosen, held_out = split(utterances, settings)
     plan = batch_arithmetic(len(chosen) * len(prompts.TASKS), settings)
     with files.lock(settings.output, "train", "--output"):
+        files.make_folder(settings.output / "checkpoints", "--output")
         files.make_folder(settings.audio_cache, "--audio-cache")
         run(settings, chosen, held_out, plan, data.fingerprint(utterances))
 
@@ -228,7 +231,7 @@ def run(settings, chosen, held_out, plan, corpus):
     (checkpoint, *_) = runtime.gather(None if cli.process_rank() else choose_checkpoint(settings))
     if settings.resume and not checkpoint:
         print(f"no checkpoint in {settings.output}/checkpoints: the run begins at the start")
-    state = read_state(checkpoint, given, corpus) if checkpoint else None
+    state = read_state(checkpoint, given, corpus, plan["steps"]) if checkpoint else None
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(settings.seed)
     model = build_model(settings)
@@ -355,11 +358,12 @@ def choose_checkpoint(settings):
     """
     run = settings.output
     there = [path for name in WRITTEN for path in sorted(run.glob(name))] if run.is_dir() else []
+    there = [path for path in there if path.suffix != files.UNFINISHED]
     found = [path for path in there if path.parent != run]
     if there and not settings.resume:
         raise cli.InputError(f"{there[0]} is there already: --resume goes on with the run in {run}, another --output "
                              f"leaves it be")  # fmt: skip
-    if run / "settings.json" in there:
+    if run / "settings.json" in there or there and not found:  # a run writes it before all else
         files.read_json(run / "settings.json", RunSettings)
     if settings.resume is None:
         return None
@@ -371,8 +375,8 @@ def choose_checkpoint(settings):
     return found[-1] if found else None
 
 
-def read_state(path, given, corpus):
-    """A checkpoint's content. Raises InputError when it is of another run."""
+def read_state(path, given, corpus, steps):
+    """A checkpoint's content. Raises InputError when it is of another run. steps: of the run."""
     state = runtime.read_checkpoint(path)
     other = [f"--{key.replace('_', '-')} {state['settings'].get(key)}, not {value}"
              for key, value in given.items() if state["settings"].get(key) != value]  # fmt: skip
@@ -382,6 +386,9 @@ def read_state(path, given, corpus):
     if state["corpus"] != corpus:
         raise cli.InputError(f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
                              f"its --data and --limit, or choose another --output")  # fmt: skip
+    if state["step"] > steps:
+        raise cli.InputError(f"checkpoint {path} is of step {state['step']:,}, and the run has {steps:,}: choose "
+                             f"another one")  # fmt: skip
     return state
 
 
@@ -611,6 +618,8 @@ def read_validated(output, step):
     path = output / "validation.jsonl"
     lines = files.read_lines(path, runtime.ValidationLine) if path.exists() else []
     validated = {line.epoch: line.model_dump(exclude={"epoch", "best"}) for line in lines if line.step <= step}
+    if len({line.epoch for line in lines}) < len(lines):
+        raise cli.InputError(f"{path} has an epoch twice: remove one")
     return runtime.gather(validated)[0]
 
 

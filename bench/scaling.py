@@ -31,7 +31,7 @@ import loader
 import model as models
 import runtime
 import train
-from support import cli
+from support import cli, files
 
 SIZES = (250, 1_000, 5_000, 50_000)
 STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, models.default_workers(), 0  # as in train.py
@@ -42,9 +42,9 @@ def repeat(source, folder, utterances):
     """A corpus folder with `utterances` of the source's train part, over and over, under new names."""
     source, folder = Path(source), Path(folder)
     recordings, speakers, records = [], [], {}
-    originals = [line.split() for line in (source / "train" / "wav.scp").read_text().splitlines()]
-    owner = dict(line.split() for line in (source / "train" / "utt2spk").read_text().splitlines())
-    labels = json.loads((source / "resource" / "scores.json").read_text())
+    originals = [line.split() for line in files.read_text(source / "train" / "wav.scp").splitlines()]
+    owner = dict(line.split() for line in files.read_text(source / "train" / "utt2spk").splitlines())
+    labels = files.read_json(source / "resource" / "scores.json", dict)
     for number in range(utterances):
         id, path = originals[number % len(originals)]
         name = f"{number:06d}"
@@ -57,7 +57,7 @@ def repeat(source, folder, utterances):
     for name, lines in (("wav.scp", recordings), ("utt2spk", speakers)):
         (folder / "train" / name).write_text("\n".join(lines) + "\n")
     for name in ("spk2age", "spk2gender"):
-        (folder / "train" / name).write_text((source / "train" / name).read_text())
+        (folder / "train" / name).write_text(files.read_text(source / "train" / name))
 
 
 def held():

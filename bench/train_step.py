@@ -260,6 +260,8 @@ def main():
     options = parser.parse_args()
     if options.full and not torch.cuda.is_available():
         parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
+    if options.data:
+        data.find_corpus(options.data, None)
     if options.alone:
         options.result.write_text(json.dumps(measure(options.alone, options.data, options.full)))
         return

@@ -30,10 +30,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse_known_args(self, args=None, namespace=None):
-        """argparse's own, which all its ways lead through; no value may be of bytes that are no text."""
-        for text in sys.argv[1:] if args is None else args:
-            if not text.isascii() and re.search("[\ud800-\udfff]", text):  # so Python writes bytes that are not UTF-8
-                self.error(f"{ascii(text)} is not UTF-8: rename it")
+        """argparse's own, which all its ways lead through; a value must be text of one line, not empty."""
+        args = sys.argv[1:] if args is None else list(args)
+        for before, text in zip([self.prog, *args], args):
+            if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
+                name = text.rstrip("=") or (before if before.startswith("--") else "a value")
+                self.error(f"{name} is empty: give it a value, or leave it out")
+            if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
+                self.error(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
         return super().parse_known_args(args, namespace)
 
     def parse_given(self):

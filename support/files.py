@@ -166,8 +166,8 @@ def _sync(path):
 def _remove(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):  # unlink(missing_ok=True) raises below what is a file
+        path.unlink()
 
 
 def make_folder(folder, setting):
@@ -194,6 +194,8 @@ def lock(folder, work, setting, clear=True):
         return
     make_folder(folder, setting)
     path = folder / f".{work}.lock"
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{path} is not a regular file: remove it, or choose another {setting}")
     with open(path, "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

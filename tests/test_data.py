@@ -322,19 +322,20 @@ def test_every_bad_file_is_listed_and_none_is_skipped(corpus, tmp_path):
 MISSING = object()
 LABEL = "words.0.mispronunciations.0"
 NO_TEXT = [MISSING, None, True, 7, [], {}, "", "  ", "\ud800", "A" * 10**7]
+CONTROL = ["A <|end|> B", "A \0 B", "A\nB"]
 NO_PHONE = [MISSING, None, True, 7, [], {}, "", "7", "\ud800", "A" * 10**7]
 NO_RATING = [MISSING, None, True, -1, 11, 1e9, 10**400, math.nan, math.inf, "high", "8", [], {}]
 NO_LIST = [MISSING, None, True, 7, "", {}, [None], [[]]]
 BAD_FIELDS = {
-    "text": NO_TEXT,
+    "text": NO_TEXT + CONTROL,
     **dict.fromkeys(prompts.SCORES, NO_RATING + [7.5, 7.999999999999]),
     "words": NO_LIST + [[], "BEAR", [{}] * 10**6],
-    "words.0.text": NO_TEXT,
+    "words.0.text": NO_TEXT + CONTROL,
     "words.0.accuracy": NO_RATING,
-    "words.0.phones": NO_LIST + [[], "  ", ["AH", "B C"], ["AH", ""], ["AH", "0"], ["AH"] * 10**6],
+    "words.0.phones": NO_LIST + [[], "  ", ["AH", "B C"], ["AH", ""], ["AH", "0"], ["<|end|>"], ["AH"] * 10**6],
     "words.0.mispronunciations": NO_LIST + ["AH", [{}] * 10**6],
     f"{LABEL}.index": [MISSING, None, True, -1, 11, 1e9, 10**400, 0.0, math.nan, "0", [], {}],
-    f"{LABEL}.pronounced-phone": NO_PHONE + ["AH B", " AH"],
+    f"{LABEL}.pronounced-phone": NO_PHONE + ["AH B", " AH", "<|end|>"],
 }
 WRONG = [(field, value) for field, values in BAD_FIELDS.items() for value in values]
 

@@ -342,6 +342,7 @@ def test_the_unmodified_model_is_not_quantised_though_the_adapter_was_trained_so
     ({"epoch": None}, "epoch None"),
     ({"epoch": "1"}, "epoch '1'"),
     ({"epoch": True}, "epoch True"),
+    ({"epoch": 10**30}, "epoch 10000"),
     ({"strategy": "foo"}, "strategy 'foo'.*'unfreeze'"),
     ({"speech_adapter": "foo"}, "speech_adapter 'foo'.*'merge'"),
     ({"model": 3}, "model 3"),
@@ -690,6 +691,12 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
         assert "my.wav" in printed and "accuracy" in printed and "\x1b[" not in printed
 
 
+@pytest.mark.parametrize("option", ["--revision", "--data-revision"])
+def test_a_revision_of_a_folder_is_refused(monkeypatch, run, tmp_path, option):
+    with pytest.raises(cli.InputError, match=f"^{option} x is of a hub id, and .* is a folder: leave it out"):
+        main(monkeypatch, "--adapter", run[0] / "out", "--output", tmp_path / "out", option, "x")
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--audio", "x.wav"], "nothing to evaluate"),
     (["--adapter", "out", "--text", "WE"], "--text is for recordings: give --audio as well"),
@@ -699,6 +706,7 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
     (["--adapter", "out", "--base", "--audio", "x.wav"], "give --adapter or --base"),
     (["--compare", "a", "b", "--output", "x"], "--compare reads two predictions files: leave out --output"),
     (["--predictions", "a", "--data", ""], "--data is empty"),
+    (["--compare", "a", ""], "a value is empty"),
     (["--predictions", "a", "--resume"], "--predictions scores a saved file: leave out --resume"),
     (["--predictions", "a", "--audio-ablation", "swap"], "leave out --audio-ablation"),
 ])  # fmt: skip

@@ -141,7 +141,7 @@ def server(checkpoint, corpus, tmp_path_factory):
     for split in ("train", "test"):
         hub_table(corpus, split).to_parquet(folder / "corpus" / "data" / f"{split}-00000-of-00001.parquet")
     (folder / "large").mkdir()
-    (folder / "large" / "config.json").write_text("{}")
+    (folder / "large" / "config.json").write_text('{"model_type": "phi4_multimodal"}')
     with open(folder / "large" / "model-00001-of-00002.safetensors", "wb") as file:
         file.truncate(int(models.LARGEST_CPU_MODEL) + 1)  # a hole: it takes no room
     data_set = f"datasets/{data.HUB_CORPUS}"
@@ -305,7 +305,7 @@ def test_a_download_that_was_cut_short_is_refused_offline_and_completed_online(r
 def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint, new_model):
     server, model = reach(), new_model()
     shutil.copytree(checkpoint, "model", ignore=lambda *_: [models.SPEECH_ADAPTER])  # a name like a hub id's
-    with pytest.raises(cli.InputError, match="'model' cannot be loaded"):
+    with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be read"):
         models.load_base("model", None, "float32", "sdpa", "merge")
     with pytest.raises(cli.InputError, match="out/epoch-1 cannot be loaded"):
         models.load_trained(model, "out/epoch-1", "lora")

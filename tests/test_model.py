@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -669,6 +670,37 @@ def test_a_lora_that_train_py_did_not_write_is_refused(checkpoint, saved):
         reload(checkpoint, saved, "merge")
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"lora_alpha": 0}, "lora_alpha 0"),
+    ({"lora_alpha": 1e300}, "lora_alpha 1e.300"),
+    ({"r": True}, "r True"),
+    ({"use_rslora": "no"}, "use_rslora 'no'"),
+    ({"fan_in_fan_out": "x"}, "fan_in_fan_out 'x'"),
+    ({"alpha_pattern": {"qkv_proj": -1}}, "alpha_pattern .*'qkv_proj'"),
+    ({"target_parameters": ["x"]}, "target_parameters .*'x'"),
+])  # fmt: skip
+def test_an_adapters_configuration_of_another_shape_is_named(checkpoint, saved, change, message):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(cli.InputError, match=f"adapter_config.json: {message}"):
+        reload(checkpoint, saved, "merge")
+
+
+@pytest.mark.parametrize("spoil", [lambda weight: weight * float("nan"), lambda weight: weight.long()])
+def test_weights_that_are_not_finite_numbers_are_refused(checkpoint, saved, spoil):
+    file = saved / "adapter_model.safetensors"
+    save_file({name: spoil(weight) for name, weight in load_file(file).items()}, file)
+    with pytest.raises(cli.InputError, match="adapter_model.safetensors holds values that are not finite"):
+        reload(checkpoint, saved, "merge")
+
+
+def test_an_adapter_that_is_a_fifo_is_not_waited_for(checkpoint, saved):
+    (saved / "adapter_model.safetensors").unlink()
+    os.mkfifo(saved / "adapter_model.safetensors")
+    with pytest.raises(cli.InputError, match="adapter_model.safetensors is missing, or is not a regular file"):
+        reload(checkpoint, saved, "merge")
+
+
 def test_a_truncated_adapter_file_is_refused(checkpoint, saved):
     file = saved / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -718,6 +750,34 @@ def test_a_checkpoint_without_the_turn_tokens_is_refused(checkpoint, tmp_path):
     file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] != prompts.USER]
     (folder / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(cli.InputError, match=r"has no token <\|user\|>"):
+        models.load_base(str(folder), None, "float32", "sdpa", "none")
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("config.json", {"model_type": "llama"}, "model_type 'llama'"),
+    ("config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers 1000000"),
+    ("config.json", {"pad_token_id": None}, "pad_token_id None"),
+    ("config.json", {"pad_token_id": 10**9}, "token 1000000000 has no row"),
+    ("config.json", {"audio_config": {"audio_token_id": 10**9}}, "token 1000000000 has no row"),
+    ("config.json", {"audio_config": {"audio_token_id": -1}}, "audio_config.audio_token_id -1"),
+    ("config.json", {"sliding_window": -1}, "sliding_window -1"),
+    ("preprocessor_config.json", {"hop_length": 80}, "hop_length 80: Input should be 160"),
+    ("preprocessor_config.json", {"sampling_rate": "x"}, "sampling_rate 'x'"),
+    ("preprocessor_config.json", {"feature_size": 7}, "feature_size 7"),
+])  # fmt: skip
+def test_a_checkpoints_settings_of_another_shape_are_named(checkpoint, tmp_path, name, change, message):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    with pytest.raises(cli.InputError, match=f"{name}: .*{message}") as error:
+        models.check_model(str(folder), None)
+        models.load_base(str(folder), None, "float32", "sdpa", "none")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_names_no_end_of_text_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(cli.InputError, match="no end-of-text token: tokenizer_config.json"):
         models.load_base(str(folder), None, "float32", "sdpa", "none")
 
 

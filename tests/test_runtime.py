@@ -282,6 +282,47 @@ def test_a_file_that_is_no_checkpoint_is_named_refused_and_the_older_one_offered
     assert (tmp_path / "executed").exists()  # what would have happened
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_checkpoint_that_is_no_regular_file_is_refused(broken, make):
+    broken.unlink()
+    make(broken)
+    with pytest.raises(cli.InputError, match=f"checkpoint {broken} is cut off, damaged, or not one"):
+        runtime.read_checkpoint(broken)
+
+
+def first(values):
+    return values[min(values)]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state["weights"].update({min(state["weights"]): "text"}),
+    lambda state: first(state["weights"]).fill_(float("nan")),
+    lambda state: state["weights"].update({min(state["weights"]): first(state["weights"]).long()}),
+    lambda state: state["weights"].update({min(state["weights"]): first(state["weights"])[:1]}),
+    lambda state: state["weights"].clear(),
+    lambda state: state["optimiser"]["state"].clear(),
+    lambda state: state["optimiser"]["state"].update({999: state["optimiser"]["state"][0]}),
+    lambda state: state["optimiser"]["state"][0].pop("exp_avg"),
+    lambda state: state["optimiser"]["state"][0].update(exp_avg="text"),
+    lambda state: state["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)),
+    lambda state: state["random"].clear(),
+    lambda state: state["random"][0].pop("torch"),
+    lambda state: state["random"][0].update(python="text"),
+    lambda state: state["random"][0].update(torch=torch.zeros(5, dtype=torch.uint8)),
+    lambda state: state["random"][0].update(numpy=("MT19937", [1, 2], 1, 0, 0.0)),
+    lambda state: state.update(step=STEPS + 1),
+])  # fmt: skip
+def test_a_checkpoint_with_other_things_inside_is_refused_in_one_line(monkeypatch, broken, command, tmp_path, damage):
+    state = torch.load(broken, weights_only=True)
+    damage(state)
+    torch.save(state, broken)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, [*command, "--resume"])])
+    with pytest.raises(cli.InputError, match="checkpoint") as error:
+        train.train(train.parse_settings())
+    assert "\n" not in str(error.value)
+
+
 def test_the_older_checkpoint_that_was_offered_leads_to_the_same_weights(broken, command, uninterrupted):
     broken.write_bytes(broken.read_bytes()[:1000])
     code, text = Process("train", [*command, "--resume"], broken.parents[2]).wait()
@@ -310,10 +351,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
 
 def test_a_checkpoint_of_a_run_on_other_labels_is_refused(broken, utterances):
     state = torch.load(broken, weights_only=True)
-    assert train.read_state(broken, state["settings"], data.fingerprint(utterances[:24]))["step"] == STEPS
+    assert train.read_state(broken, state["settings"], data.fingerprint(utterances[:24]), STEPS)["step"] == STEPS
     other = [u if i else replace(u, text="OTHER") for i, u in enumerate(utterances[:24])]
     with pytest.raises(cli.InputError, match="another corpus, or on other labels"):
-        train.read_state(broken, state["settings"], data.fingerprint(other))
+        train.read_state(broken, state["settings"], data.fingerprint(other), STEPS)
 
 
 def test_a_moved_corpus_is_the_same_corpus_and_every_label_counts(utterances):
@@ -658,6 +699,25 @@ def test_a_file_that_a_run_would_overwrite_is_named_and_left(monkeypatch, comman
     assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "epoch-1/mine"])
+def test_a_folder_that_is_not_of_a_run_is_not_resumed(monkeypatch, command, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, command), "--output", str(tmp_path / "out"), "--resume"])
+    with pytest.raises(cli.InputError, match="out/settings.json cannot be read: No such file"):
+        train.train(train.parse_settings())
+    assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_regular_file_is_refused(tmp_path, make):
+    make(tmp_path / ".train.lock")
+    with pytest.raises(cli.InputError, match="train.lock is not a regular file: remove it, or choose another --output"):
+        with files.lock(tmp_path, "train", "--output"):
+            raise AssertionError("locked")
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("settings.json", "[]", "settings.json"),
     ("settings.json", '{"theme": "dark"}', "settings.json: strategy is missing"),
@@ -667,7 +727,10 @@ def test_a_file_that_a_run_would_overwrite_is_named_and_left(monkeypatch, comman
     ("log.jsonl", b"\xff\xfe\n", "log.jsonl is not UTF-8 text"),
     ("log.jsonl", "[" * 100_000 + "\n", "line 1 of .*log.jsonl: .*recursion"),
     ("validation.jsonl", '{"epoch": 1, "best": "yes", "step": 1, "loss": 1.0}\n', "validation.jsonl: best 'yes'"),
+    ("log.jsonl", '{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n' * 2, "log.jsonl has step 1 behind .*, or twice"),
     ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": NaN}\n', "validation.jsonl: loss nan"),
+    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0, "per": "x"}\n', "jsonl: per 'x'"),
+    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0}\n' * 2, "jsonl has an epoch twice"),
 ])  # fmt: skip
 def test_a_broken_file_of_a_run_that_is_resumed_is_named_with_field_and_value(
     monkeypatch, broken, command, tmp_path, name, content, message

@@ -11,6 +11,7 @@ import data
 import model as models
 import prompts
 import tiny
+from support import cli
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,24 @@ def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
     (tmp_path / "corpus").mkdir()
     result = script(ROOT / "tiny.py", "--output", tmp_path, cwd=tmp_path)
     assert result.returncode == 2 and "corpus exists already" in result.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--seed", "-1"], "-1 is not a whole number from 0 to"),
+    (["--seed", "9" * 30], "is not a whole number from 0 to"),
+    (["--steps", "9" * 30], "is not a whole number from 1 to"),
+    (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
+    (["--train-speakers", "9999"], "9,999 . 16 speakers"),
+    (["--output", ""], "--output is empty"),
+    (["--output=", "--steps", "1"], "--output is empty"),
+    (["--output", "a\nb"], "a.nb' is not UTF-8 or holds a control character"),
+    (["--output", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory; choose another --output"),
+])  # fmt: skip
+def test_a_wrong_setting_is_named_with_its_value_and_nothing_is_written(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.setattr("sys.argv", ["tiny.py", *arguments])
+    with pytest.raises(cli.InputError, match=message) as error:
+        tiny.main()
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_the_corpus_can_be_described(corpus):

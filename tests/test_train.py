@@ -521,6 +521,7 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
     (["--shard"], ["--shard", "--strategy full"]),
     (["--shard", "--strategy", "unfreeze"], ["--shard", "--strategy full", "--strategy unfreeze"]),
     (["--shard", "--strategy", "full"], ["--shard", "torchrun"]),
+    (["--learning-rate", "1e300"], ["--learning-rate 1e+300", "above 1"]),
     (["--micro-batch", 65], ["--micro-batch 65", "--batch-size 8 x --accumulation 8"]),
     (["--patience", 2], ["--patience 2", "--validation"]),
     (["--attention", "flash_attention_2", "--dtype", "float32"], ["--attention flash_attention_2", "--dtype float32"]),
@@ -579,6 +580,9 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
     (["--save-minutes", "0"], "0 is not a positive number"),
     (["--workers", "-1"], "-1 is not a whole number from 0 to"),
     (["--quantize", "int8"], "invalid choice: 'int8'"),
+    (["--output", ""], "--output is empty"),
+    (["--audio-cache="], "--audio-cache is empty"),
+    (["--data", "a\nb"], "'a\\nb' is not UTF-8 or holds a control character"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message):
     with pytest.raises(cli.InputError, match=re.escape(message)):
