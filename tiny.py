@@ -446,8 +446,8 @@ def main():
     add("--seed", type=cli.seed, default=0, help="of corpus, weights and pretraining (0)")
     args = parser.parse_args()
     if args.train_speakers + args.test_speakers > MOST_SPEAKERS or args.per_speaker > MOST_UTTERANCES:
-        parser.error(f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances are "
-                     f"above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}")  # fmt: skip
+        parser.error(f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances "
+                     f"are above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}")  # fmt: skip
     for folder in (args.output / "corpus", args.output / "model"):
         if os.path.lexists(folder):
             parser.error(f"{folder} exists already: remove it or choose another --output")

@@ -177,8 +177,8 @@ def conflicts(settings, given):
          "--nproc-per-node N"),
         (settings.rank > models.LARGEST_RANK, f"--rank {settings.rank} is above {models.LARGEST_RANK:,}, the width of "
          f"the model: no change of it needs more"),
-        (settings.learning_rate > 1, f"--learning-rate {settings.learning_rate:g} is above 1: Adam moves every weight by "
-         f"about as much in a step"),
+        (settings.learning_rate > 1, f"--learning-rate {settings.learning_rate:g} is above 1: Adam moves every weight "
+         f"by about as much in a step"),
         (settings.workers > MOST_WORKERS, f"--workers {settings.workers} is above {MOST_WORKERS}"),
         (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
          f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),

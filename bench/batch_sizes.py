@@ -7,6 +7,7 @@ Sums are rounded by a batch's shape, so hidden states differ in their last bits;
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import workload  # first: it finds the project
@@ -42,7 +43,7 @@ def answer(model, utterances, size):
 
 
 def main():
-    """Print the shares of answers and the means of expected scores that differ."""
+    """Print and keep how many answers differ, and by how much expected scores do."""
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, required=True, help="an epoch-N folder of train.py")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of frozen weights")
@@ -54,12 +55,15 @@ def main():
                              settings["speech_adapter"], settings.get("quantize"))  # fmt: skip
     models.load_trained(model, folder, settings["strategy"])
     (texts, scores), (other_texts, other_scores) = (answer(model, utterances, size) for size in SIZES)
-    print(f"{len(utterances)} utterances, {args.dtype}, {workload.machine()['device']}, batches of {SIZES}:")
-    for task in prompts.TASKS:
-        other = sum(texts[u.id, task] != other_texts[u.id, task] for u in utterances)
-        print(f"{task}: {other} answers differ ({other / len(utterances):.1%})")
     difference = np.abs([scores[u.id] - other_scores[u.id] for u in utterances])  # (utterances, 4)
-    print(f"expected scores: they differ by {difference.mean():.5f} on average, {difference.max():.4f} at most")
+    result = {
+        "model": settings["model"], "utterances": len(utterances), "batches": SIZES,
+        **{f"{task} answers that differ": sum(texts[u.id, task] != other_texts[u.id, task] for u in utterances)
+           for task in prompts.TASKS},
+        "difference of expected scores, mean": float(difference.mean()), "at most": float(difference.max()),
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    workload.write_result(f"batch_sizes-{args.dtype}", result)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_script(name, main):
     """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
 
-    A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
+    A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
+    meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
     try:
         main()

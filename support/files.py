@@ -147,7 +147,8 @@ def whole(path):
 
 
 def _remove_older(folder, newer):
-    foreign = {file.relative_to(folder) for file in folder.rglob("*")} - {f.relative_to(newer) for f in newer.rglob("*")}
+    there, written = ({file.relative_to(root) for file in root.rglob("*")} for root in (folder, newer))
+    foreign = there - written
     if foreign or not newer.is_dir():
         _remove(newer)
         what = f"holds {min(foreign)}" if foreign else "is a folder"

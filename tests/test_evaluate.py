@@ -227,7 +227,7 @@ def test_every_epoch_and_the_base_give_a_row_and_files(run, corpus):
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
-    (run[0] / "out" / "epoch-3.unfinished").mkdir(exist_ok=True)  # what a run that was killed while saving leaves behind
+    (run[0] / "out" / "epoch-3.unfinished").mkdir(exist_ok=True)  # what a run leaves that was killed while saving
     (run[0] / "out" / "epoch-3.unfinished" / "adapter_config.json").touch()
     ((folder, settings),) = evaluate.adapter_folders(run[0] / "out" / "epoch-1", None)
     assert folder.name == "epoch-1" and settings["epoch"] == 1

@@ -444,7 +444,8 @@ def test_every_epoch_says_and_logs_how_far_the_adapter_has_moved(run):
     assert [line["step"] for line in ends] == [2, 4]
     assert 0 < ends[0]["adapter_moved"] < ends[1]["adapter_moved"] and ends[1]["control_tokens_moved"] > 0
     for line in ends:
-        assert f"epoch {line['epoch']}: the adapter has moved its layers by {line['adapter_moved']:.2%}" in result.stderr + result.stdout
+        said = f"epoch {line['epoch']}: the adapter has moved its layers by {line['adapter_moved']:.2%}"
+        assert said in result.stderr + result.stdout
 
 
 def test_a_run_logs_every_step_and_saves_an_adapter_an_epoch(run):
