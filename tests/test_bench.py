@@ -230,4 +230,4 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     readme.write_tables()
     assert copy.read_text() == text
     names = {json.loads(path.read_text())["benchmark"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    assert {name.split("-")[0] for name in names} == {"train_step", "evaluate", "scaling", "full_size"}
+    assert {name.split("-")[0] for name in names} == {"train_step", "evaluate", "scaling", "full_size", "batch_sizes"}

@@ -796,7 +796,7 @@ def test_the_feature_extractor_shares_its_file_with_the_real_checkpoints_image_p
 
 
 def test_a_missing_checkpoint_is_an_input_error(tmp_path):
-    with pytest.raises(cli.InputError, match="cannot be loaded"):
+    with pytest.raises(cli.InputError, match="preprocessor_config.json cannot be read"):
         models.load_base(str(tmp_path), None, "float32", "sdpa", "merge")
 
 
