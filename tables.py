@@ -16,18 +16,37 @@ from support import cli, files
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
 TABLE_3 = {
-    "accuracy_pcc": "accuracy", "fluency_pcc": "fluency", "prosodic_pcc": "prosodic", "total_pcc": "total",
-    "wer": "WER", "per": "PER", "phone_agreement_f1": "F1", "phone_agreement_precision": "P",
+    "accuracy_pcc": "accuracy",
+    "fluency_pcc": "fluency",
+    "prosodic_pcc": "prosodic",
+    "total_pcc": "total",
+    "wer": "WER",
+    "per": "PER",
+    "phone_agreement_f1": "F1",
+    "phone_agreement_precision": "P",
     "phone_agreement_recall": "R",
-}  # fmt: skip
+}
 DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
-    "detection_f1": "F1", "detection_precision": "P", "detection_recall": "R", "detection_far": "FAR",
-    "detection_frr": "FRR", "detection_der": "DER", "per_sub": "PER: sub", "per_del": "del", "per_ins": "ins",
-}  # fmt: skip
+    "detection_f1": "F1",
+    "detection_precision": "P",
+    "detection_recall": "R",
+    "detection_far": "FAR",
+    "detection_frr": "FRR",
+    "detection_der": "DER",
+    "per_sub": "PER: sub",
+    "per_del": "del",
+    "per_ins": "ins",
+}
 OUTPUTS = {
-    "accuracy_mae": "accuracy", "fluency_mae": "fluency", "prosodic_mae": "prosodic", "total_mae": "total",
-    "apa_unparsed": "unparsed", "mdd_unparsed": "(MDD)", "apa_truncated": "cut off", "mdd_truncated": "(MDD)",
-}  # fmt: skip
+    "accuracy_mae": "accuracy",
+    "fluency_mae": "fluency",
+    "prosodic_mae": "prosodic",
+    "total_mae": "total",
+    "apa_unparsed": "unparsed",
+    "mdd_unparsed": "(MDD)",
+    "apa_truncated": "cut off",
+    "mdd_truncated": "(MDD)",
+}
 PAPER = {
     ("base", 0): (-0.041, -0.017, -0.0493, -0.104, 0.97, 0.792, 0.143, 0.154, 0.134),
     ("lora", 1): (0.547, 0.585, 0.567, 0.544, 0.15, 0.137, 0.686, 0.689, 0.682),
@@ -50,8 +69,16 @@ PUBLISHED = {
     "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, None),
     "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.0272),
 }
-COMPARED = ("wer", "per", "detection_precision", "detection_recall", "detection_f1", "phone_agreement_f1",
-            "apa_unparsed", "mdd_unparsed")  # fmt: skip
+COMPARED = (
+    "wer",
+    "per",
+    "detection_precision",
+    "detection_recall",
+    "detection_f1",
+    "phone_agreement_f1",
+    "apa_unparsed",
+    "mdd_unparsed",
+)
 INSTEAD = 4  # confusions shown of one phone
 CONFUSIONS = 12  # the most frequent ones are printed
 
@@ -59,11 +86,16 @@ CONFUSIONS = 12  # the most frequent ones are printed
 def result_tables(rows, floors):
     """Tables of some evaluated systems. rows, floors: lists of evaluate.Row; a floor needs no model."""
     strategies = {row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"}
-    paper = [(paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3)) for key, values in PAPER.items()
-             if key[0] in strategies or key[0] == "base"]  # fmt: skip
+    paper = [
+        (paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3))
+        for key, values in PAPER.items()
+        if key[0] in strategies or key[0] == "base"
+    ]
     keys = (*(f"{name}_pcc" for name in prompts.SCORES), "per")
-    others = [(name, cells({key: v for key, v in zip(keys, values) if v is not None}, TABLE_3))
-              for name, values in PUBLISHED.items()]  # fmt: skip
+    others = [
+        (name, cells({key: v for key, v in zip(keys, values) if v is not None}, TABLE_3))
+        for name, values in PUBLISHED.items()
+    ]
     return [
         ("Table 3", list(TABLE_3.values()), paper + others + _own([*floors, *rows], TABLE_3)),
         ("Detection", list(DETECTION.values()), _own([r for r in [*floors, *rows] if r.transcribed], DETECTION)),
@@ -114,10 +146,15 @@ def phone_tables(records):
         instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         texts = [str(entry["support"]), *cells(entry, ("precision", "recall")), instead]
         phones += [(entry["phone"], texts)] if entry["phone"] else []
-    pairs = [(entry["phone"] or "nothing", written or "nothing", count, entry["support"])
-             for entry in report for written, count in entry["confusions"]]  # fmt: skip
-    often = [(f"{heard} > {written}", [str(count), f"{count / support:.3f}" if heard != "nothing" else "-"])
-             for heard, written, count, support in sorted(pairs, key=lambda pair: -pair[2])[:CONFUSIONS]]  # fmt: skip
+    pairs = [
+        (entry["phone"] or "nothing", written or "nothing", count, entry["support"])
+        for entry in report
+        for written, count in entry["confusions"]
+    ]
+    often = [
+        (f"{heard} > {written}", [str(count), f"{count / support:.3f}" if heard != "nothing" else "-"])
+        for heard, written, count, support in sorted(pairs, key=lambda pair: -pair[2])[:CONFUSIONS]
+    ]
     return [
         ("Phones", ["heard", "precision", "recall", "written instead (-: nothing)"], phones),
         ("Phones heard > written most often", ["times", "share"], often),
@@ -177,12 +214,16 @@ def summarise(runs):
     results = {run: read_metrics(path) for run, path in zip(runs, paths)}
     counted = {run: f"{values['utterances']:,} utterances" for run, values in results.items()}
     if len(set(counted.values())) > 1:
-        raise cli.InputError("these runs were evaluated on different utterances: "
-                             + ", ".join(f"{run} on {count}" for run, count in counted.items()))  # fmt: skip
+        raise cli.InputError(
+            "these runs were evaluated on different utterances: "
+            + ", ".join(f"{run} on {count}" for run, count in counted.items())
+        )
     if len(runs) < 2:
         raise cli.InputError(f"--summarise {runs[0]} is one run: a spread needs two or more")
-    print(f"{len(runs)} runs, {counted[runs[0]]} each: "
-          + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items()))  # fmt: skip
+    print(
+        f"{len(runs)} runs, {counted[runs[0]]} each: "
+        + ", ".join(f"{run} ({values['evaluated']})" for run, values in results.items())
+    )
     print(f"\n{'':30}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}{'runs':>8}")
     for key in next(iter(results.values())):
         values = [result[key] for result in results.values() if result.get(key) is not None]
@@ -209,7 +250,12 @@ def compare(first, second, names, samples):
         difference = samples[0][key] - samples[1][key]
         low, high = metrics.interval(difference)
         if not math.isnan(low):
-            texts = [f"{first[key]:.3f}", f"{second[key]:.3f}", f"{first[key] - second[key]:+.3f}",
-                     f"{low:+.3f}..{high:+.3f}", f"{metrics.sign_pvalue(difference):.3f}"]  # fmt: skip
+            texts = [
+                f"{first[key]:.3f}",
+                f"{second[key]:.3f}",
+                f"{first[key] - second[key]:+.3f}",
+                f"{low:+.3f}..{high:+.3f}",
+                f"{metrics.sign_pvalue(difference):.3f}",
+            ]
             rows.append((key, texts))
     return "Difference, by speakers", [*names, "difference", "95 %", "p"], rows

@@ -194,8 +194,15 @@ def _word_record(word, canonical, mispronunciations):
     for label in mispronunciations:
         accuracies[label["index"]] = 0.0
     accuracy = round(10 * sum(accuracies) / (2 * len(canonical)))
-    return {"text": word, "phones": canonical, "phones-accuracy": accuracies, "accuracy": accuracy, "stress": 10,
-            "total": accuracy, "mispronunciations": mispronunciations}  # fmt: skip
+    return {
+        "text": word,
+        "phones": canonical,
+        "phones-accuracy": accuracies,
+        "accuracy": accuracy,
+        "stress": 10,
+        "total": accuracy,
+        "mispronunciations": mispronunciations,
+    }
 
 
 def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
@@ -257,13 +264,22 @@ def new_tokenizer():
     answers = [prompts.mdd_target(*lists) for lists in (("", PHONES), (" ".join(LEXICON), reversed(PHONES)))]
     answers += [prompts.apa_target(dict.fromkeys(prompts.SCORES, score)) for score in range(11)]
     answers += [*LEXICON, *PHONES, *(f" {word}" for word in (*LEXICON, *PHONES))]
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(answers * 10, trainer)
     lines = {line for prompt in prompts.PROMPTS.values() for line in re.findall(r"[^\n]+\n*", prompt)}
     tokenizer.add_tokens(sorted(lines | set(QUESTIONS.values()), key=len, reverse=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                   bos_token="<|endoftext|>", model_max_length=4096)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        model_max_length=4096,
+    )
 
 
 def new_network(tokenizer):
@@ -281,17 +297,39 @@ def new_network(tokenizer):
         original_max_position_embeddings=4096,
         initializer_range=0.04,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
-                         "short_factor": [1.0] * rotary, "long_factor": [1.0] * rotary},
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0] * rotary,
+            "long_factor": [1.0] * rotary,
+        },
         bos_token_id=end_of_text,
         eos_token_id=[end_of_text, tokenizer.convert_tokens_to_ids(prompts.END)],
         pad_token_id=end_of_text,
-        audio_config={"hidden_size": 96, "intermediate_size": 128, "num_blocks": 2, "num_attention_heads": 4,
-                      "ext_pw_out_channel": 96, "depthwise_separable_out_channel": 96, "nemo_conv_channels": 24,
-                      "bias_max_distance": 100, "initializer_range": 0.04, "audio_token_id": audio},
-        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
-                       "image_size": 28, "crop_size": 28, "patch_size": 14, "image_token_id": image},
-    )  # fmt: skip
+        audio_config={
+            "hidden_size": 96,
+            "intermediate_size": 128,
+            "num_blocks": 2,
+            "num_attention_heads": 4,
+            "ext_pw_out_channel": 96,
+            "depthwise_separable_out_channel": 96,
+            "nemo_conv_channels": 24,
+            "bias_max_distance": 100,
+            "initializer_range": 0.04,
+            "audio_token_id": audio,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "image_size": 28,
+            "crop_size": 28,
+            "patch_size": 14,
+            "image_token_id": image,
+        },
+    )
     network = Phi4MultimodalForCausalLM(config)
     # With transformers' small normal weights the signal fades in three ReLU layers, and some seeds never learn to hear.
     for module in network.model.embed_tokens_extend.audio_embed.encoder.embed.modules():
@@ -446,8 +484,10 @@ def main():
     add("--seed", type=cli.seed, default=0, help="of corpus, weights and pretraining (0)")
     args = parser.parse_args()
     if args.train_speakers + args.test_speakers > MOST_SPEAKERS or args.per_speaker > MOST_UTTERANCES:
-        parser.error(f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances "
-                     f"are above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}")  # fmt: skip
+        parser.error(
+            f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances "
+            f"are above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}"
+        )
     for folder in (args.output / "corpus", args.output / "model"):
         if os.path.lexists(folder):
             parser.error(f"{folder} exists already: remove it or choose another --output")

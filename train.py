@@ -40,8 +40,21 @@ from support import cli, files
 
 FRESH_LORA = ("rank", "alpha", "dropout")  # settings of an adapter that starts from nothing
 # What may differ when a run is resumed. The corpus has to be the same, but may lie elsewhere.
-MAY_CHANGE = ("output", "resume", "save_minutes", "micro_batch", "gradient_checkpointing", "max_tokens", "patience",
-              "track", "data", "data_revision", "audio_cache", "workers", "compile")  # fmt: skip
+MAY_CHANGE = (
+    "output",
+    "resume",
+    "save_minutes",
+    "micro_batch",
+    "gradient_checkpointing",
+    "max_tokens",
+    "patience",
+    "track",
+    "data",
+    "data_revision",
+    "audio_cache",
+    "workers",
+    "compile",
+)
 # What a run writes into --output
 WRITTEN = ("settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints/step-*.pt")
 ESTIMATE_AFTER = 10  # steps
@@ -127,18 +140,35 @@ def parse_settings():
     add = parser.add_argument_group("memory: what a step computes stays the same").add_argument
     add("--micro-batch", type=cli.positive_int, help="examples computed at once on a device; not given: --batch-size")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add("--compile", action="store_true", help="join a layer's small operations with torch.compile: faster and smaller "
-        "after a minute or two, last digits differ")  # fmt: skip
-    add("--shard", action="store_true", help="under torchrun: each process holds a part of the weights (FSDP2); "
-        "--validation then gives the loss alone")  # fmt: skip
+    add(
+        "--compile",
+        action="store_true",
+        help="join a layer's small operations with torch.compile: faster and smaller "
+        "after a minute or two, last digits differ",
+    )
+    add(
+        "--shard",
+        action="store_true",
+        help="under torchrun: each process holds a part of the weights (FSDP2); --validation then gives the loss alone",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=cli.seed, default=0, help="of weights, order, dropout and held-out speakers (our choice)")
     add("--output", type=Path, default=Path("out"), help="folder for adapters, settings and log")
-    add("--audio-cache", type=Path, default=Path("audio-cache"), help="folder for audio embeddings, computed once "
-        "while encoder and projector are frozen; runs share it, and it may be removed")  # fmt: skip
-    add("--workers", type=cli.whole_number, default=models.default_workers(), help="processes that read and prepare "
-        "the next steps; without a GPU 0, because they would take their time from the step")  # fmt: skip
+    add(
+        "--audio-cache",
+        type=Path,
+        default=Path("audio-cache"),
+        help="folder for audio embeddings, computed once "
+        "while encoder and projector are frozen; runs share it, and it may be removed",
+    )
+    add(
+        "--workers",
+        type=cli.whole_number,
+        default=models.default_workers(),
+        help="processes that read and prepare "
+        "the next steps; without a GPU 0, because they would take their time from the step",
+    )
     add("--save-minutes", type=cli.positive_float, default=30.0, help="time between checkpoints within an epoch")
     add("--resume", nargs="?", const="newest", help="go on from the newest checkpoint in --output, or from this file")
     add("--track", choices=("tensorboard", "wandb"), help="show the log there as well")
@@ -162,44 +192,79 @@ def conflicts(settings, given):
     full, quantized = settings.strategy == "full", settings.quantize is not None
     return [
         (full and lora, f"--strategy full trains no LoRA: leave out {lora}"),
-        (full and settings.speech_adapter == "continue",
-         "--strategy full trains no LoRA, so there is none for --speech-adapter continue: use merge or none"),
-        (settings.speech_adapter == "continue" and lora,
-         f"--speech-adapter continue trains the shipped adapter as it is: leave out {lora}"),
-        (quantized and full, "--quantize nf4 freezes the weights that --strategy full would train: 4 bits hold no "
-         "small step"),
-        (quantized and settings.strategy == "unfreeze",
-         "--quantize nf4 rounds the language model that --strategy unfreeze fits audio encoder and projector to: they "
-         "would learn its rounding; use --strategy lora"),
-        (settings.shard and not full, f"--shard is for --strategy full: each GPU has room for what --strategy "
-         f"{settings.strategy} trains"),
-        (settings.shard and "RANK" not in os.environ, "--shard needs several processes: start it with torchrun "
-         "--nproc-per-node N"),
-        (settings.rank > models.LARGEST_RANK, f"--rank {settings.rank} is above {models.LARGEST_RANK:,}, the width of "
-         f"the model: no change of it needs more"),
-        (settings.learning_rate > 1, f"--learning-rate {settings.learning_rate:g} is above 1: Adam moves every weight "
-         f"by about as much in a step"),
+        (
+            full and settings.speech_adapter == "continue",
+            "--strategy full trains no LoRA, so there is none for --speech-adapter continue: use merge or none",
+        ),
+        (
+            settings.speech_adapter == "continue" and lora,
+            f"--speech-adapter continue trains the shipped adapter as it is: leave out {lora}",
+        ),
+        (
+            quantized and full,
+            "--quantize nf4 freezes the weights that --strategy full would train: 4 bits hold no small step",
+        ),
+        (
+            quantized and settings.strategy == "unfreeze",
+            "--quantize nf4 rounds the language model that --strategy unfreeze fits audio encoder and projector to: they "
+            "would learn its rounding; use --strategy lora",
+        ),
+        (
+            settings.shard and not full,
+            f"--shard is for --strategy full: each GPU has room for what --strategy {settings.strategy} trains",
+        ),
+        (
+            settings.shard and "RANK" not in os.environ,
+            "--shard needs several processes: start it with torchrun --nproc-per-node N",
+        ),
+        (
+            settings.rank > models.LARGEST_RANK,
+            f"--rank {settings.rank} is above {models.LARGEST_RANK:,}, the width of "
+            f"the model: no change of it needs more",
+        ),
+        (
+            settings.learning_rate > 1,
+            f"--learning-rate {settings.learning_rate:g} is above 1: Adam moves every weight "
+            f"by about as much in a step",
+        ),
         (settings.workers > MOST_WORKERS, f"--workers {settings.workers} is above {MOST_WORKERS}"),
-        (settings.micro_batch > step_size, f"--micro-batch {settings.micro_batch} is more than a step has: "
-         f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}"),
-        ("data_revision" in given and Path(settings.data).is_dir(),
-         f"--data-revision {settings.data_revision} is of a hub id, and --data {settings.data} is a folder"),
-        ("revision" in given and Path(settings.model).is_dir(),
-         f"--revision {settings.revision} is of a hub id, and --model {settings.model} is a folder"),
-        (settings.patience and not settings.validation, f"--patience {settings.patience} needs held-out speakers: add "
-         f"--validation 0.1"),
-        (settings.attention == "flash_attention_2" and settings.dtype == "float32",
-         "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (the default on a CPU)"),
-        (settings.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)),
-         f"--compile needs a C++ compiler where there is no GPU, and finds none: install {' or '.join(COMPILERS)}"),
-        *((option and importlib.util.find_spec(package) is None,
-           f"{option} needs the package {package}, which is not installed: pip install {package.replace('_', '-')}")
-          for option, package in (
-              (settings.track and f"--track {settings.track}", settings.track or "wandb"),
-              (quantized and "--quantize nf4", "bitsandbytes"),
-              (settings.attention == "flash_attention_2" and "--attention flash_attention_2", "flash_attn"),
-          )),
-    ]  # fmt: skip
+        (
+            settings.micro_batch > step_size,
+            f"--micro-batch {settings.micro_batch} is more than a step has: "
+            f"--batch-size {settings.batch_size} x --accumulation {settings.accumulation}",
+        ),
+        (
+            "data_revision" in given and Path(settings.data).is_dir(),
+            f"--data-revision {settings.data_revision} is of a hub id, and --data {settings.data} is a folder",
+        ),
+        (
+            "revision" in given and Path(settings.model).is_dir(),
+            f"--revision {settings.revision} is of a hub id, and --model {settings.model} is a folder",
+        ),
+        (
+            settings.patience and not settings.validation,
+            f"--patience {settings.patience} needs held-out speakers: add --validation 0.1",
+        ),
+        (
+            settings.attention == "flash_attention_2" and settings.dtype == "float32",
+            "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (the default on a CPU)",
+        ),
+        (
+            settings.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)),
+            f"--compile needs a C++ compiler where there is no GPU, and finds none: install {' or '.join(COMPILERS)}",
+        ),
+        *(
+            (
+                option and importlib.util.find_spec(package) is None,
+                f"{option} needs the package {package}, which is not installed: pip install {package.replace('_', '-')}",
+            )
+            for option, package in (
+                (settings.track and f"--track {settings.track}", settings.track or "wandb"),
+                (quantized and "--quantize nf4", "bitsandbytes"),
+                (settings.attention == "flash_attention_2" and "--attention flash_attention_2", "flash_attn"),
+            )
+        ),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,16 +308,25 @@ def run(settings, chosen, held_out, plan, corpus):
     distributed = distribute(model, settings)
     weights = models.trained_parameters(model)
     optimiser = new_optimiser(weights, settings)
-    save = partial(runtime.save_checkpoint, settings.output / "checkpoints", weights=weights, optimiser=optimiser,
-                   settings=given, corpus=corpus)  # fmt: skip
+    save = partial(
+        runtime.save_checkpoint,
+        settings.output / "checkpoints",
+        weights=weights,
+        optimiser=optimiser,
+        settings=given,
+        corpus=corpus,
+    )
     step = resume(state, weights, optimiser) if state else 0
     validated = read_validated(settings.output, step)
     started = saved = time.perf_counter()
     durations = []  # seconds of each step
     model.train()
-    with (runtime.StopRequest() as stop, runtime.open_log(settings.output / "log.jsonl", step) as log,
-          runtime.tracker(settings.track, settings.output, record, step) as track,
-          tqdm(total=plan["steps"], initial=step, unit="step", disable=cli.process_rank() > 0) as bar):  # fmt: skip
+    with (
+        runtime.StopRequest() as stop,
+        runtime.open_log(settings.output / "log.jsonl", step) as log,
+        runtime.tracker(settings.track, settings.output, record, step) as track,
+        tqdm(total=plan["steps"], initial=step, unit="step", disable=cli.process_rank() > 0) as bar,
+    ):
         for epoch in range(max(1, math.ceil(step / plan["per_epoch"])), settings.epochs + 1):
             last_step = epoch * plan["per_epoch"]
             order = data.epoch_steps(len(examples), plan["step_size"], settings.seed, epoch)
@@ -273,9 +347,16 @@ def run(settings, chosen, held_out, plan, corpus):
 
                     # Log
                     moved = models.moved(model) if step == last_step else {}
-                    line = {"step": step, "epoch": epoch, "learning_rate": rate, **numbers, "seconds": durations[-1],
-                            "tokens_per_second": numbers["tokens"] / durations[-1],
-                            "memory_gb": runtime.peak_memory(), **moved}  # fmt: skip
+                    line = {
+                        "step": step,
+                        "epoch": epoch,
+                        "learning_rate": rate,
+                        **numbers,
+                        "seconds": durations[-1],
+                        "tokens_per_second": numbers["tokens"] / durations[-1],
+                        "memory_gb": runtime.peak_memory(),
+                        **moved,
+                    }
                     print(json.dumps(line), file=log, flush=True)
                     track(step, line)
                     bar.update()
@@ -338,8 +419,13 @@ def train_step(distributed, weights, optimiser, supervised, share, number, setti
         loss, tokens, computed = runtime.total(sum(losses), *count_tokens(share))
         not_finite = partial(step_not_finite, number, share, losses)
         gradient_norm = runtime.update(optimiser, weights.values(), loss, settings.clip, not_finite)
-    return {"loss": loss, "gradient_norm": gradient_norm, "supervised_tokens": supervised, "tokens": int(tokens),
-            "padding": 1 - tokens / computed}  # fmt: skip
+    return {
+        "loss": loss,
+        "gradient_norm": gradient_norm,
+        "supervised_tokens": supervised,
+        "tokens": int(tokens),
+        "padding": 1 - tokens / computed,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,16 +447,18 @@ def choose_checkpoint(settings):
     there = [path for path in there if path.suffix != files.UNFINISHED]
     found = [path for path in there if path.parent != run]
     if there and not settings.resume:
-        raise cli.InputError(f"{there[0]} is there already: --resume goes on with the run in {run}, another --output "
-                             f"leaves it be")  # fmt: skip
+        raise cli.InputError(
+            f"{there[0]} is there already: --resume goes on with the run in {run}, another --output leaves it be"
+        )
     if run / "settings.json" in there or there and not found:  # a run writes it before all else
         files.read_json(run / "settings.json", RunSettings)
     if settings.resume is None:
         return None
     if settings.resume != "newest":
         if not Path(settings.resume).is_file():
-            raise cli.InputError(f"checkpoint {settings.resume} is missing; {run} has "
-                                 f"{', '.join(map(str, found)) or 'none'}")  # fmt: skip
+            raise cli.InputError(
+                f"checkpoint {settings.resume} is missing; {run} has {', '.join(map(str, found)) or 'none'}"
+            )
         return Path(settings.resume)
     return found[-1] if found else None
 
@@ -378,17 +466,25 @@ def choose_checkpoint(settings):
 def read_state(path, given, corpus, steps):
     """A checkpoint's content. Raises InputError when it is of another run. steps: of the run."""
     state = runtime.read_checkpoint(path)
-    other = [f"--{key.replace('_', '-')} {state['settings'].get(key)}, not {value}"
-             for key, value in given.items() if state["settings"].get(key) != value]  # fmt: skip
+    other = [
+        f"--{key.replace('_', '-')} {state['settings'].get(key)}, not {value}"
+        for key, value in given.items()
+        if state["settings"].get(key) != value
+    ]
     if other:
-        raise cli.InputError(f"checkpoint {path} is of a run with {'; '.join(other)}: resume with its settings, or "
-                             f"choose another --output")  # fmt: skip
+        raise cli.InputError(
+            f"checkpoint {path} is of a run with {'; '.join(other)}: resume with its settings, or "
+            f"choose another --output"
+        )
     if state["corpus"] != corpus:
-        raise cli.InputError(f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
-                             f"its --data and --limit, or choose another --output")  # fmt: skip
+        raise cli.InputError(
+            f"checkpoint {path} is of a run on another corpus, or on other labels of it: resume with "
+            f"its --data and --limit, or choose another --output"
+        )
     if state["step"] > steps:
-        raise cli.InputError(f"checkpoint {path} is of step {state['step']:,}, and the run has {steps:,}: choose "
-                             f"another one")  # fmt: skip
+        raise cli.InputError(
+            f"checkpoint {path} is of step {state['step']:,}, and the run has {steps:,}: choose another one"
+        )
     return state
 
 
@@ -397,8 +493,10 @@ def split(utterances, settings):
     if not settings.validation:
         return utterances, []
     chosen, held_out = data.hold_out_speakers(utterances, settings.validation, settings.seed)
-    print(f"validation: {len(held_out):,} utterances of {len({u.speaker for u in held_out})} speakers held out, "
-          f"{len(chosen):,} left to train on")  # fmt: skip
+    print(
+        f"validation: {len(held_out):,} utterances of {len({u.speaker for u in held_out})} speakers held out, "
+        f"{len(chosen):,} left to train on"
+    )
     return chosen, held_out
 
 
@@ -411,9 +509,11 @@ def batch_arithmetic(examples, settings):
     # Under --shard the processes compute layer by layer together, so they must have equally many micro-batches
     if step_size < processes or (settings.shard and step_size % processes):
         evenly = "evenly (--shard) " if settings.shard else ""
-        raise cli.InputError(f"a step of {step_size} examples (--batch-size {settings.batch_size} x --accumulation "
-                             f"{settings.accumulation}) cannot be shared {evenly}by the {processes} processes of "
-                             f"torchrun --nproc-per-node")  # fmt: skip
+        raise cli.InputError(
+            f"a step of {step_size} examples (--batch-size {settings.batch_size} x --accumulation "
+            f"{settings.accumulation}) cannot be shared {evenly}by the {processes} processes of "
+            f"torchrun --nproc-per-node"
+        )
     per_epoch, left = divmod(examples, step_size)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
@@ -453,8 +553,10 @@ def build_model(settings):
     for token in model.started_rows:
         print(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
     total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"model: {total:,} parameters on {model.device}, attention {settings.attention}; trained: "
-          + ", ".join(f"{group} {count:,}" for group, count in counts.items()))  # fmt: skip
+    print(
+        f"model: {total:,} parameters on {model.device}, attention {settings.attention}; trained: "
+        + ", ".join(f"{group} {count:,}" for group, count in counts.items())
+    )
     return model
 
 
@@ -463,8 +565,10 @@ def make_examples(utterances, model, longest):
     examples = data.Examples(utterances, model.tokenizer, model.audio_id)
     if long := [f"{e.utterance.id} ({e.task}) has {len(e):,}" for e in examples if len(e) > longest]:
         named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
-        raise cli.InputError(f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
-                             f"take them out of the corpus")  # fmt: skip
+        raise cli.InputError(
+            f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or "
+            f"take them out of the corpus"
+        )
     return examples
 
 
@@ -544,9 +648,11 @@ def step_not_finite(step, share, losses, loss, gradient_norm):
 
 def progress(line):
     """The part of a log line that the progress bar shows."""
-    return (f"loss {line['loss']:.4f} lr {line['learning_rate']:.1e} grad {line['gradient_norm']:.2f} "
-            f"{line['supervised_tokens'] / line['seconds']:.0f} supervised, "
-            f"{line['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+    return (
+        f"loss {line['loss']:.4f} lr {line['learning_rate']:.1e} grad {line['gradient_norm']:.2f} "
+        f"{line['supervised_tokens'] / line['seconds']:.0f} supervised, "
+        f"{line['tokens_per_second']:.0f} tokens/s"
+    )
 
 
 def estimate(seconds, left):
@@ -574,8 +680,9 @@ def validate(model, examples, settings):
     loss, supervised, pairs = 0.0, 0, {task: [] for task in prompts.TASKS}
     model.eval()
     with runtime.autocast(), torch.compiler.set_stance("force_eager"):  # compiled layers are for the training step
-        with loader.load_steps(examples, steps, settings.micro_batch, model.prepare, settings.workers, rank,
-                               processes) as prepared:  # fmt: skip
+        with loader.load_steps(
+            examples, steps, settings.micro_batch, model.prepare, settings.workers, rank, processes
+        ) as prepared:
             for count, share in prepared:
                 supervised += count
                 loss += sum(float(model(micro_batch)) for micro_batch in share)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from support import cli
 import data
 import evaluate
 import metrics
 import prompts
 import tables
+from support import cli
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -57,15 +57,17 @@ def waveform_features(audio):
     gaps = np.diff(speech) - 1  # silent frames between neighbouring speech frames
     pauses = _seconds(gaps[gaps > 0])
     pauses = pauses[pauses >= SHORTEST_PAUSE]
-    return np.array([
-        len(audio) / data.SAMPLE_RATE,
-        _seconds(speech[-1] - speech[0] + 1),
-        1 - len(speech) / len(levels),
-        len(pauses),
-        pauses.max(initial=0.0),
-        pauses.sum(),
-        *np.percentile(levels, LEVELS),
-    ])  # fmt: skip
+    return np.array(
+        [
+            len(audio) / data.SAMPLE_RATE,
+            _seconds(speech[-1] - speech[0] + 1),
+            1 - len(speech) / len(levels),
+            len(pauses),
+            pauses.max(initial=0.0),
+            pauses.sum(),
+            *np.percentile(levels, LEVELS),
+        ]
+    )
 
 
 def frame_levels(audio):
@@ -126,8 +128,10 @@ def find_utterances(records, corpus, where):
     for record in records:
         utterance = known.get(record["id"])
         if utterance is None or data.reference(utterance, record["task"]) != record["reference"]:
-            raise cli.InputError(f"{ascii(record['id'])} ({record['task']}) is not in {where}, or has other labels "
-                                 f"there: give --data, --data-revision and --split as they were")  # fmt: skip
+            raise cli.InputError(
+                f"{ascii(record['id'])} ({record['task']}) is not in {where}, or has other labels "
+                f"there: give --data, --data-revision and --split as they were"
+            )
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
 

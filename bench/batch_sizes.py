@@ -51,17 +51,28 @@ def main():
     args = parser.parse_args()
     ((folder, settings),) = evaluate.adapter_folders(args.adapter, None)
     utterances = data.read_corpus(settings["data"], "test", settings.get("data_revision"), args.limit)
-    model = models.load_base(settings["model"], settings.get("revision"), args.dtype, "sdpa",
-                             settings["speech_adapter"], settings.get("quantize"))  # fmt: skip
+    model = models.load_base(
+        settings["model"],
+        settings.get("revision"),
+        args.dtype,
+        "sdpa",
+        settings["speech_adapter"],
+        settings.get("quantize"),
+    )
     models.load_trained(model, folder, settings["strategy"])
     (texts, scores), (other_texts, other_scores) = (answer(model, utterances, size) for size in SIZES)
     difference = np.abs([scores[u.id] - other_scores[u.id] for u in utterances])  # (utterances, 4)
     result = {
-        "model": settings["model"], "utterances": len(utterances), "batches": SIZES,
-        **{f"{task} answers that differ": sum(texts[u.id, task] != other_texts[u.id, task] for u in utterances)
-           for task in prompts.TASKS},
-        "difference of expected scores, mean": float(difference.mean()), "at most": float(difference.max()),
-    }  # fmt: skip
+        "model": settings["model"],
+        "utterances": len(utterances),
+        "batches": SIZES,
+        **{
+            f"{task} answers that differ": sum(texts[u.id, task] != other_texts[u.id, task] for u in utterances)
+            for task in prompts.TASKS
+        },
+        "difference of expected scores, mean": float(difference.mean()),
+        "at most": float(difference.max()),
+    }
     print(json.dumps(result, indent=1))
     workload.write_result(f"batch_sizes-{args.dtype}", result)
 

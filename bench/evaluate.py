@@ -87,8 +87,14 @@ def load(options, utterances):
     """What the figures are called, the model, and how long an answer may get."""
     if options.adapter:
         settings = json.loads((options.adapter / "settings.json").read_text())
-        model = models.load_base(settings["model"], settings["revision"], settings["dtype"], settings["attention"],
-                                 settings["speech_adapter"], settings["quantize"])  # fmt: skip
+        model = models.load_base(
+            settings["model"],
+            settings["revision"],
+            settings["dtype"],
+            settings["attention"],
+            settings["speech_adapter"],
+            settings["quantize"],
+        )
         models.load_trained(model, options.adapter, settings["strategy"])
         return "trained", model, no_limit
     shape = "full" if options.full else "scaled"
@@ -126,11 +132,18 @@ def main():
                     way(model, utterances, task, limit, options.batch_size)
                     seconds[way_name].append(clock() - started)
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
-    workload.write_result(f"evaluate-{name}-{options.batch_size}", {
-        "model": name, "corpus": "/".join(Path(options.data).parts[-2:]) if options.data else "noise",
-        "utterances": len(utterances), "batch": options.batch_size, "all": ALL,
-        "peak_gb": runtime.peak_memory(), "seconds": seconds,
-    })  # fmt: skip
+    workload.write_result(
+        f"evaluate-{name}-{options.batch_size}",
+        {
+            "model": name,
+            "corpus": "/".join(Path(options.data).parts[-2:]) if options.data else "noise",
+            "utterances": len(utterances),
+            "batch": options.batch_size,
+            "all": ALL,
+            "peak_gb": runtime.peak_memory(),
+            "seconds": seconds,
+        },
+    )
 
 
 if __name__ == "__main__":

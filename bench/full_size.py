@@ -37,10 +37,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from support import cli, files
 import data
 import model as models
 import prompts
+from support import cli, files
 
 SHARDS = 5
 RANK, ALPHA, DROPOUT = 320, 640, 0.01  # of the shipped speech adapter
@@ -64,10 +64,23 @@ CASES = {
 }
 UTTERANCES = 320  # in each part of the corpus: 640 examples, ten of the paper's steps
 TRAINING = {
-    "cpu": "--dtype bfloat16 --limit 1 --batch-size 2 --accumulation 1 --micro-batch 1 --epochs 1".split(),
+    "cpu": [
+        "--dtype",
+        "bfloat16",
+        "--limit",
+        "1",
+        "--batch-size",
+        "2",
+        "--accumulation",
+        "1",
+        "--micro-batch",
+        "1",
+        "--epochs",
+        "1",
+    ],
     "cuda": f"--limit {UTTERANCES} --epochs 1".split(),
 }
-EVALUATION = {"cpu": "--limit 1 --max-new-tokens 8".split(), "cuda": "--limit 16".split()}
+EVALUATION = {"cpu": ["--limit", "1", "--max-new-tokens", "8"], "cuda": ["--limit", "16"]}
 WARM = 3  # steps after which the others take equally long
 # The scripts refuse a model of this size where there is no GPU, since nobody would wait for it. What it takes is the
 # question here, so their limit is raised; all else is as typed.
@@ -82,8 +95,14 @@ LAUNCHER = (
 
 def new_weights(shape):
     """Configuration of the network and of its speech adapter, and the weights of both, by name, on no device."""
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=models.LORA_TARGETS,
-                      task_type="CAUSAL_LM", inference_mode=True)  # fmt: skip
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        target_modules=models.LORA_TARGETS,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
     with torch.device("meta"):
         network = Phi4MultimodalForCausalLM(Phi4MultimodalConfig(**shape, dtype="bfloat16"))
         weights = network.state_dict()
@@ -138,8 +157,9 @@ def write_inputs(folder, shape, utterances):
         needed += 2 * (trained + sum(weight.numel() for weight in weights.values()))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise cli.InputError(f"{folder} has {free / 1e9:.1f} GB of free disk and {needed / 1e9:.1f} GB are needed: "
-                             "choose another folder")  # fmt: skip
+        raise cli.InputError(
+            f"{folder} has {free / 1e9:.1f} GB of free disk and {needed / 1e9:.1f} GB are needed: choose another folder"
+        )
     if not (folder / "corpus").exists():
         with files.whole(folder / "corpus") as temporary:
             workload.write_corpus(temporary, utterances)
@@ -151,8 +171,11 @@ def write_inputs(folder, shape, utterances):
                 part.save_pretrained(temporary)
             write_shards(temporary, weights)
             lora.save_pretrained(temporary / models.SPEECH_ADAPTER)
-            save_file({name: random_weight(name, weight) for name, weight in adapter.items()},
-                      temporary / models.SPEECH_ADAPTER / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+            save_file(
+                {name: random_weight(name, weight) for name, weight in adapter.items()},
+                temporary / models.SPEECH_ADAPTER / "adapter_model.safetensors",
+                {"format": "pt"},
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,8 +216,16 @@ def own_memory(process):
 
 def train(case, folder, output, *more, stop_at=None):
     """Figures of train.py in a case; `step`: mean seconds of the steps after the first ones."""
-    where = ["--model", folder / "model", "--data", folder / "corpus", "--output", output, "--audio-cache",
-             output / "audio-cache"]  # fmt: skip
+    where = [
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "corpus",
+        "--output",
+        output,
+        "--audio-cache",
+        output / "audio-cache",
+    ]
     figures = run("train.py", [*where, *TRAINING[kind()], *CASES[case], *more], stop_at)
     steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     if kind() == "cuda":

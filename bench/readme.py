@@ -30,20 +30,29 @@ def spread(values, digits=2):
 def train_step(result):
     """Seconds of a step in each contestant's runs, and how many times faster than Trainer beside it."""
     peak = result["matrix_peak"]
-    mean = {name: [NEW * run["steps"][1]["seconds"] + (1 - NEW) * run["steps"][2]["seconds"] for run in runs]
-            for name, runs in result["runs"].items()}  # fmt: skip
+    mean = {
+        name: [NEW * run["steps"][1]["seconds"] + (1 - NEW) * run["steps"][2]["seconds"] for run in runs]
+        for name, runs in result["runs"].items()
+    }
     rows = []
     for name, runs in result["runs"].items():
         first, new, known = zip(*(run["steps"] for run in runs))
         seconds = [step["seconds"] for step in known]
         ratios = [theirs / ours for theirs, ours in zip(mean[BASELINE], mean[name])]
         share = f"{median(step['work'] / step['seconds'] for step in known) / peak:.0%}" if "work" in known[0] else ""
-        rows.append([
-            name, spread([step["seconds"] for step in new]), spread(seconds), spread(ratios),
-            f"{known[0]['tokens'] / median(seconds):,.0f}", f"{known[0]['padding']:.1%}",
-            f"{median(run['peak_gb'] for run in runs):.2f}", share,
-            f"{first[0]['loss']:.5f}, {new[0]['loss']:.5f}, {known[0]['loss']:.5f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                spread([step["seconds"] for step in new]),
+                spread(seconds),
+                spread(ratios),
+                f"{known[0]['tokens'] / median(seconds):,.0f}",
+                f"{known[0]['padding']:.1%}",
+                f"{median(run['peak_gb'] for run in runs):.2f}",
+                share,
+                f"{first[0]['loss']:.5f}, {new[0]['loss']:.5f}, {known[0]['loss']:.5f}",
+            ]
+        )
     hours = STEPS * median(mean["ours"]) / HOUR
     header = [
         "",
@@ -69,11 +78,18 @@ def evaluate(result):
     number, rows = result["utterances"], []
     for name, seconds in result["seconds"].items():
         slow = result["seconds"][f"{name[:3]}, one at a time"]
-        rows.append([name, spread([number / value for value in seconds]),
-                     spread([theirs / value for theirs, value in zip(slow, seconds)], 1),
-                     f"{median(seconds) / number * result['all'] / HOUR:.2f}"])  # fmt: skip
-    seconds = {name: [*map(sum, zip(*(result["seconds"][f"{task}, {name}"] for task in ("APA", "MDD"))))]
-               for name in ("one at a time", "batched")}  # fmt: skip
+        rows.append(
+            [
+                name,
+                spread([number / value for value in seconds]),
+                spread([theirs / value for theirs, value in zip(slow, seconds)], 1),
+                f"{median(seconds) / number * result['all'] / HOUR:.2f}",
+            ]
+        )
+    seconds = {
+        name: [*map(sum, zip(*(result["seconds"][f"{task}, {name}"] for task in ("APA", "MDD"))))]
+        for name in ("one at a time", "batched")
+    }
     both = [a / b for a, b in zip(seconds["one at a time"], seconds["batched"])]
     scores = [a / b for a, b in zip(result["seconds"]["APA, batched"], result["seconds"]["APA, expected scores"])]
     header = ["", "utterances/s", "times one at a time", f"hours for {result['all']:,}"]
@@ -85,11 +101,30 @@ batched is {spread(both, 1)} times the loop. APA: expected scores are {spread(sc
 
 def scaling(result):
     """Seconds and GB by size of the corpus."""
-    rows = [[f"{int(size):,}", f"{f['read']:.1f}", f"{f['check']:.1f}", f"{f['first_step']:.1f}",
-             f"{f['started_gb']:.3f}", f"{f['held_gb']:.3f}", f"{f['peak_gb']:.2f}"]
-            for size, f in result["sizes"].items()]  # fmt: skip
-    return table(["utterances", "reading, s", "checking lengths, s", "first step, s", "held before it, GB",
-                  "held at the end, GB", "peak, GB"], rows)  # fmt: skip
+    rows = [
+        [
+            f"{int(size):,}",
+            f"{f['read']:.1f}",
+            f"{f['check']:.1f}",
+            f"{f['first_step']:.1f}",
+            f"{f['started_gb']:.3f}",
+            f"{f['held_gb']:.3f}",
+            f"{f['peak_gb']:.2f}",
+        ]
+        for size, f in result["sizes"].items()
+    ]
+    return table(
+        [
+            "utterances",
+            "reading, s",
+            "checking lengths, s",
+            "first step, s",
+            "held before it, GB",
+            "held at the end, GB",
+            "peak, GB",
+        ],
+        rows,
+    )
 
 
 def full_size(result):

@@ -92,8 +92,14 @@ def measure(folder):
         train.train_step(model, weights, optimiser, supervised, share, 1, settings)
         stepped = clock()
         embed(model, utterances)
-    return {"read": read - started, "check": checked - built, "first_step": stepped - checked,
-            "started_gb": started_gb, "held_gb": held(), "peak_gb": runtime.peak_memory()}  # fmt: skip
+    return {
+        "read": read - started,
+        "check": checked - built,
+        "first_step": stepped - checked,
+        "started_gb": started_gb,
+        "held_gb": held(),
+        "peak_gb": runtime.peak_memory(),
+    }
 
 
 def embed(model, utterances):

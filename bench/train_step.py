@@ -85,9 +85,16 @@ def sft_trainer(model, steps, folder):
     from trl import SFTConfig, SFTTrainer
 
     model.core.lm_head.bias = None
-    return run_trainer(SFTTrainer, SFTConfig, model, steps, folder, processing_class=model.tokenizer,
-                       as_dataset=Dataset.from_list,
-                       how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None})  # fmt: skip
+    return run_trainer(
+        SFTTrainer,
+        SFTConfig,
+        model,
+        steps,
+        folder,
+        processing_class=model.tokenizer,
+        as_dataset=Dataset.from_list,
+        how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None},
+    )
 
 
 CONTESTANTS = {
@@ -130,8 +137,18 @@ class Unpadded(nn.Module):
         return self.model.core(inputs_embeds=embeds.masked_scatter(placeholders, torch.cat(audio).to(embeds)), **rest)
 
 
-def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=False, checkpointing=False,
-                as_dataset=list, how=None, **more):  # fmt: skip
+def run_trainer(
+    trainer_class,
+    arguments_class,
+    model,
+    steps,
+    folder,
+    unpadded=False,
+    checkpointing=False,
+    as_dataset=list,
+    how=None,
+    **more,
+):
     examples = [example for step in steps for example in step]
     collated, times = [], []
 
@@ -149,21 +166,46 @@ def run_trainer(trainer_class, arguments_class, model, steps, folder, unpadded=F
 
     cuda = torch.cuda.is_available()
     arguments = arguments_class(
-        folder, per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=STEP // MICRO_BATCH,
-        max_steps=len(steps), learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=CLIP,
-        logging_steps=1, train_sampling_strategy="sequential", remove_unused_columns=False, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=not cuda, bf16=cuda, gradient_checkpointing=checkpointing,
+        folder,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=STEP // MICRO_BATCH,
+        max_steps=len(steps),
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=not cuda,
+        bf16=cuda,
+        gradient_checkpointing=checkpointing,
         **(how or {}),
-    )  # fmt: skip
-    run = trainer_class(Unpadded(model) if unpadded else model.network, arguments, data_collator=collate,
-                        train_dataset=as_dataset([{"index": i} for i in range(len(examples))]),
-                        callbacks=[Clock()], **more)  # fmt: skip
+    )
+    run = trainer_class(
+        Unpadded(model) if unpadded else model.network,
+        arguments,
+        data_collator=collate,
+        train_dataset=as_dataset([{"index": i} for i in range(len(examples))]),
+        callbacks=[Clock()],
+        **more,
+    )
     run.train()
     measured = []
     for i, line in enumerate(run.state.log_history[: len(steps)]):
         computed, tokens = map(sum, zip(*collated[i * STEP // MICRO_BATCH : (i + 1) * STEP // MICRO_BATCH]))
-        measured.append({"loss": line["loss"], "gradient_norm": line["grad_norm"], "tokens": tokens,
-                         "padding": 1 - tokens / computed, "seconds": times[i + 1] - times[i]})  # fmt: skip
+        measured.append(
+            {
+                "loss": line["loss"],
+                "gradient_norm": line["grad_norm"],
+                "tokens": tokens,
+                "padding": 1 - tokens / computed,
+                "seconds": times[i + 1] - times[i],
+            }
+        )
     return measured
 
 
@@ -242,8 +284,11 @@ def compare(names, runs, corpus, full):
                 subprocess.run(command + ["--full"] * full, check=True, stdout=subprocess.DEVNULL)
                 run = json.loads(Path(file.name).read_text())
             _, new, known = run["steps"]
-            print(f"run {number + 1}, {name}: new {new['seconds']:.2f} s, known {known['seconds']:.2f} s, "
-                  f"loss {new['loss']:.6f}, peak {run['peak_gb']:.2f} GB", flush=True)  # fmt: skip
+            print(
+                f"run {number + 1}, {name}: new {new['seconds']:.2f} s, known {known['seconds']:.2f} s, "
+                f"loss {new['loss']:.6f}, peak {run['peak_gb']:.2f} GB",
+                flush=True,
+            )
             found[name].append(run)
     return found
 
@@ -253,8 +298,14 @@ def main():
     parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
     parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
     parser.add_argument("--runs", type=cli.positive_int, default=5, help="of each contestant (5)")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME",
-                        help=", ".join(CONTESTANTS))  # fmt: skip
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=list(CONTESTANTS),
+        metavar="NAME",
+        help=", ".join(CONTESTANTS),
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -275,11 +326,17 @@ def main():
         runs = compare(names, options.runs, options.data or folder, options.full)
     dtype, size = (torch.bfloat16, 8192) if torch.cuda.is_available() else (torch.float32, 2048)
     name = "full" if options.full else "scaled"
-    workload.write_result(f"train_step-{name}", {
-        "model": name, "corpus": "speechocean762" if options.data else "noise",
-        "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
-        "matrix_peak": workload.matrix_peak(dtype, size), "skipped": skipped, "runs": runs,
-    })  # fmt: skip
+    workload.write_result(
+        f"train_step-{name}",
+        {
+            "model": name,
+            "corpus": "speechocean762" if options.data else "noise",
+            "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
+            "matrix_peak": workload.matrix_peak(dtype, size),
+            "skipped": skipped,
+            "runs": runs,
+        },
+    )
 
 
 if __name__ == "__main__":

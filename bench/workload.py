@@ -16,8 +16,8 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCH.parent))
 
-from support import files
 import model as models  # first: it quiets the libraries it imports
+from support import files
 
 # isort: split
 import numpy as np
@@ -58,14 +58,34 @@ SCALED = {
     "pad_token_id": 0,
     "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
-                        "short_factor": [1.0] * ROTARY, "long_factor": [1.0] * ROTARY},
-    "audio_config": {"hidden_size": 128, "intermediate_size": 192, "num_blocks": 5, "num_attention_heads": 2,
-                     "ext_pw_out_channel": 128, "depthwise_separable_out_channel": 128, "nemo_conv_channels": 128,
-                     "audio_token_id": VOCABULARY - 1},
-    "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
-                      "image_size": 28, "crop_size": 28, "patch_size": 14, "image_token_id": VOCABULARY - 2},
-}  # fmt: skip
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0] * ROTARY,
+        "long_factor": [1.0] * ROTARY,
+    },
+    "audio_config": {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_blocks": 5,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 128,
+        "depthwise_separable_out_channel": 128,
+        "nemo_conv_channels": 128,
+        "audio_token_id": VOCABULARY - 1,
+    },
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "crop_size": 28,
+        "patch_size": 14,
+        "image_token_id": VOCABULARY - 2,
+    },
+}
 SHAPES = {"scaled": SCALED, "full": FULL}
 RANK = {"scaled": 8, "full": 64}  # the paper's setting is full size; the same share of a layer's multiplications
 
@@ -80,9 +100,12 @@ def new_tokenizer(texts):
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 100, show_progress=False,
-                                  special_tokens=["<|endoftext|>", *prompts.TURN_TOKENS],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 100,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", *prompts.TURN_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([*prompts.PROMPTS.values(), *answers, *texts], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     fast.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
@@ -115,8 +138,9 @@ def speech(rng, voice):
     seconds = min(MEDIAN_SECONDS * np.exp(SPREAD * rng.standard_normal()), LONGEST_SECONDS)
     words = rng.choice(list(tiny.LEXICON), max(1, round(WORDS_PER_SECOND * seconds)))
     record = {"text": " ".join(words), **dict.fromkeys(prompts.SCORES, 5)}
-    record["words"] = [{"text": word, "phones": tiny.LEXICON[word].split(), "accuracy": 10, "mispronunciations": []}
-                       for word in words]  # fmt: skip
+    record["words"] = [
+        {"text": word, "phones": tiny.LEXICON[word].split(), "accuracy": 10, "mispronunciations": []} for word in words
+    ]
     return record, 0.1 * rng.standard_normal(int(seconds * data.SAMPLE_RATE)).astype(np.float32)
 
 
@@ -144,8 +168,14 @@ def installed(package):
 def machine():
     """What the figures were measured on."""
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "flash-attn")
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                     platform.processor()) if sys.platform == "linux" else platform.processor()  # fmt: skip
+    processor = (
+        next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+            platform.processor(),
+        )
+        if sys.platform == "linux"
+        else platform.processor()
+    )
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {processor}",
         "versions": {name: importlib.metadata.version(name) for name in names if installed(name.replace("-", "_"))},

@@ -92,8 +92,9 @@ Answer with the sentence alone, in one line.
 {transcript}"""
 LABEL = re.compile(  # "Here is the corrected sentence:", "Output:"
     r"^(?:sure[,!.]?\s*)?(?:here is\s+|here's\s+)?(?:the\s+)?(?:most probable\s+|corrected\s+|rewritten\s+)?"
-    r"(?:sentence|transcript|transcription|text|version|output|answer|correction)(?:\s+is)?\s*:\s*", re.IGNORECASE
-)  # fmt: skip
+    r"(?:sentence|transcript|transcription|text|version|output|answer|correction)(?:\s+is)?\s*:\s*",
+    re.IGNORECASE,
+)
 
 # The 32 symbols of wav2vec2-base-960h, in its order: the blank is <pad>, the space |
 SYMBOLS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
@@ -110,24 +111,44 @@ def new_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--audio-dir", type=Path, help="folder of recordings without text; its folders clean/ and noisy/, where there "
-        "are any, are reported apart (document)")  # fmt: skip
+    add(
+        "--audio-dir",
+        type=Path,
+        help="folder of recordings without text; its folders clean/ and noisy/, where there "
+        "are any, are reported apart (document)",
+    )
     add("--data", help="corpus with human text instead: speechocean762 folder in the release's layout, or hub id")
     add("--split", choices=("train", "test"), default="train", help="part of --data")
-    add("--limit", type=cli.positive_int, help="use only the first N recordings, of clean/ and noisy/ each (the "
-        "document's N: 100)")  # fmt: skip
-    add("--validation", type=cli.fraction, default=0.2, help="share of speakers held out of training, to measure on; "
-        "without known speakers, share of file names (public code: of error samples)")  # fmt: skip
+    add(
+        "--limit",
+        type=cli.positive_int,
+        help="use only the first N recordings, of clean/ and noisy/ each (the document's N: 100)",
+    )
+    add(
+        "--validation",
+        type=cli.fraction,
+        default=0.2,
+        help="share of speakers held out of training, to measure on; "
+        "without known speakers, share of file names (public code: of error samples)",
+    )
 
     add = parser.add_argument_group("gold transcripts").add_argument
     add("--llm", default="mistralai/Mistral-7B-Instruct-v0.3", help="folder or hub id of a chat model (document)")
     add("--quantize", choices=("nf4",), help="keep the LLM in 4 bits (document)")
     add("--max-new-tokens", type=cli.positive_int, default=128, help="an answer that is longer is rejected (document)")
     add("--llm-batch", type=cli.positive_int, default=8, help="transcripts rewritten at once (our choice)")
-    add("--max-distance", type=cli.positive_float, default=0.5, help="gold with more word errors against the "
-        "transcript, per transcript word, is rejected: the LLM hears nothing, and may invent (our choice)")  # fmt: skip
-    add("--oracle", action="store_true", help="take the human text of --data as gold instead of asking an LLM: the "
-        "best that gold can be")  # fmt: skip
+    add(
+        "--max-distance",
+        type=cli.positive_float,
+        default=0.5,
+        help="gold with more word errors against the "
+        "transcript, per transcript word, is rejected: the LLM hears nothing, and may invent (our choice)",
+    )
+    add(
+        "--oracle",
+        action="store_true",
+        help="take the human text of --data as gold instead of asking an LLM: the best that gold can be",
+    )
     add("--check-llm", action="store_true", help="load the LLM, show and time one correction, and end")
 
     add = parser.add_argument_group("recogniser").add_argument
@@ -136,8 +157,13 @@ def new_parser():
     add("--rank", type=cli.positive_int, default=8, help="of LoRA (document)")
     add("--alpha", type=cli.positive_int, default=16, help="of LoRA, scale alpha / rank (document)")
     add("--dropout", type=cli.fraction, default=0.1, help="of LoRA's input (public code)")
-    add("--time-mask", type=cli.fraction, default=0.05, help="SpecAugment: share of frames hidden in training, in "
-        "spans of the checkpoint's mask_time_length (wav2vec2-base-960h's mask_time_prob)")  # fmt: skip
+    add(
+        "--time-mask",
+        type=cli.fraction,
+        default=0.05,
+        help="SpecAugment: share of frames hidden in training, in "
+        "spans of the checkpoint's mask_time_length (wav2vec2-base-960h's mask_time_prob)",
+    )
     add("--write-tiny", type=Path, metavar="FOLDER", help="write a small recogniser with random weights, and end")
 
     add = parser.add_argument_group("training").add_argument
@@ -176,18 +202,26 @@ def conflicts(settings, given):
     alone = settings.check_llm or settings.write_tiny
     return [
         (settings.check_llm and beside_check, f"--check-llm only loads the LLM: leave out {named(beside_check)}"),
-        (settings.write_tiny and beside_tiny, f"--write-tiny writes a recogniser and ends: leave out "
-         f"{named(beside_tiny)}"),
-        (not alone and bool(settings.audio_dir) == bool(settings.data),
-         "give --audio-dir, a folder of recordings, or --data, a corpus with human text: one of the two"),
-        (settings.oracle and settings.audio_dir, "--oracle takes human text as gold, and --audio-dir has none: give "
-         "--data, or an LLM with --llm"),
+        (
+            settings.write_tiny and beside_tiny,
+            f"--write-tiny writes a recogniser and ends: leave out {named(beside_tiny)}",
+        ),
+        (
+            not alone and bool(settings.audio_dir) == bool(settings.data),
+            "give --audio-dir, a folder of recordings, or --data, a corpus with human text: one of the two",
+        ),
+        (
+            settings.oracle and settings.audio_dir,
+            "--oracle takes human text as gold, and --audio-dir has none: give --data, or an LLM with --llm",
+        ),
         (settings.oracle and of_llm, f"--oracle asks no LLM: leave out {named(of_llm)}"),
         (settings.no_lora and lora, f"--no-lora trains no LoRA: leave out {named(lora)}"),
         (settings.audio_dir and "split" in given, f"--split {settings.split} is a part of --data: leave it out"),
-        (settings.quantize and importlib.util.find_spec("bitsandbytes") is None,
-         "--quantize nf4 needs the package bitsandbytes, which is not installed: pip install bitsandbytes"),
-    ]  # fmt: skip
+        (
+            settings.quantize and importlib.util.find_spec("bitsandbytes") is None,
+            "--quantize nf4 needs the package bitsandbytes, which is not installed: pip install bitsandbytes",
+        ),
+    ]
 
 
 def record_settings(settings):
@@ -238,11 +272,20 @@ def read_samples(settings):
                 problems.append(str(error))
             # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
             name = str(path.relative_to(folder).with_suffix(""))
-            samples.append(Sample(str(path.relative_to(settings.audio_dir)), condition, name,
-                                  partial(data.read_sound_file, path, LONGEST), None))  # fmt: skip
+            samples.append(
+                Sample(
+                    str(path.relative_to(settings.audio_dir)),
+                    condition,
+                    name,
+                    partial(data.read_sound_file, path, LONGEST),
+                    None,
+                )
+            )
     if problems:
-        raise cli.InputError(f"{len(problems)} of {len(samples)} recordings of {settings.audio_dir} cannot be used; "
-                             "repair or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+        raise cli.InputError(
+            f"{len(problems)} of {len(samples)} recordings of {settings.audio_dir} cannot be used; "
+            "repair or remove them:\n  " + "\n  ".join(problems)
+        )
     return samples
 
 
@@ -266,8 +309,10 @@ class Recogniser:
             )
         missing = set(loaded["missing_keys"])
         if wrong := sorted(missing - MAY_BE_MISSING) + sorted(map(str, loaded["mismatched_keys"])):
-            raise cli.InputError(f"recogniser {name} lacks {len(wrong)} weights, such as {wrong[0]}: give one that was "
-                                 f"trained to transcribe (Wav2Vec2ForCTC)")  # fmt: skip
+            raise cli.InputError(
+                f"recogniser {name} lacks {len(wrong)} weights, such as {wrong[0]}: give one that was "
+                f"trained to transcribe (Wav2Vec2ForCTC)"
+            )
         if missing and time_mask:  # what hidden frames become; never left to what memory held
             torch.nn.init.uniform_(self.network.wav2vec2.masked_spec_embed)
         if (rate := self.processor.feature_extractor.sampling_rate) != data.SAMPLE_RATE:
@@ -347,9 +392,11 @@ class Llm:
         options = {"use_safetensors": True, "dtype": torch.bfloat16 if cuda else torch.float32}
         if quantize:
             options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=options["dtype"]
-            )  # fmt: skip
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=options["dtype"],
+            )
         with loading("LLM", name, "without an LLM there is no gold: --llm"):
             # Left: an answer continues the last token of its row, which may not be padding
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -362,9 +409,11 @@ class Llm:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.ends = ends_of(self.network.generation_config, self.tokenizer)
         self.network.generation_config = GenerationConfig(  # without the checkpoint's temperature and its like
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=sorted(self.ends)
-        )  # fmt: skip
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=sorted(self.ends),
+        )
         self.network.eval()
         self.rewrite([EXAMPLE])  # the first call is slow, and not what the time of a correction should be
 
@@ -404,8 +453,10 @@ def check_llm(settings):
     print(f"transcript: {EXAMPLE}\nanswer:     {answer!r}\nsentence:   {clean_answer(answer or '')}")
     print(f"loaded in {loaded - started:.1f} s, corrected in {seconds:.2f} s; {runtime.peak_memory():.1f} GB at most")
     if answer is None:
-        raise cli.RunError(f"the answer did not end within --max-new-tokens {settings.max_new_tokens}: such answers "
-                           f"are rejected; raise it, or choose an --llm that keeps to one line")  # fmt: skip
+        raise cli.RunError(
+            f"the answer did not end within --max-new-tokens {settings.max_new_tokens}: such answers "
+            f"are rejected; raise it, or choose an --llm that keeps to one line"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,9 +479,19 @@ def write_gold(samples, transcripts, recogniser, llm, settings):
         trusted = settings.oracle and gold and not lost_here
         verdict = "kept" if trusted else judge(transcript, answer, gold, lost_here, distance, settings.max_distance)
         lost += lost_here
-        lines.append({"id": sample.id, "condition": sample.condition, "speaker": sample.speaker,
-                      "baseline": transcript, "answer": answer, "gold": gold if verdict == "kept" else None,
-                      "verdict": verdict, "distance": distance, "human": human})  # fmt: skip
+        lines.append(
+            {
+                "id": sample.id,
+                "condition": sample.condition,
+                "speaker": sample.speaker,
+                "baseline": transcript,
+                "answer": answer,
+                "gold": gold if verdict == "kept" else None,
+                "verdict": verdict,
+                "distance": distance,
+                "human": human,
+            }
+        )
     write_lines(settings.output / "gold.jsonl", lines)
     return lines, lost
 
@@ -496,8 +557,13 @@ def choose_training(lines, samples, recogniser):
 def prepare_training(recogniser, settings):
     """Put LoRA into the recogniser, or free all but its feature encoder. Returns what trains, {name: parameter}."""
     if not settings.no_lora:
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-                            target_modules=ATTENTION, modules_to_save=[HEAD])  # fmt: skip
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=ATTENTION,
+            modules_to_save=[HEAD],
+        )
         recogniser.network = get_peft_model(recogniser.network, config)
     weights = {name: p for name, p in recogniser.network.named_parameters() if p.requires_grad}
     total = sum(parameter.numel() for parameter in recogniser.network.parameters())
@@ -528,12 +594,19 @@ def train(recogniser, chosen, settings):
                 bar.set_postfix_str(f"loss {numbers['loss']:.3f} gradient {numbers['gradient_norm']:.2f}")
                 if step == ESTIMATE_AFTER and step < steps:
                     rest = (time.perf_counter() - started) / step * (steps - step)
-                    bar.write(f"{step} steps: about {timedelta(seconds=round(rest))} (h:mm:ss) for the other "
-                              f"{steps - step}, without the evaluation")  # fmt: skip
+                    bar.write(
+                        f"{step} steps: about {timedelta(seconds=round(rest))} (h:mm:ss) for the other "
+                        f"{steps - step}, without the evaluation"
+                    )
     path = save(recogniser, settings)
-    return {"samples": len(chosen), "epochs": settings.epochs, "steps": steps,
-            "trained_weights": sum(parameter.numel() for parameter in weights.values()),
-            "seconds": time.perf_counter() - started, "path": str(path)}  # fmt: skip
+    return {
+        "samples": len(chosen),
+        "epochs": settings.epochs,
+        "steps": steps,
+        "trained_weights": sum(parameter.numel() for parameter in weights.values()),
+        "seconds": time.perf_counter() - started,
+        "path": str(path),
+    }
 
 
 def train_step(recogniser, weights, optimiser, batch, number, clip):
@@ -564,8 +637,10 @@ def ctc_loss(logits, target, blank):
 
 def step_not_finite(number, ids, losses, loss, norm):
     suspects = [id for id, value in zip(ids, losses) if not math.isfinite(value)] or ids
-    return cli.RunError(f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not applied. It comes "
-                        f"from one of: {', '.join(suspects)}; lower --learning-rate, or leave them out")  # fmt: skip
+    return cli.RunError(
+        f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not applied. It comes "
+        f"from one of: {', '.join(suspects)}; lower --learning-rate, or leave them out"
+    )
 
 
 def save(recogniser, settings):
@@ -600,20 +675,25 @@ def compare(lines, reference, before, after):
         )
         errors[name], lengths = words[:, :3].sum(axis=1), words[:, 3]
         wrong = sum(line[reference] != line[name] for line in lines)
-        result[name] = {"wer": errors[name].sum() / lengths.sum(),
-                        "cer": characters[:, :3].sum() / characters[:, 3].sum(),
-                        "error_samples": wrong, "error_rate": wrong / len(lines),
-                        "empty": sum(not line[name] for line in lines)}  # fmt: skip
+        result[name] = {
+            "wer": errors[name].sum() / lengths.sum(),
+            "cer": characters[:, :3].sum() / characters[:, 3].sum(),
+            "error_samples": wrong,
+            "error_rate": wrong / len(lines),
+            "empty": sum(not line[name] for line in lines),
+        }
     drawn = metrics.resampled_sums(errors | {"words": lengths}, speakers, set(speakers))
     rates = {name: drawn[name] / drawn["words"] for name in (before, after)}
     for name in rates:
         result[name]["wer_interval"] = metrics.interval(rates[name])
     change = {rate: result[after][rate] - result[before][rate] for rate in ("wer", "cer")}
-    relative = {f"{rate}_relative": change[rate] / result[before][rate] if result[before][rate] else None
-                for rate in change}  # fmt: skip
+    relative = {
+        f"{rate}_relative": change[rate] / result[before][rate] if result[before][rate] else None for rate in change
+    }
     samples = rates[after] - rates[before]
-    result["difference"] = change | relative | {"wer_interval": metrics.interval(samples),
-                                                "wer_pvalue": metrics.sign_pvalue(samples)}  # fmt: skip
+    result["difference"] = (
+        change | relative | {"wer_interval": metrics.interval(samples), "wer_pvalue": metrics.sign_pvalue(samples)}
+    )
     return result
 
 
@@ -627,11 +707,15 @@ def evaluate(training, held_out, settings):
     }
     with_gold = {"training": training, "held_out": held_out} if not settings.oracle else {}
     return {
-        "held_out": {part: {reference: compare(lines, reference, "baseline", "tuned") for reference in references}
-                     for part, lines in parts.items()},
-        "gold_quality": {part: compare([line for line in lines if line["gold"]], "human", "baseline", "gold")
-                         for part, lines in with_gold.items()},
-    }  # fmt: skip
+        "held_out": {
+            part: {reference: compare(lines, reference, "baseline", "tuned") for reference in references}
+            for part, lines in parts.items()
+        },
+        "gold_quality": {
+            part: compare([line for line in lines if line["gold"]], "human", "baseline", "gold")
+            for part, lines in with_gold.items()
+        },
+    }
 
 
 def show(results, groups):
@@ -656,13 +740,17 @@ def show_comparison(title, numbers, before, after, groups):
     for name in (before, after):
         low, high = numbers[name]["wer_interval"]
         of = numbers[name]
-        print(f"  {name:10} WER {of['wer']:6.3f} [{low:6.3f}, {high:6.3f}]  CER {of['cer']:6.3f}  "
-              f"with errors {of['error_samples']:,} ({of['error_rate']:.1%}), empty {of['empty']:,}")  # fmt: skip
+        print(
+            f"  {name:10} WER {of['wer']:6.3f} [{low:6.3f}, {high:6.3f}]  CER {of['cer']:6.3f}  "
+            f"with errors {of['error_samples']:,} ({of['error_rate']:.1%}), empty {of['empty']:,}"
+        )
     change = numbers["difference"]
     low, high = change["wer_interval"]
     relative = f", {change['wer_relative']:+.1%} of the first" if change["wer_relative"] is not None else ""
-    print(f"  difference WER {change['wer']:+6.3f} [{low:+.3f}, {high:+.3f}], p {change['wer_pvalue']:.3f}{relative};  "
-          f"CER {change['cer']:+.3f}")  # fmt: skip
+    print(
+        f"  difference WER {change['wer']:+6.3f} [{low:+.3f}, {high:+.3f}], p {change['wer_pvalue']:.3f}{relative};  "
+        f"CER {change['cer']:+.3f}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -679,13 +767,29 @@ def write_tiny(folder, seed):
         raise cli.InputError(f"{folder} exists already: remove it, or choose another folder for --write-tiny")
     torch.manual_seed(seed)
     bands, kernel, hop, mean = 32, 400, 80, 8  # samples, samples, frames of the first layer
-    network = Wav2Vec2ForCTC(Wav2Vec2Config(
-        vocab_size=len(SYMBOLS), pad_token_id=SYMBOLS.index("<pad>"), hidden_size=96, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=384, conv_dim=(4 * bands, bands), conv_kernel=(kernel, mean),
-        conv_stride=(hop, mean), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, do_stable_layer_norm=True,
-        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
-        layerdrop=0.0, mask_time_length=5,
-    ))  # fmt: skip
+    network = Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            vocab_size=len(SYMBOLS),
+            pad_token_id=SYMBOLS.index("<pad>"),
+            hidden_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=384,
+            conv_dim=(4 * bands, bands),
+            conv_kernel=(kernel, mean),
+            conv_stride=(hop, mean),
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            do_stable_layer_norm=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.0,
+            final_dropout=0.0,
+            layerdrop=0.0,
+            mask_time_length=5,
+        )
+    )
     # Ends of overlapping bands in Hz, up to 7 kHz
     edges = 700 * (10 ** (np.linspace(0, 2595 * math.log10(1 + 7000 / 700), bands + 2) / 2595) - 1)
     seconds = np.arange(kernel) / data.SAMPLE_RATE
@@ -730,13 +834,17 @@ def run(settings):
     lines, lost = write_gold(samples, transcripts, recogniser, llm, settings)
     del llm  # its memory is needed
     held_out_ids = {sample.id for sample in held_out}
-    parts = {name: [line for line in lines if (line["id"] in held_out_ids) == (name == "held_out")]
-             for name in ("training", "held_out")}  # fmt: skip
+    parts = {
+        name: [line for line in lines if (line["id"] in held_out_ids) == (name == "held_out")]
+        for name in ("training", "held_out")
+    }
     chosen, too_short = choose_training(parts["training"], samples, recogniser)
     counts = count(lines, parts, chosen, too_short, lost)
     if len(chosen) < FEWEST:
-        raise cli.RunError(f"{len(chosen)} samples to train on, and {FEWEST} are the fewest ({in_words(counts)}): use "
-                           f"more recordings; what became of each is in {settings.output}/gold.jsonl")  # fmt: skip
+        raise cli.RunError(
+            f"{len(chosen)} samples to train on, and {FEWEST} are the fewest ({in_words(counts)}): use "
+            f"more recordings; what became of each is in {settings.output}/gold.jsonl"
+        )
     if len(chosen) < FEW:
         print(f"only {len(chosen)} samples to train on: expect nothing of it")
 
@@ -745,8 +853,13 @@ def run(settings):
     for line, text in zip(parts["held_out"], tuned, strict=True):
         line["tuned"] = text
     write_lines(settings.output / "held_out.jsonl", parts["held_out"])
-    results = {"gold": record["gold"], **evaluate(**parts, settings=settings), "counts": counts, "training": trained,
-               "settings": record}  # fmt: skip
+    results = {
+        "gold": record["gold"],
+        **evaluate(**parts, settings=settings),
+        "counts": counts,
+        "training": trained,
+        "settings": record,
+    }
     write_json(settings.output / "evaluation_results.json", results)
     show(results, groups)
     print(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: evaluation_results.json beside it")

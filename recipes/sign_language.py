@@ -78,8 +78,19 @@ SYNTHETIC = {"pose": 9, "hands": 12, "face": 30, "temporal": 153}  # temporal: 3
 SYNTHETIC_GLOSSES = ("WIND", "REGEN", "SONNE", "SCHNEE", "NORD", "SUED", "MORGEN", "HEUTE")
 SYNTHETIC_SPLITS = {"train": (400, 8), "dev": (60, 4), "test": (120, 8)}  # sequences, signers: no signer in two splits
 
-TRAINING = ("epochs", "warmup", "learning_rate", "weight_decay", "accumulation", "clip", "dropout", "patience",
-            "gradient_checkpointing", "glosses", "unchecked_order")  # fmt: skip
+TRAINING = (
+    "epochs",
+    "warmup",
+    "learning_rate",
+    "weight_decay",
+    "accumulation",
+    "clip",
+    "dropout",
+    "patience",
+    "gradient_checkpointing",
+    "glosses",
+    "unchecked_order",
+)
 EVALUATION = ("split", "beam_width")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -101,26 +112,42 @@ def parse_settings():
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="folder with <split>.SI5.corpus.csv and feature files")
-    add("--glosses", choices=("filtered", "all"), default="filtered", help="filtered: leave out markers, pointing and "
-        "letters in every split; its WER does not compare with published ones (public code)")  # fmt: skip
+    add(
+        "--glosses",
+        choices=("filtered", "all"),
+        default="filtered",
+        help="filtered: leave out markers, pointing and "
+        "letters in every split; its WER does not compare with published ones (public code)",
+    )
     add("--unchecked-order", action="store_true", help="train although hands are not more often missing than faces")
 
     add = parser.add_argument_group("model: widths follow from the data folder's features.json").add_argument
     add("--dropout", type=cli.fraction, default=0.3, help="in encoders and before the LSTM (document)")
-    add("--gradient-checkpointing", action="store_true", help="compute the encoders' activations twice instead of "
-        "keeping them: the same step with less memory")  # fmt: skip
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute the encoders' activations twice instead of keeping them: the same step with less memory",
+    )
 
     add = parser.add_argument_group("optimisation: AdamW").add_argument
     add("--epochs", type=cli.positive_int, default=100, help="passes over the train split (document)")
-    add("--warmup", type=cli.whole_number, default=5, help="epochs of linear warmup, a cosine follows (document; the "
-        "cosine is our choice)")  # fmt: skip
+    add(
+        "--warmup",
+        type=cli.whole_number,
+        default=5,
+        help="epochs of linear warmup, a cosine follows (document; the cosine is our choice)",
+    )
     add("--learning-rate", type=cli.positive_float, default=3e-4, help="peak (document)")
     add("--weight-decay", type=cli.fraction, default=1e-4, help="(document)")
     add("--batch-size", type=cli.positive_int, default=4, help="sequences computed at once (document)")
     add("--accumulation", type=cli.positive_int, default=1, help="batches in a step (document; public code 4)")
     add("--clip", type=cli.positive_float, default=1.0, help="largest norm of a step's gradient (document)")
-    add("--patience", type=cli.positive_int, default=15, help="stop after so many epochs without a lower WER on dev "
-        "(document)")  # fmt: skip
+    add(
+        "--patience",
+        type=cli.positive_int,
+        default=15,
+        help="stop after so many epochs without a lower WER on dev (document)",
+    )
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--split", default="test", help="that --evaluate scores (our choice)")
@@ -145,14 +172,21 @@ def conflicts(settings, given):
     training, evaluation = named(TRAINING), named(EVALUATION)
     return [
         (settings.write_synthetic and others, f"--write-synthetic takes --seed alone: leave out {named(others)}"),
-        (not (settings.write_synthetic or settings.data), "--data is missing: give a data folder, or make one with "
-         "--write-synthetic FOLDER"),
+        (
+            not (settings.write_synthetic or settings.data),
+            "--data is missing: give a data folder, or make one with --write-synthetic FOLDER",
+        ),
         (settings.evaluate and training, f"--evaluate trains nothing: leave out {training}"),
-        (not settings.evaluate and evaluation, f"{evaluation} has no effect in training, which uses train and dev: "
-         f"leave it out, or add --evaluate CHECKPOINT"),
-        (not (settings.evaluate or settings.write_synthetic) and settings.warmup >= settings.epochs,
-         f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup"),
-    ]  # fmt: skip
+        (
+            not settings.evaluate and evaluation,
+            f"{evaluation} has no effect in training, which uses train and dev: "
+            f"leave it out, or add --evaluate CHECKPOINT",
+        ),
+        (
+            not (settings.evaluate or settings.write_synthetic) and settings.warmup >= settings.epochs,
+            f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup",
+        ),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,8 +236,10 @@ def read_features_order(folder):
         raise cli.InputError(f"{path} is not JSON: {cli.first_line(error)}") from error
     named = isinstance(groups, dict) and groups.keys() == ENCODED.keys()
     if not named or not all(type(width) is int and width > 1 for width in groups.values()):
-        raise cli.InputError(f"{path} has to give {', '.join(ENCODED)} with their columns (2 or more), in the order of "
-                             f"the feature files, such as {json.dumps(FEATURES)}; it has {groups}")  # fmt: skip
+        raise cli.InputError(
+            f"{path} has to give {', '.join(ENCODED)} with their columns (2 or more), in the order of "
+            f"the feature files, such as {json.dumps(FEATURES)}; it has {groups}"
+        )
     return groups
 
 
@@ -235,8 +271,10 @@ def read_split(folder, split, groups, which):
         except cli.InputError as error:
             problems.append(f"line {line}, {id}: {error}")
     if problems:
-        raise cli.InputError(f"{len(problems)} of {len(rows)} sequences of {folder} ({split}) cannot be used; repair "
-                             f"or remove them:\n  " + "\n  ".join(problems))  # fmt: skip
+        raise cli.InputError(
+            f"{len(problems)} of {len(rows)} sequences of {folder} ({split}) cannot be used; repair "
+            f"or remove them:\n  " + "\n  ".join(problems)
+        )
     if not any(sample.glosses for sample in samples):
         raise cli.InputError(f"{folder} ({split}) has no glosses: with --glosses all markers and letters are kept")
     describe(split, samples, dropped)
@@ -291,22 +329,28 @@ def read_features(path, width):
 def describe(split, samples, dropped):
     """Print what a split holds, and what of it CTC cannot learn."""
     impossible = [sample.id for sample in samples if not sample.possible]
-    print(f"{split}: {len(samples):,} sequences of {len({sample.signer for sample in samples})} signers, "
-          f"{sum(sample.frames for sample in samples):,} frames, {sum(len(sample.glosses) for sample in samples):,} "
-          f"glosses ({dropped:,} left out by the filter), {sum(not sample.glosses for sample in samples)} sequences "
-          f"without any")  # fmt: skip
+    print(
+        f"{split}: {len(samples):,} sequences of {len({sample.signer for sample in samples})} signers, "
+        f"{sum(sample.frames for sample in samples):,} frames, {sum(len(sample.glosses) for sample in samples):,} "
+        f"glosses ({dropped:,} left out by the filter), {sum(not sample.glosses for sample in samples)} sequences "
+        f"without any"
+    )
     if impossible:
-        print(f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
-              f"leaves them out, the WER counts them: {', '.join(impossible[:5])}")  # fmt: skip
+        print(
+            f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
+            f"leaves them out, the WER counts them: {', '.join(impossible[:5])}"
+        )
 
 
 def compare_with_training(split, samples, system):
     """Print and return what a held-out split has that training did not have, and the other way round."""
     unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
     shared = sorted({sample.signer for sample in samples} & set(system.signers))
-    print(f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
-          f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
-          f"{', '.join(shared) or 'none'}")  # fmt: skip
+    print(
+        f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
+        f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
+        f"{', '.join(shared) or 'none'}"
+    )
     return {"unknown_glosses": len(unknown), "signers_of_training": shared}
 
 
@@ -335,12 +379,16 @@ def check_order(missing, unchecked):
     Hands and face in each other's columns are seen. Not seen: left and right exchanged, an order within a group,
     pose exchanged with what is never missing, and everything about temporal.
     """
-    print("frames with a half of the group exactly zero: "
-          + ", ".join(f"{name} {share:.1%}" for name, share in missing.items()))  # fmt: skip
+    print(
+        "frames with a half of the group exactly zero: "
+        + ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
+    )
     if missing["hands"] <= missing["face"] and not unchecked:
-        raise cli.InputError(f"hands are missing in {missing['hands']:.1%} of the frames and faces in "
-                             f"{missing['face']:.1%}, so these columns may not be what they are named: correct "
-                             f"features.json, or add --unchecked-order if lost hands are not zeros")  # fmt: skip
+        raise cli.InputError(
+            f"hands are missing in {missing['hands']:.1%} of the frames and faces in "
+            f"{missing['face']:.1%}, so these columns may not be what they are named: correct "
+            f"features.json, or add --unchecked-order if lost hands are not zeros"
+        )
 
 
 class Batch(NamedTuple):
@@ -457,9 +505,13 @@ class Block(nn.Module):
 def new_encoder(inputs, outputs, dropout):
     hidden = (inputs + outputs) // 2
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout),
-        nn.Linear(hidden, outputs), nn.LayerNorm(outputs),
-    )  # fmt: skip
+        nn.Linear(inputs, hidden),
+        nn.LayerNorm(hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, outputs),
+        nn.LayerNorm(outputs),
+    )
 
 
 class Student(nn.Module):
@@ -544,15 +596,20 @@ def new_system(samples, groups, settings):
     model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing)
     counts = sizes(model)
     total = sum(counts.values())
-    print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {DEVICE}: "
-          + ", ".join(f"{name} {count:,}" for name, count in counts.items()))  # fmt: skip
+    print(
+        f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {DEVICE}: "
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    )
     return System(model.to(DEVICE), mean, std, vocabulary, groups, sorted({sample.signer for sample in samples}))
 
 
 def record_settings(settings, system):
     """Write settings.json and return what it holds."""
-    record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()
-              if key not in (*EVALUATION, "evaluate", "write_synthetic")}  # fmt: skip
+    record = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(settings).items()
+        if key not in (*EVALUATION, "evaluate", "write_synthetic")
+    }
     record |= {"parameters": sizes(system.model), "versions": {"torch": importlib.metadata.version("torch")}}
     with files.whole(settings.output / "settings.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -567,15 +624,18 @@ def run_epochs(system, samples, dev, settings, record):
     optimiser = torch.optim.AdamW(system.model.parameters(), weight_decay=settings.weight_decay)
     best, best_epoch, started = (math.inf, math.inf), 0, time.perf_counter()
     per_epoch = math.ceil(len(samples) / (settings.batch_size * settings.accumulation))
-    with (open(settings.output / "log.jsonl", "w") as log,
-          tqdm(total=settings.epochs * per_epoch, unit="step") as bar):  # fmt: skip
+    with open(settings.output / "log.jsonl", "w") as log, tqdm(total=settings.epochs * per_epoch, unit="step") as bar:
         for epoch in range(1, settings.epochs + 1):
             epoch_started = time.perf_counter()
             line = {"epoch": epoch, **train_epoch(system, samples, optimiser, settings, epoch, bar)}
             loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
             wer = metrics.error_rate(references, read)
-            line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started,
-                     "memory_gb": runtime.peak_memory()}  # fmt: skip
+            line |= {
+                "dev_loss": loss,
+                "dev_wer": wer,
+                "seconds": time.perf_counter() - epoch_started,
+                "memory_gb": runtime.peak_memory(),
+            }
             print(json.dumps(line), file=log, flush=True)
             reached = wer, math.inf if loss is None else loss
             if reached < best:
@@ -585,8 +645,10 @@ def run_epochs(system, samples, dev, settings, record):
             if epoch - best_epoch >= settings.patience:
                 bar.write(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
                 break
-    print(f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
-          f"--data {settings.data} --evaluate {settings.output}/best.safetensors")  # fmt: skip
+    print(
+        f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
+        f"--data {settings.data} --evaluate {settings.output}/best.safetensors"
+    )
 
 
 def train_epoch(system, samples, optimiser, settings, epoch, bar):
@@ -624,8 +686,10 @@ def train_step(model, optimiser, batches, clip, number):
 
     def not_finite(loss, norm):
         named = ", ".join(sample.id for sample in samples)
-        return cli.RunError(f"step {number}: loss {loss} or gradient norm {norm} is not finite, of the sequences "
-                            f"{named}: lower --learning-rate")  # fmt: skip
+        return cli.RunError(
+            f"step {number}: loss {loss} or gradient norm {norm} is not finite, of the sequences "
+            f"{named}: lower --learning-rate"
+        )
 
     return total, runtime.update(optimiser, list(model.parameters()), total, clip, not_finite)
 
@@ -646,8 +710,12 @@ def save(path, system, record):
     """The System and the record of its training, in one file that executes nothing."""
     weights = {f"model.{key}": value.cpu().contiguous() for key, value in system.model.state_dict().items()}
     statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
-    about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers,
-             "training": record}  # fmt: skip
+    about = {
+        "vocabulary": system.vocabulary.words,
+        "features": system.groups,
+        "signers": system.signers,
+        "training": record,
+    }
     with files.whole(path) as temporary:
         save_file(weights | statistics, temporary, {"about": json.dumps(about)})
 
@@ -732,21 +800,35 @@ def evaluate(settings):
     system, training = load(settings.evaluate)
     groups = read_features_order(settings.data)
     if list(groups.items()) != list(system.groups.items()):
-        raise cli.InputError(f"{settings.data} has the features {groups} and {settings.evaluate} was trained on "
-                             f"{system.groups}: give features of the same order and widths")  # fmt: skip
+        raise cli.InputError(
+            f"{settings.data} has the features {groups} and {settings.evaluate} was trained on "
+            f"{system.groups}: give features of the same order and widths"
+        )
     samples = read_split(settings.data, settings.split, groups, training["glosses"])
-    results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split,
-               "sequences": len(samples), "beam_width": settings.beam_width,
-               "impossible": [sample.id for sample in samples if not sample.possible],
-               **compare_with_training(settings.split, samples, system)}  # fmt: skip
+    results = {
+        "checkpoint": str(settings.evaluate),
+        "data": str(settings.data),
+        "split": settings.split,
+        "sequences": len(samples),
+        "beam_width": settings.beam_width,
+        "impossible": [sample.id for sample in samples if not sample.possible],
+        **compare_with_training(settings.split, samples, system),
+    }
     searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
     results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
     for name, hypotheses in zip(searches, read):
         results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
-                                      for key, value in results[name].items()))  # fmt: skip
-    results["predictions"] = [{"id": sample.id, "reference": reference, **dict(zip(searches, words))}
-                              for sample, reference, *words in zip(samples, references, *read)]  # fmt: skip
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in results[name].items()
+            )
+        )
+    results["predictions"] = [
+        {"id": sample.id, "reference": reference, **dict(zip(searches, words))}
+        for sample, reference, *words in zip(samples, references, *read)
+    ]
     with files.whole(path) as temporary:
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{path}: written")
@@ -764,8 +846,13 @@ def wer_with_interval(references, hypotheses, samples, seed):
     with np.errstate(invalid="ignore"):  # a draw of signers may have no glosses
         low, high = metrics.interval(sums[:, :3].sum(axis=1) / sums[:, 3])
     parts = dict(zip(("sub", "del", "ins"), (counts.sum(axis=0)[:3] / counts.sum(axis=0)[3]).tolist()))
-    return {"wer": metrics.error_rate(references, hypotheses), "low": low, "high": high,
-            "resampled": "signers" if over == "signer" else "sequences", **parts}  # fmt: skip
+    return {
+        "wer": metrics.error_rate(references, hypotheses),
+        "low": low,
+        "high": high,
+        "resampled": "signers" if over == "signer" else "sequences",
+        **parts,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -791,8 +878,10 @@ def write_synthetic(folder, seed, splits=None):
         (temporary / "features.json").write_text(json.dumps(SYNTHETIC) + "\n")
         for split, (sequences, split_signers) in (splits or SYNTHETIC_SPLITS).items():
             (temporary / split).mkdir()
-            bodies = {f"Signer{signers + i:02d}": (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2))
-                      for i in range(1, split_signers + 1)}  # fmt: skip
+            bodies = {
+                f"Signer{signers + i:02d}": (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2))
+                for i in range(1, split_signers + 1)
+            }
             signers += split_signers
             lines = ["id|folder|signer|annotation"]
             for i in range(sequences):
@@ -827,8 +916,10 @@ def main():
     settings = parse_settings()
     if settings.write_synthetic:
         write_synthetic(settings.write_synthetic, settings.seed)
-        print(f"{settings.write_synthetic}: {len(SYNTHETIC_GLOSSES)} synthetic glosses, splits (sequences, signers) "
-              f"{SYNTHETIC_SPLITS}")  # fmt: skip
+        print(
+            f"{settings.write_synthetic}: {len(SYNTHETIC_GLOSSES)} synthetic glosses, splits (sequences, signers) "
+            f"{SYNTHETIC_SPLITS}"
+        )
     elif settings.evaluate:
         evaluate(settings)
     else:

@@ -97,8 +97,13 @@ def parse_settings():
     add = parser.add_argument_group("clips").add_argument
     add("--data", type=Path, help="corpus folder in speechocean762's layout, or hub id: speech is cut from it")
     add("--sounds", type=Path, help="folder of sounds without speech, another kind of NONSPEECH")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of NONSPEECH that are made; white alone is the "
-        "task as it was published (the others: our choice)")  # fmt: skip
+    add(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="of NONSPEECH that are made; white alone is the task as it was published (the others: our choice)",
+    )
     add("--train-clips", type=cli.positive_int, default=480, help="equally many of each class, duration and SNR (ours)")
     add("--test-clips", type=cli.positive_int, default=240, help="likewise, of other speakers and sources (ours)")
     add("--clip-seed", type=cli.seed, default=0, help="of sources, cuts and noise; --compare needs runs with one")
@@ -110,8 +115,11 @@ def parse_settings():
     add("--alpha", type=cli.positive_int, default=32, help="of LoRA, scale alpha / rank (as published)")
     add("--dropout", type=cli.fraction, default=0.05, help="of LoRA's input (as published)")
     add("--mlp-targets", action="store_true", help="LoRA on the language model's MLP as well as its attention")
-    add("--audio-encoder", action="store_true", help="LoRA on the audio encoder's attention too: what target names "
-        "without their path do unasked")  # fmt: skip
+    add(
+        "--audio-encoder",
+        action="store_true",
+        help="LoRA on the audio encoder's attention too: what target names without their path do unasked",
+    )
     add("--quantize", choices=("nf4",), help="keep the language model's frozen layers in 4 bits (as published)")
 
     add = parser.add_argument_group("training").add_argument
@@ -119,12 +127,22 @@ def parse_settings():
     add("--batch-size", type=cli.positive_int, default=2, help="clips computed at once (as published)")
     add("--accumulation", type=cli.positive_int, default=8, help="batches in an update (as published)")
     add("--learning-rate", type=cli.positive_float, default=2e-4, help="peak (as published)")
-    add("--warmup", type=cli.fraction, default=0.1, help="share of the updates that are made (our choice: the "
-        "published 100 updates were more than the whole run had)")  # fmt: skip
+    add(
+        "--warmup",
+        type=cli.fraction,
+        default=0.1,
+        help="share of the updates that are made (our choice: the "
+        "published 100 updates were more than the whole run had)",
+    )
     add("--clip", type=cli.positive_float, default=1.0, help="largest norm of an update's gradient (our choice)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add("--seeds", type=cli.seed, nargs="+", default=[0], help="of weights, order and dropout: a run for each (as "
-        "published: 42 123 456 789 2024)")  # fmt: skip
+    add(
+        "--seeds",
+        type=cli.seed,
+        nargs="+",
+        default=[0],
+        help="of weights, order and dropout: a run for each (as published: 42 123 456 789 2024)",
+    )
     add("--output", type=Path, default=Path("out-speech"), help="folder for clips, adapters and results")
 
     add = parser.add_argument_group("instead of a run").add_argument
@@ -143,19 +161,31 @@ def conflicts(settings, given):
     unused = " ".join(f"--{name.replace('_', '-')}" for name in LORA if name in given)
     instead = given & {"compare", "trained", "audio"}
     return [
-        (instead and given not in ({"compare"}, {"trained", "audio"}), "--compare, and --trained with --audio, stand "
-         f"alone: leave out the other settings, or {' '.join(f'--{name}' for name in sorted(instead))}"),
+        (
+            instead and given not in ({"compare"}, {"trained", "audio"}),
+            "--compare, and --trained with --audio, stand "
+            f"alone: leave out the other settings, or {' '.join(f'--{name}' for name in sorted(instead))}",
+        ),
         (not (settings.data or settings.compare or settings.trained), "give --data: a folder to cut speech from"),
         (not lora and settings.quantize, "--quantize nf4 freezes the weights that --train all would train"),
         (not lora and unused, f"--train all trains everything, without LoRA: leave out {unused}"),
-        (len({*settings.seeds}) < len(settings.seeds), f"--seeds {' '.join(map(str, settings.seeds))}: each is one "
-         "run, so none can stand twice"),
-        (lora and settings.model == TINY, f"--model {TINY} has random weights, and an adapter alone cannot teach it: "
-         "add --train all"),
-        *((clips % cells, f"{name} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
-           f"durations x {len(SNRS)} SNRs: use a multiple of {cells}")
-          for name, clips in (("--train-clips", settings.train_clips), ("--test-clips", settings.test_clips))),
-    ]  # fmt: skip
+        (
+            len({*settings.seeds}) < len(settings.seeds),
+            f"--seeds {' '.join(map(str, settings.seeds))}: each is one run, so none can stand twice",
+        ),
+        (
+            lora and settings.model == TINY,
+            f"--model {TINY} has random weights, and an adapter alone cannot teach it: add --train all",
+        ),
+        *(
+            (
+                clips % cells,
+                f"{name} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
+                f"durations x {len(SNRS)} SNRs: use a multiple of {cells}",
+            )
+            for name, clips in (("--train-clips", settings.train_clips), ("--test-clips", settings.test_clips))
+        ),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,9 +242,15 @@ def _scrambled(speech, rng):
 
 
 DRAWN = {
-    "white": partial(_coloured, 0), "pink": partial(_coloured, 1), "brown": partial(_coloured, 2), "hum": _hum,
-    "tone": _tone, "chord": _chord, "clicks": _clicks, "silence": _silence,
-}  # fmt: skip
+    "white": partial(_coloured, 0),
+    "pink": partial(_coloured, 1),
+    "brown": partial(_coloured, 2),
+    "hum": _hum,
+    "tone": _tone,
+    "chord": _chord,
+    "clicks": _clicks,
+    "silence": _silence,
+}
 KINDS = (*DRAWN, "scrambled")
 
 
@@ -296,8 +332,9 @@ def sound_sources(folder):
         except cli.InputError as error:
             problems.append(str(error))
     if problems:
-        raise cli.InputError(f"{len(problems)} files of {folder} cannot be used; repair or remove them:\n  "
-                             + "\n  ".join(problems))  # fmt: skip
+        raise cli.InputError(
+            f"{len(problems)} files of {folder} cannot be used; repair or remove them:\n  " + "\n  ".join(problems)
+        )
     return sources
 
 
@@ -305,8 +342,10 @@ def split_sources(sources, settings, rng):
     """{split: its sources in random order}. No group is in both; the test part gets its share of the clips."""
     groups = sorted({source.group for source in sources})
     if len(groups) < len(SPLITS):
-        raise cli.InputError(f"sources of {len(groups)} speakers or files of at least {DURATIONS[-1]:,} ms: two are "
-                             f"needed, one to train on and another to test on")  # fmt: skip
+        raise cli.InputError(
+            f"sources of {len(groups)} speakers or files of at least {DURATIONS[-1]:,} ms: two are "
+            f"needed, one to train on and another to test on"
+        )
     held_out = max(1, round(len(groups) * settings.test_clips / (settings.train_clips + settings.test_clips)))
     test = set(rng.permutation(groups)[:held_out])
     order = rng.permutation(len(sources))
@@ -344,8 +383,10 @@ def one_clip(split, number, speakers, others, kinds, rng):
 def next_source(sources, kind, split):
     source = next(sources, None)
     if source is None:
-        raise cli.InputError(f"too few recordings of at least {DURATIONS[-1]:,} ms for the {split} clips of kind "
-                             f"{kind}: each is used once; lower --train-clips and --test-clips")  # fmt: skip
+        raise cli.InputError(
+            f"too few recordings of at least {DURATIONS[-1]:,} ms for the {split} clips of kind "
+            f"{kind}: each is used once; lower --train-clips and --test-clips"
+        )
     return source
 
 
@@ -377,8 +418,9 @@ def check_leaks(clips):
         if shared := sorted(seen["train"].keys() & seen["test"].keys()):
             named = {clip.id: f"{clip.id} ({clip.source})" for clip in clips}
             pairs = ", ".join(f"{named[seen['train'][key]]} and {named[seen['test'][key]]}" for key in shared[:3])
-            raise cli.RunError(f"train and test clips share a {what}, {len(shared)} times: {pairs}; the test would "
-                               f"measure memory")  # fmt: skip
+            raise cli.RunError(
+                f"train and test clips share a {what}, {len(shared)} times: {pairs}; the test would measure memory"
+            )
 
 
 def wave_of(clip, output):
@@ -394,8 +436,9 @@ def load_processor(name):
     try:
         processor = Qwen2AudioProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cli.InputError(f"--model {name} is no Qwen2-Audio checkpoint that can be loaded: "
-                             f"{cli.first_line(error)}") from error  # fmt: skip
+        raise cli.InputError(
+            f"--model {name} is no Qwen2-Audio checkpoint that can be loaded: {cli.first_line(error)}"
+        ) from error
     # Generating continues the last column: with padding on the right it would continue padding.
     processor.tokenizer.padding_side = "left"
     return processor
@@ -408,13 +451,21 @@ def load_base(name, train, quantize=None):
     are read from safetensors alone. Raises InputError when the checkpoint cannot be loaded.
     """
     processor, cuda = load_processor(name), torch.cuda.is_available()
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
-                             llm_int8_skip_modules=UNQUANTISED)  # fmt: skip
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+        llm_int8_skip_modules=UNQUANTISED,
+    )
     try:
         network, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
-            name, dtype=torch.bfloat16 if cuda and train == "lora" else torch.float32,
-            quantization_config=nf4 if quantize else None, use_safetensors=True, output_loading_info=True)  # fmt: skip
+            name,
+            dtype=torch.bfloat16 if cuda and train == "lora" else torch.float32,
+            quantization_config=nf4 if quantize else None,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
             raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
     except (OSError, ValueError) as error:
@@ -430,8 +481,16 @@ def lora_targets(mlp_targets, audio_encoder):
 def add_lora(network, settings):
     """The network with a fresh adapter, in float32, its base frozen."""
     targets = lora_targets(settings.mlp_targets, settings.audio_encoder)
-    return get_peft_model(network, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets,
-                                              lora_dropout=settings.dropout, task_type="CAUSAL_LM"))  # fmt: skip
+    return get_peft_model(
+        network,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            target_modules=targets,
+            lora_dropout=settings.dropout,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def trained(network):
@@ -485,22 +544,43 @@ def write_tiny(folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", END, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([SYSTEM, QUESTION, "system\nuser\nassistant\nAudio 1: "] * 10, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=END)
     # The real extractor pads to 30 s. A second is enough for these clips, and thirty times less work.
     extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=1)
     config = Qwen2AudioConfig(
-        audio_config={"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
-                      "num_mel_bins": 128, "max_source_positions": extractor.nb_max_frames // 2,
-                      "initializer_range": 0.08},
-        text_config={"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                     "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": len(tokenizer),
-                     "max_position_embeddings": 512, "initializer_range": 0.08, "bos_token_id": None,
-                     "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"), pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        audio_config={
+            "d_model": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "num_mel_bins": 128,
+            "max_source_positions": extractor.nb_max_frames // 2,
+            "initializer_range": 0.08,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+            "initializer_range": 0.08,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
     Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
 
@@ -541,8 +621,10 @@ def mask_labels(batch, processor, answers):
 
 def letter_ids(tokenizer):
     """{label: ids of the single tokens that write its letter}: plain, after a space, after a newline."""
-    variants = {label: [tokenizer.encode(before + letter, add_special_tokens=False) for before in ("", " ", "\n")]
-                for label, letter in LETTERS.items()}  # fmt: skip
+    variants = {
+        label: [tokenizer.encode(before + letter, add_special_tokens=False) for before in ("", " ", "\n")]
+        for label, letter in LETTERS.items()
+    }
     return {label: sorted({ids[0] for ids in found if len(ids) == 1}) for label, found in variants.items()}
 
 
@@ -590,8 +672,10 @@ def train(network, processor, clips, settings, seed, log):
 
 
 def not_finite(step, clips, loss, norm):
-    return cli.RunError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not applied. It comes "
-                        f"from one of: {', '.join(clip.id for clip in clips)}")  # fmt: skip
+    return cli.RunError(
+        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not applied. It comes "
+        f"from one of: {', '.join(clip.id for clip in clips)}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,9 +694,13 @@ def classify(network, processor, waves, batch_size):
         batch = read_clips(processor, waves[start : start + batch_size]).to(network.device)
         with runtime.autocast():
             answer = network.generate(
-                **batch, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True,
+                **batch,
+                max_new_tokens=1,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
                 prefix_allowed_tokens_fn=lambda row, written: allowed,
-            )  # fmt: skip
+            )
         logits = answer.logits[0][:, allowed].float().cpu()  # (B, allowed)
         probabilities += logits.softmax(-1)[:, speech].sum(-1).tolist()
     return probabilities
@@ -630,17 +718,26 @@ def flatness_baseline(train_clips, test_clips, output):
     values = np.array([flatness(wave_of(clip, output)) for clip in train_clips])
     speech = np.array([clip.label == "SPEECH" for clip in train_clips])
     order = np.sort(values)
-    found = [(np.mean((values < t) == (speech == below)), t, below)
-             for t in (order[1:] + order[:-1]) / 2 for below in (True, False)]  # fmt: skip
+    found = [
+        (np.mean((values < t) == (speech == below)), t, below)
+        for t in (order[1:] + order[:-1]) / 2
+        for below in (True, False)
+    ]
     _, threshold, below = max(found)
     return [bool((flatness(wave_of(clip, output)) < threshold) == below) for clip in test_clips]
 
 
 def write_predictions(path, clips, probabilities, baseline):
     with files.whole(path) as temporary:
-        lines = [asdict(clip) | {"speech": p, "correct": (p > 0.5) == (clip.label == "SPEECH"),
-                                 "flatness_correct": by_flatness == (clip.label == "SPEECH")}
-                 for clip, p, by_flatness in zip(clips, probabilities, baseline, strict=True)]  # fmt: skip
+        lines = [
+            asdict(clip)
+            | {
+                "speech": p,
+                "correct": (p > 0.5) == (clip.label == "SPEECH"),
+                "flatness_correct": by_flatness == (clip.label == "SPEECH"),
+            }
+            for clip, p, by_flatness in zip(clips, probabilities, baseline, strict=True)
+        ]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -650,9 +747,12 @@ def accuracy(lines, key="correct"):
     right = np.array([line[key] for line in lines], dtype=np.float64)
     groups = [line["group"] for line in lines]
     sums = metrics.resampled_sums({"right": right, "all": np.ones(len(right))}, groups, set(groups))
-    return {"accuracy": right.mean(), "clips": len(lines),
-            "wilson": metrics.share_interval(int(right.sum()), len(lines)),
-            "bootstrap": metrics.interval(sums["right"] / sums["all"])}  # fmt: skip
+    return {
+        "accuracy": right.mean(),
+        "clips": len(lines),
+        "wilson": metrics.share_interval(int(right.sum()), len(lines)),
+        "bootstrap": metrics.interval(sums["right"] / sums["all"]),
+    }
 
 
 def show_results(runs):
@@ -663,11 +763,16 @@ def show_results(runs):
         outcomes = ([line[key] for line in lines] for key in ("correct", "flatness_correct"))
         alone = dict(zip(("alone_right", "flatness_alone_right", "mcnemar_pvalue"), metrics.mcnemar(*outcomes)))
         results[f"model, seed {seed}"] = accuracy(lines) | alone
-    print(f"\n{len(any_run)} test clips of {len({line['group'] for line in any_run})} speakers and sources\n\n"
-          f"{'':24}accuracy   Wilson 95 %   over speakers 95 %   McNemar against flatness")  # fmt: skip
+    print(
+        f"\n{len(any_run)} test clips of {len({line['group'] for line in any_run})} speakers and sources\n\n"
+        f"{'':24}accuracy   Wilson 95 %   over speakers 95 %   McNemar against flatness"
+    )
     for name, of in results.items():
-        beside = (f"alone right {of['alone_right']} : {of['flatness_alone_right']}, p = {of['mcnemar_pvalue']:.2g}"
-                  if "alone_right" in of else "")  # fmt: skip
+        beside = (
+            f"alone right {of['alone_right']} : {of['flatness_alone_right']}, p = {of['mcnemar_pvalue']:.2g}"
+            if "alone_right" in of
+            else ""
+        )
         print(
             f"{name:24}{of['accuracy']:.3f}      {_range(of['wilson'])}   {_range(of['bootstrap'])}          {beside}"
         )
@@ -711,8 +816,9 @@ def compare(first, second):
     ids = list(runs[0])
     described = [[[run[id][field.name] for field in fields(Clip)] for id in ids if id in run] for run in runs]
     if ids != list(runs[1]) or described[0] != described[1]:
-        raise cli.InputError(f"--compare: {first} and {second} were tested on other clips; use the same --data, "
-                             f"--kinds and --clip-seed")  # fmt: skip
+        raise cli.InputError(
+            f"--compare: {first} and {second} were tested on other clips; use the same --data, --kinds and --clip-seed"
+        )
     right = [np.array([run[id]["correct"] for id in ids], dtype=np.float64) for run in runs]
     groups = [runs[0][id]["group"] for id in ids]
     sums = metrics.resampled_sums({"gain": right[0] - right[1], "all": np.ones(len(ids))}, groups, set(groups))
@@ -721,8 +827,10 @@ def compare(first, second):
     for name, folder, values in zip("AB", (first, second), right):
         print(f"{name}  {values.mean():.3f}  {folder}")
     low, high = metrics.interval(difference)
-    print(f"A - B  {(right[0] - right[1]).mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = "
-          f"{metrics.sign_pvalue(difference):.2g} (paired bootstrap over speakers and sources)")  # fmt: skip
+    print(
+        f"A - B  {(right[0] - right[1]).mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = "
+        f"{metrics.sign_pvalue(difference):.2g} (paired bootstrap over speakers and sources)"
+    )
     print(f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}")
 
 
@@ -733,8 +841,10 @@ def answer(run, paths):
         wave = data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
         milliseconds = len(wave) * 1000 // data.SAMPLE_RATE
         if not DURATIONS[0] <= milliseconds <= DURATIONS[-1]:
-            raise cli.InputError(f"{path}: {milliseconds:,} ms; models are trained on clips of {DURATIONS[0]} to "
-                                 f"{DURATIONS[-1]:,} ms: cut one out")  # fmt: skip
+            raise cli.InputError(
+                f"{path}: {milliseconds:,} ms; models are trained on clips of {DURATIONS[0]} to "
+                f"{DURATIONS[-1]:,} ms: cut one out"
+            )
         waves.append(normalise(wave, path))
     network, processor = load_trained(run)
     for path, speech in zip(paths, classify(network, processor, waves, batch_size=1)):
@@ -755,16 +865,20 @@ def run(settings):
     clips = make_clips(settings)
     parts = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
     kinds = Counter(clip.kind for clip in clips)
-    print(f"clips: {len(parts['train'])} to train on, {len(parts['test'])} to test on; "
-          + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())))  # fmt: skip
+    print(
+        f"clips: {len(parts['train'])} to train on, {len(parts['test'])} to test on; "
+        + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    )
     baseline = flatness_baseline(parts["train"], parts["test"], settings.output)
     runs = {}
     for seed in settings.seeds:
         folder = settings.output / f"seed-{seed}"
         folder.mkdir()
         network, processor = new_model(settings, seed)
-        print(f"seed {seed}: {sum(p.numel() for p in trained(network)):,} of "
-              f"{sum(p.numel() for p in network.parameters()):,} parameters are trained")  # fmt: skip
+        print(
+            f"seed {seed}: {sum(p.numel() for p in trained(network)):,} of "
+            f"{sum(p.numel() for p in network.parameters()):,} parameters are trained"
+        )
         with open(folder / "log.jsonl", "w") as log:
             train(network, processor, parts["train"], settings, seed, log)
         save_trained(network, processor, folder, settings)

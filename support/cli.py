@@ -5,14 +5,26 @@ Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an erro
 
 import argparse
 import errno
+import io
 import math
 import os
 import re
 import sys
 import time
+from contextlib import redirect_stderr
+from typing import Annotated
+
+import tyro
+from pydantic import Field, TypeAdapter, ValidationError
 
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
+SHOWN = 60  # characters of a wrong value that a message quotes
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InputError(Exception):
@@ -23,35 +35,72 @@ class RunError(Exception):
     """The run cannot go on: the message says what happened and what helps. Scripts print it and exit with 1."""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """One whose errors are InputErrors, so that they are said like all others: in one line, by one process."""
+def parse(settings, description):
+    """The command line as an instance of `settings`, a dataclass: one field a flag, its comment the flag's help.
 
-    def error(self, message):
-        raise InputError(message)
+    Fields may have pydantic's types, such as those below, and tyro's Positional. Raises InputError for what is not a
+    flag, and for a value that its type does not allow. `--help` prints and ends the process.
+    """
+    for before, text in zip(sys.argv, sys.argv[1:]):
+        if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
+            name = text.rstrip("=") or (before if before.startswith("--") else "a value")
+            raise InputError(f"{name} is empty: give it a value, or leave it out")
+        if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
+            raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parsed = tyro.cli(settings, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise InputError(_one_line(said.getvalue())) from None
+    try:
+        return TypeAdapter(settings).validate_python(vars(parsed))
+    except ValidationError as error:
+        raise InputError(flag(reason(error))) from error
 
-    def parse_known_args(self, args=None, namespace=None):
-        """argparse's own, which all its ways lead through; a value must be text of one line, not empty."""
-        args = sys.argv[1:] if args is None else list(args)
-        for before, text in zip([self.prog, *args], args):
-            if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
-                name = text.rstrip("=") or (before if before.startswith("--") else "a value")
-                self.error(f"{name} is empty: give it a value, or leave it out")
-            if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
-                self.error(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
-        return super().parse_known_args(args, namespace)
 
-    def parse_given(self):
-        """The settings as a namespace, and the names of those that the user wrote."""
-        settings = self.parse_args()
-        nothing = argparse.Namespace(**dict.fromkeys(vars(settings)))
-        given = vars(self.parse_args(namespace=nothing)).items()
-        return settings, {name for name, value in given if value is not None}
+def given(name):
+    """Whether the user wrote the flag of this setting."""
+    return any(part.split("=")[0] == flag(name) for part in sys.argv[1:])
 
-    def refuse(self, conflicts):
-        """Raises InputError for the first of the pairs (whether it is so, message) that is so."""
-        for wrong, message in conflicts:
-            if wrong:
-                self.error(message)
+
+def flag(name):
+    """A setting as the user writes it: data_revision -> --data-revision. What follows the name stays as it is."""
+    name, space, rest = name.partition(" ")
+    return f"--{name.split('.')[0].replace('_', '-')}{space}{rest}"
+
+
+def _one_line(panel):
+    """tyro's framed message without its frame and its hints of where to read on."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in panel.splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    return re.split(" ?(?:Argument helptext|For full helptext|Similar arguments)", text)[0].rstrip(". ")
+
+
+def reason(error):
+    """The first fault that pydantic found, as `field value: what is wrong`."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "missing":
+        return f"{field} is missing"
+    if fault["type"] == "json_invalid":
+        return fault["msg"]
+    try:
+        value = ascii(fault["input"])
+    except RecursionError:
+        value = "a deeply nested value"
+    value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
+    return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def show_table(caption, columns, rows):
+    """Print a table. columns: titles; rows: list of (name, texts of its cells)."""
+    width = max(len(name) for name in [caption, *(name for name, _ in rows)]) + 1
+    print("\n" + caption.ljust(width) + "".join(title.rjust(11) + " " for title in columns))
+    for name, texts in rows:
+        print(name.ljust(width) + "".join(text.rjust(11 + text.endswith("*")).ljust(12) for text in texts))
 
 
 def run_script(name, main):
@@ -87,8 +136,38 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Types of settings
+# TO GO: the parser and types of scripts that do not call `parse` yet
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose errors are InputErrors, so that they are said like all others: in one line, by one process."""
+
+    def error(self, message):
+        raise InputError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """argparse's own, which all its ways lead through; a value must be text of one line, not empty."""
+        args = sys.argv[1:] if args is None else list(args)
+        for before, text in zip([self.prog, *args], args):
+            if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
+                name = text.rstrip("=") or (before if before.startswith("--") else "a value")
+                self.error(f"{name} is empty: give it a value, or leave it out")
+            if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
+                self.error(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
+        return super().parse_known_args(args, namespace)
+
+    def parse_given(self):
+        """The settings as a namespace, and the names of those that the user wrote."""
+        settings = self.parse_args()
+        nothing = argparse.Namespace(**dict.fromkeys(vars(settings)))
+        given = vars(self.parse_args(namespace=nothing)).items()
+        return settings, {name for name, value in given if value is not None}
+
+    def refuse(self, conflicts):
+        """Raises InputError for the first of the pairs (whether it is so, message) that is so."""
+        for wrong, message in conflicts:
+            if wrong:
+                self.error(message)
 
 
 def positive_int(text):

@@ -18,12 +18,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from support.cli import InputError, RunError, first_line, process_rank
+from support.cli import InputError, RunError, first_line, process_rank, reason
 
 UNFINISHED = ".unfinished"  # ends the name of what is being written; what a killed process left is removed by `lock`
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
-SHOWN = 60  # characters of a wrong value that a message quotes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -66,7 +65,7 @@ def check(shape, value, where):
     try:
         return _adapter(shape).validate_python(value)
     except ValidationError as error:
-        raise InputError(f"{where}: {_reason(error)}") from error
+        raise InputError(f"{where}: {reason(error)}") from error
 
 
 def check_json(shape, text, where):
@@ -74,7 +73,7 @@ def check_json(shape, text, where):
     try:
         return _adapter(shape).validate_json(text)
     except ValidationError as error:
-        raise InputError(f"{where}: {_reason(error)}") from error
+        raise InputError(f"{where}: {reason(error)}") from error
 
 
 def read_json(path, shape):
@@ -96,22 +95,6 @@ def read_lines(path, shape, cut_off=False):
 @cache
 def _adapter(shape):
     return TypeAdapter(shape)
-
-
-def _reason(error):
-    """The first fault that pydantic found, as `field: value is wrong because`."""
-    fault = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "missing":
-        return f"{field} is missing"
-    if fault["type"] == "json_invalid":
-        return fault["msg"]
-    try:
-        value = ascii(fault["input"])
-    except RecursionError:
-        value = "a deeply nested value"
-    value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
-    return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,13 +185,17 @@ def lock(folder, work, setting, clear=True):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                print(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes into it",
-                      file=sys.stderr)  # fmt: skip
+                print(
+                    f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes into it",
+                    file=sys.stderr,
+                )
                 yield
                 return
             file.seek(0)
-            raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it ends, "
-                             f"or choose another {setting}") from error  # fmt: skip
+            raise InputError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it ends, "
+                f"or choose another {setting}"
+            ) from error
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})", file=file, flush=True)
         for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")] if clear else []:

@@ -30,9 +30,11 @@ def fetch(name, revision, kind, patterns):
             HfApi().repo_info(**wanted)  # says at once what snapshot_download would say after half a minute's attempts
         folder = Path(snapshot_download(**wanted, allow_patterns=patterns, tqdm_class=_Bar))
     except Exception as error:  # the hub, HTTP, Xet and the disk each have their own
-        raise InputError(f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
-                         f"{constants.HF_HUB_CACHE}, and the hub does not give it: {_reason(error)}; give a folder or "
-                         f"another id, or start once where there is a network") from error  # fmt: skip
+        raise InputError(
+            f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
+            f"{constants.HF_HUB_CACHE}, and the hub does not give it: {_reason(error)}; give a folder or "
+            f"another id, or start once where there is a network"
+        ) from error
     return folder, folder.name
 
 

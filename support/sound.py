@@ -49,13 +49,17 @@ class _Content(io.BytesIO):
 def _check_header(rate, frames, channels, lowest_rate, longest):
     """Raises InputError before anything is decoded: a header of a few bytes may ask for gigabytes."""
     if rate < lowest_rate:
-        raise InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
-                         f"again at a higher rate, or leave it out")  # fmt: skip
+        raise InputError(
+            f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
+            f"again at a higher rate, or leave it out"
+        )
     if frames / rate > longest:
         raise InputError(f"{frames / rate:.2f} s is longer than {longest} s: cut it into sentences")
     if rate > HIGHEST_RATE or frames * max(channels, 16_000 / rate) > MOST_SAMPLES:
-        raise InputError(f"its header says {rate:,} Hz and {frames:,} x {channels} samples (limits {HIGHEST_RATE:,}"
-                         f", {MOST_SAMPLES:,}): cut it, or convert it again")  # fmt: skip
+        raise InputError(
+            f"its header says {rate:,} Hz and {frames:,} x {channels} samples (limits {HIGHEST_RATE:,}"
+            f", {MOST_SAMPLES:,}): cut it, or convert it again"
+        )
 
 
 def _with_length(content):
@@ -74,8 +78,9 @@ def _with_length(content):
             if size in UNKNOWN_SIZES or size == 0 and whole + 8 <= start:
                 return content[: start - 4] + struct.pack(order + "I", left) + content[start:]
             if size > left:
-                raise InputError(f"recording is cut off: its header says {size:,} bytes of sound, {left:,} are there; "
-                                 f"copy it again")  # fmt: skip
+                raise InputError(
+                    f"recording is cut off: its header says {size:,} bytes of sound, {left:,} are there; copy it again"
+                )
             break
         start += size + size % 2
     return content

@@ -51,8 +51,11 @@ def measured(noise):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "STEP", STEP)
         patch.setattr(train_step, "MICRO_BATCH", 2)
-        names = [name for name in ("Trainer", "Trainer, audio unpadded", "SFTTrainer", "ours")
-                 if not train_step.why_not(name)]  # fmt: skip
+        names = [
+            name
+            for name in ("Trainer", "Trainer, audio unpadded", "SFTTrainer", "ours")
+            if not train_step.why_not(name)
+        ]
         return {name: train_step.measure(name, noise, full=False)["steps"] for name in names}
 
 
@@ -113,15 +116,23 @@ def test_every_way_to_write_answers_runs_on_the_same_utterances(noise, monkeypat
     models.add_adapter(model, 8, 16, dropout=0.0)
     models.merge_rows(model.eval())
     forward, read = type(model.core.model).forward, []
-    monkeypatch.setattr(type(model.core.model), "forward", lambda self, *args, **kwargs: read.append(1) or
-                        forward(self, *args, **kwargs))  # fmt: skip
+    monkeypatch.setattr(
+        type(model.core.model),
+        "forward",
+        lambda self, *args, **kwargs: read.append(1) or forward(self, *args, **kwargs),
+    )
     passes = {}
     for name, (way, task) in evaluation.WAYS.items():
         read.clear()
         way(model, utterances, task, lambda batch, task: 3, size=2)
         passes[name] = len(read)
-    assert passes == {"APA, one at a time": 9, "MDD, one at a time": 9, "APA, batched": 6, "MDD, batched": 6,
-                      "APA, expected scores": 8}  # fmt: skip
+    assert passes == {
+        "APA, one at a time": 9,
+        "MDD, one at a time": 9,
+        "APA, batched": 6,
+        "MDD, batched": 6,
+        "APA, expected scores": 8,
+    }
 
 
 def test_a_repeated_corpus_is_read_trained_on_and_embedded(noise, tmp_path, monkeypatch):
@@ -132,8 +143,9 @@ def test_a_repeated_corpus_is_read_trained_on_and_embedded(noise, tmp_path, monk
     assert len(utterances) == 20 and utterances[0].recording() == utterances[2 * STEP].recording()
     written = []
     write = loader.AudioCache.write
-    monkeypatch.setattr(loader.AudioCache, "write", lambda self, file, rows: written.append(file) or
-                        write(self, file, rows))  # fmt: skip
+    monkeypatch.setattr(
+        loader.AudioCache, "write", lambda self, file, rows: written.append(file) or write(self, file, rows)
+    )
     figures = scaling.measure(tmp_path / "corpus")
     assert len(set(written)) >= 20 and 0 < figures["started_gb"] <= figures["peak_gb"]
 

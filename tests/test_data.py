@@ -42,15 +42,18 @@ def word(phones, *labels):
     return data._word(files.check(data.RatedWord, record, "a word"))
 
 
-@pytest.mark.parametrize("labels, heard", [
-    ([], "TH IY M"),
-    ([(1, "IH")], "TH IH M"),
-    ([(0, "S"), (2, "N")], "S IY N"),
-    ([(0, "<DEL>")], "IY M"),
-    ([(0, "<DEL>"), (1, "IH0")], "IH M"),  # the index is the canonical one, also after a deletion
-    ([(1, "<unk>")], "TH <unk> M"),
-    ([(1, "IY*")], "TH IY* M"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels, heard",
+    [
+        ([], "TH IY M"),
+        ([(1, "IH")], "TH IH M"),
+        ([(0, "S"), (2, "N")], "S IY N"),
+        ([(0, "<DEL>")], "IY M"),
+        ([(0, "<DEL>"), (1, "IH0")], "IH M"),  # the index is the canonical one, also after a deletion
+        ([(1, "<unk>")], "TH <unk> M"),
+        ([(1, "IY*")], "TH IY* M"),
+    ],
+)
 def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_index(labels, heard):
     result = word(["TH", "IY0", "M"], *labels)
     assert result.canonical == ("TH", "IY", "M")
@@ -91,15 +94,18 @@ def test_channels_are_averaged():
     assert np.allclose(data.read_audio(sound(np.stack([left, right], axis=1))), (left + right) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("recording, message", [
-    (sound(np.zeros(0, np.float32)), "empty"),
-    (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
-    (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
-    (sound(np.full((500, 2), [np.inf, -np.inf], np.float32)), "500 samples that are not finite"),
-    (sound(np.full((500, 2), 3e38, np.float32)), "500 samples that are not finite"),
-    (lambda: b"not a sound file", "not a readable sound file"),
-    (lambda: None, "not a readable sound file"),  # a row of the hub without its bytes
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recording, message",
+    [
+        (sound(np.zeros(0, np.float32)), "empty"),
+        (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz, less than one frame of 400"),
+        (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
+        (sound(np.full((500, 2), [np.inf, -np.inf], np.float32)), "500 samples that are not finite"),
+        (sound(np.full((500, 2), 3e38, np.float32)), "500 samples that are not finite"),
+        (lambda: b"not a sound file", "not a readable sound file"),
+        (lambda: None, "not a readable sound file"),  # a row of the hub without its bytes
+    ],
+)
 @pytest.mark.filterwarnings("error")  # a second line
 def test_bad_audio_is_named(recording, message):
     with pytest.raises(cli.InputError, match=message):
@@ -111,8 +117,10 @@ def wav(samples, *chunks, size=None, whole=None, riff=b"RIFF", rate=data.SAMPLE_
     order = "<" if riff == b"RIFF" else ">"
     sound = np.arange(samples, dtype=order + "i2").tobytes()
     form = struct.pack(order + "4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate % 2**32, 2, 16)
-    other = b"".join(struct.pack(order + "4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
-                     for name, content in chunks)  # fmt: skip
+    other = b"".join(
+        struct.pack(order + "4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
+        for name, content in chunks
+    )
     size = len(sound) if size is None else size
     content = b"WAVE" + form + other + struct.pack(order + "4sI", b"data", size) + sound
     return riff + struct.pack(order + "I", len(content) if whole is None else whole) + content
@@ -136,9 +144,17 @@ def test_a_wav_that_was_cut_off_says_what_is_missing(chunks, riff):
 
 
 @pytest.mark.parametrize("riff", [b"RIFF", b"RIFX"])
-@pytest.mark.parametrize("whole, size", [
-    (0, 0), (8, 0), (36, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFF024, 0x7FFFF000), (0x7FFFFFFF, 0x7FFFFFFF),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "whole, size",
+    [
+        (0, 0),
+        (8, 0),
+        (36, 0),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x7FFFF024, 0x7FFFF000),
+        (0x7FFFFFFF, 0x7FFFFFFF),
+    ],
+)
 def test_a_wav_from_a_pipe_says_no_size_and_is_read_to_its_end(whole, size, riff):
     known = data.read_audio(lambda: wav(1000, *CHUNKS["odd"], riff=riff))
     piped = wav(1000, *CHUNKS["odd"], size=size, whole=whole, riff=riff)
@@ -157,14 +173,17 @@ def test_other_kinds_of_wav_are_read_as_before(form):
     assert len(data.read_audio(file.getvalue)) == 1600
 
 
-@pytest.mark.parametrize("rate, message", [
-    (0, "not a readable sound file"),
-    (1, "1 Hz is below 4,000 Hz"),
-    (3_999, "3,999 Hz is below"),
-    (384_001, "384,001 Hz"),
-    (1_000_000_007, "1,000,000,007 Hz"),
-    (2**32 - 1, "Hz is below|not a readable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rate, message",
+    [
+        (0, "not a readable sound file"),
+        (1, "1 Hz is below 4,000 Hz"),
+        (3_999, "3,999 Hz is below"),
+        (384_001, "384,001 Hz"),
+        (1_000_000_007, "1,000,000,007 Hz"),
+        (2**32 - 1, "Hz is below|not a readable"),
+    ],
+)
 def test_a_header_with_a_rate_that_no_recording_has_is_refused(rate, message):
     with pytest.raises(cli.InputError, match=message):
         data.read_audio(lambda: wav(16_000, rate=rate))
@@ -263,10 +282,15 @@ def hub_table(corpus, split="test"):
     """A split as the hub has it: encoded audio, no id column."""
     records = json.loads((corpus / "resource" / "scores.json").read_text())
     rows = [
-        records[u.id] | {"speaker": u.speaker, "gender": u.gender, "age": u.age,
-                         "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
+        records[u.id]
+        | {
+            "speaker": u.speaker,
+            "gender": u.gender,
+            "age": u.age,
+            "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"},
+        }
         for u in data.read_corpus(corpus, split)
-    ]  # fmt: skip
+    ]
     return datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
 
 
@@ -406,19 +430,25 @@ def test_equal_words_and_scores_are_held_once(corpus):
 # Files of a corpus that are no such files
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda text: text[:-40], "scores.json is not JSON: .* line 1"),
-    (lambda text: text + "}", "scores.json is not JSON: Extra data"),
-    (lambda text: text.replace('"text"', "text", 1), "scores.json is not JSON: "),
-    (lambda text: f"[{text}]", "scores.json: .*dict"),
-    (lambda text: "{}", "000500001: no entry in resource/scores.json"),
-    (lambda text: "", "scores.json is not JSON: "),
-    (lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}", "scores.json is not JSON: maximum recursion depth"),
-    (lambda text: '{"u": ' + "9" * 5000 + "}", "scores.json is not JSON: Exceeds the limit"),
-    (lambda text: text.replace('"000500002"', '"000500001"'), "scores.json has '000500001' twice"),
-    (lambda text: text[:-1] + ", " + text[1:], "scores.json has '000500001' twice"),
-    (lambda text: text.replace('"fluency"', '"accuracy"', 1), "scores.json has 'accuracy' twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda text: text[:-40], "scores.json is not JSON: .* line 1"),
+        (lambda text: text + "}", "scores.json is not JSON: Extra data"),
+        (lambda text: text.replace('"text"', "text", 1), "scores.json is not JSON: "),
+        (lambda text: f"[{text}]", "scores.json: .*dict"),
+        (lambda text: "{}", "000500001: no entry in resource/scores.json"),
+        (lambda text: "", "scores.json is not JSON: "),
+        (
+            lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "scores.json is not JSON: maximum recursion depth",
+        ),
+        (lambda text: '{"u": ' + "9" * 5000 + "}", "scores.json is not JSON: Exceeds the limit"),
+        (lambda text: text.replace('"000500002"', '"000500001"'), "scores.json has '000500001' twice"),
+        (lambda text: text[:-1] + ", " + text[1:], "scores.json has '000500001' twice"),
+        (lambda text: text.replace('"fluency"', '"accuracy"', 1), "scores.json has 'accuracy' twice"),
+    ],
+)
 def test_a_damaged_scores_file_is_one_line(corpus, tmp_path, damage, message):
     root = copy(corpus, tmp_path)
     scores = root / "resource" / "scores.json"
@@ -452,17 +482,20 @@ def fifo(path):
     return path
 
 
-@pytest.mark.parametrize("make, message", [
-    (fifo, "is not a regular file"),
-    (lambda path: "/dev/zero", "is not a regular file"),
-    (lambda path: path.parent, "Is a directory"),
-    (lambda path: f"{path}\0.wav", "null"),
-    (lambda path: "a" * 5000, "File name too long"),
-    (lambda path: path / "there", "No such file"),
-    (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
-    (lambda path: path.write_bytes(wav(16_000, rate=1_000_000_007)) and path, "1,000,000,007 Hz"),
-    (lambda path: path.touch() or os.truncate(path, 2**40) or path, "1,099,511,627,776 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (fifo, "is not a regular file"),
+        (lambda path: "/dev/zero", "is not a regular file"),
+        (lambda path: path.parent, "Is a directory"),
+        (lambda path: f"{path}\0.wav", "null"),
+        (lambda path: "a" * 5000, "File name too long"),
+        (lambda path: path / "there", "No such file"),
+        (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
+        (lambda path: path.write_bytes(wav(16_000, rate=1_000_000_007)) and path, "1,000,000,007 Hz"),
+        (lambda path: path.touch() or os.truncate(path, 2**40) or path, "1,099,511,627,776 bytes"),
+    ],
+)
 def test_a_recording_that_is_no_sound_file_is_one_line_beside_the_others(corpus, tmp_path, make, message):
     root = copy(corpus, tmp_path)
     lines = (root / "test" / "wav.scp").read_text().splitlines()
@@ -491,12 +524,15 @@ def test_a_corpus_whose_name_is_too_long_is_refused():
         data.read_corpus("a" * 5000, "test")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("wav.scp", "000500001\n", "line 1 of .*wav.scp is not a key and a value"),
-    ("wav.scp", "u a.wav\nu a.wav\n", "line 2 of .*wav.scp repeats a key"),
-    ("spk2age", "0005 six\n0006 7\n", "age 'six' is not a whole number"),
-    ("utt2spk", "nobody 0005\n", "no speaker, or none with age and gender"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("wav.scp", "000500001\n", "line 1 of .*wav.scp is not a key and a value"),
+        ("wav.scp", "u a.wav\nu a.wav\n", "line 2 of .*wav.scp repeats a key"),
+        ("spk2age", "0005 six\n0006 7\n", "age 'six' is not a whole number"),
+        ("utt2spk", "nobody 0005\n", "no speaker, or none with age and gender"),
+    ],
+)
 def test_a_bad_list_is_named(corpus, tmp_path, name, content, message):
     root = copy(corpus, tmp_path)
     (root / "test" / name).write_text(content)
@@ -552,10 +588,14 @@ def pairs(tokenizer, utterances):
 
 def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer):
     words = [
-        {"text": "THEME", "phones": ["TH", "IY0", "M"], "accuracy": 2,
-         "mispronunciations": [{"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}]},
+        {
+            "text": "THEME",
+            "phones": ["TH", "IY0", "M"],
+            "accuracy": 2,
+            "mispronunciations": [{"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}],
+        },
         {"text": "PARK", "phones": ["P", "AA0", "R", "K"], "accuracy": 10, "mispronunciations": []},
-    ]  # fmt: skip
+    ]
     record = {"text": "THEME PARK", "accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5, "words": words}
     utterance = data._utterance("000010113", sound(tone(1, 16_000)), record, "0001", "6", "m", {})
     for example in data.Examples([utterance], tokenizer, audio_id=0):
@@ -626,11 +666,14 @@ def test_processes_share_a_step_without_overlap_and_with_alike_lengths():
     assert lengths == [[[10, 6], [2]], [[8, 4]]]
 
 
-@pytest.mark.parametrize("error, code, line", [
-    (cli.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
-    (cli.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
-    (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left on device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (cli.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
+        (cli.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
+        (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left on device"),
+    ],
+)
 def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code, line):
     def main():
         raise error
@@ -694,13 +737,16 @@ def test_a_folder_without_recordings_is_refused_by_name(tmp_path):
         data.sound_files(tmp_path)
 
 
-@pytest.mark.parametrize("audio, rate, message", [
-    (np.zeros(4000), 8000, "8,000 Hz is below 16,000 Hz"),
-    (np.zeros(40_000), 16_000, "2.50 s is longer than 2 s"),
-    (np.ones(8000), 16_000, "100.0% of the samples are at full scale"),
-    (np.zeros(0), 16_000, "recording is empty"),
-    (np.zeros(400_000), 400_000, "its header says 400,000 Hz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "audio, rate, message",
+    [
+        (np.zeros(4000), 8000, "8,000 Hz is below 16,000 Hz"),
+        (np.zeros(40_000), 16_000, "2.50 s is longer than 2 s"),
+        (np.ones(8000), 16_000, "100.0% of the samples are at full scale"),
+        (np.zeros(0), 16_000, "recording is empty"),
+        (np.zeros(400_000), 400_000, "its header says 400,000 Hz"),
+    ],
+)
 def test_a_sound_file_that_would_mislead_is_refused_by_name(tmp_path, audio, rate, message):
     path = write_sound(tmp_path / "one.wav", audio, rate)
     with pytest.raises(cli.InputError) as error:
@@ -715,12 +761,15 @@ def test_a_file_that_is_not_sound_is_refused_by_name(tmp_path):
         data.read_sound_file(path)
 
 
-@pytest.mark.parametrize("make, message", [
-    (fifo, "is not a regular file"),
-    (lambda path: path.mkdir() or path, "Is a directory"),
-    (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
-    (lambda path: path.write_bytes(wav(16_000, rate=1)) and path, "1 Hz is below 4,000 Hz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (fifo, "is not a regular file"),
+        (lambda path: path.mkdir() or path, "Is a directory"),
+        (lambda path: path.write_bytes(wav(8000)[:-2]) and path, "cut off"),
+        (lambda path: path.write_bytes(wav(16_000, rate=1)) and path, "1 Hz is below 4,000 Hz"),
+    ],
+)
 def test_a_file_of_ones_own_that_cannot_be_read_whole_is_refused_by_name(tmp_path, make, message):
     path = make(tmp_path / "one.wav")
     with pytest.raises(cli.InputError, match=f"{path}.*{message}"):

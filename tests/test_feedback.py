@@ -85,11 +85,14 @@ def test_a_recording_that_is_too_long_tells_its_length_and_the_limit(tmp_path):
     assert feedback.read_recording(written(tmp_path / "b.flac", speech(feedback.LONGEST))).samples == 480_000
 
 
-@pytest.mark.parametrize("audio, level", [
-    (np.zeros(16_000), "-120.0"),
-    (np.full(16_000, 0.2), "-120.0"),  # a constant offset is not sound
-    (speech(1, amplitude=0.001), "-67.3"),  # mean square of sin^2 * sin^4: 1/2 * 3/8, -7.3 dB
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "audio, level",
+    [
+        (np.zeros(16_000), "-120.0"),
+        (np.full(16_000, 0.2), "-120.0"),  # a constant offset is not sound
+        (speech(1, amplitude=0.001), "-67.3"),  # mean square of sin^2 * sin^4: 1/2 * 3/8, -7.3 dB
+    ],
+)
 def test_silence_tells_its_level(tmp_path, audio, level):
     path = tmp_path / "a.wav"
     soundfile.write(path, audio, data.SAMPLE_RATE, subtype="FLOAT")
@@ -146,23 +149,26 @@ def words(*canonical):
     return [data.Word(f"W{i}", tuple(phones.split()), (), 0.0, 0) for i, phones in enumerate(canonical)]
 
 
-@pytest.mark.parametrize("heard, marks", [
-    ("TH IY M P AA R K", ["TH IY M", "P AA R K"]),
-    ("S IY M P AA R K", ["TH>S IY M", "P AA R K"]),
-    ("TH IY M P AA L K", ["TH IY M", "P AA R>L K"]),
-    ("TH IY M P AA R T", ["TH IY M", "P AA R K>T"]),
-    ("IY M P AA R K", ["-TH IY M", "P AA R K"]),
-    ("TH IY M AA R K", ["TH IY M", "-P AA R K"]),
-    ("TH IY M P AA R", ["TH IY M", "P AA R -K"]),
-    ("AH TH IY M P AA R K", ["+AH TH IY M", "P AA R K"]),  # none before it: the first word
-    ("TH IY M AH P AA R K", ["TH IY M +AH", "P AA R K"]),  # between two words: the one before
-    ("TH IY M P AA AH R K", ["TH IY M", "P AA +AH R K"]),
-    ("TH IY M P AA R K AH S", ["TH IY M", "P AA R K +AH +S"]),
-    ("S IY P AA R K AH", ["TH>S IY -M", "P AA R K +AH"]),
-    ("P AA R K", ["-TH -IY -M", "P AA R K"]),
-    ("TH <unk> M P AA R* K", ["TH IY><unk> M", "P AA R>R* K"]),
-    ("", ["-TH -IY -M", "-P -AA -R -K"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "heard, marks",
+    [
+        ("TH IY M P AA R K", ["TH IY M", "P AA R K"]),
+        ("S IY M P AA R K", ["TH>S IY M", "P AA R K"]),
+        ("TH IY M P AA L K", ["TH IY M", "P AA R>L K"]),
+        ("TH IY M P AA R T", ["TH IY M", "P AA R K>T"]),
+        ("IY M P AA R K", ["-TH IY M", "P AA R K"]),
+        ("TH IY M AA R K", ["TH IY M", "-P AA R K"]),
+        ("TH IY M P AA R", ["TH IY M", "P AA R -K"]),
+        ("AH TH IY M P AA R K", ["+AH TH IY M", "P AA R K"]),  # none before it: the first word
+        ("TH IY M AH P AA R K", ["TH IY M +AH", "P AA R K"]),  # between two words: the one before
+        ("TH IY M P AA AH R K", ["TH IY M", "P AA +AH R K"]),
+        ("TH IY M P AA R K AH S", ["TH IY M", "P AA R K +AH +S"]),
+        ("S IY P AA R K AH", ["TH>S IY -M", "P AA R K +AH"]),
+        ("P AA R K", ["-TH -IY -M", "P AA R K"]),
+        ("TH <unk> M P AA R* K", ["TH IY><unk> M", "P AA R>R* K"]),
+        ("", ["-TH -IY -M", "-P -AA -R -K"]),
+    ],
+)
 def test_marks_say_what_became_of_every_phone(heard, marks):
     found = feedback.compare(words("TH IY M", "P AA R K"), heard.split())
     assert [" ".join(feedback._mark(*mark, colour=False) for mark in word) for word in found] == marks

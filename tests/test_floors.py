@@ -6,10 +6,10 @@ import pytest
 import soundfile
 from conftest import ROOT, script
 
-from analysis import floors
-from support import cli
 import data
 import prompts
+from analysis import floors
+from support import cli
 
 RATE = data.SAMPLE_RATE
 FRAME_LENGTH = data.FRAME / RATE  # seconds; a pause is known to within one frame
@@ -78,14 +78,17 @@ def test_the_level_of_a_tone_is_its_root_mean_square():
     assert levels == pytest.approx([20 * np.log10(0.5 / np.sqrt(2))] * 5, abs=0.1)
 
 
-@pytest.mark.parametrize("audio", [
-    np.zeros(data.FRAME, np.float32),
-    tone(1)[: data.FRAME],
-    tone(1)[: data.FRAME + data.HOP],
-    np.zeros(RATE, np.float32),
-    np.full(RATE, 0.25, np.float32),
-    np.full(RATE, 1e-30, np.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "audio",
+    [
+        np.zeros(data.FRAME, np.float32),
+        tone(1)[: data.FRAME],
+        tone(1)[: data.FRAME + data.HOP],
+        np.zeros(RATE, np.float32),
+        np.full(RATE, 0.25, np.float32),
+        np.full(RATE, 1e-30, np.float32),
+    ],
+)
 def test_silent_constant_and_very_short_audio_has_finite_features(audio):
     found = features(audio)
     assert np.isfinite(list(found.values())).all()
@@ -176,8 +179,9 @@ def predictions(corpus, tmp_path_factory):
     for u in data.read_corpus(corpus, "test")[:12]:
         answers = prompts.apa_target(dict.fromkeys(prompts.SCORES, 5)), prompts.mdd_target(u.text, u.canonical)
         for task, output in zip(prompts.TASKS, answers):
-            lines.append({"id": u.id, "task": task, "speaker": u.speaker, "output": output,
-                          "reference": data.reference(u, task)})  # fmt: skip
+            lines.append(
+                {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
+            )
     path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

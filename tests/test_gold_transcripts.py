@@ -82,12 +82,15 @@ def test_a_transcript_joins_runs_keeps_letters_that_a_blank_parts_and_shows_no_s
     assert recogniser.decode(frames_of([0, 0])) == ""
 
 
-@pytest.mark.parametrize("text, kept, lost", [
-    ("He's here, isn't he?", "HE'S HERE ISN'T HE", {}),
-    ("don’t — “stop”", "DON'T STOP", {}),
-    ("Room 12, déjà vu", "ROOM DJ VU", {"1": 1, "2": 1, "É": 1, "À": 1}),
-    ("...", "", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, kept, lost",
+    [
+        ("He's here, isn't he?", "HE'S HERE ISN'T HE", {}),
+        ("don’t — “stop”", "DON'T STOP", {}),
+        ("Room 12, déjà vu", "ROOM DJ VU", {"1": 1, "2": 1, "É": 1, "À": 1}),
+        ("...", "", {}),
+    ],
+)
 def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recogniser, text, kept, lost):
     assert recogniser.normalise(text) == (kept, Counter(lost))
 
@@ -162,13 +165,22 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_changes_no_weight(recogn
     assert all(torch.equal(weight, before[name]) for name, weight in named.items())
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"rubbish"), "cannot be loaded"),
-    (lambda f: (f / "vocab.json").unlink(), "cannot be loaded"),
-    (lambda f: save_file({k: v for k, v in load_file(f / "model.safetensors").items() if "lm_head" not in k},
-                         f / "model.safetensors", metadata={"format": "pt"}), "lacks 2 weights, such as lm_head.bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"rubbish"), "cannot be loaded"),
+        (lambda f: (f / "vocab.json").unlink(), "cannot be loaded"),
+        (
+            lambda f: save_file(
+                {k: v for k, v in load_file(f / "model.safetensors").items() if "lm_head" not in k},
+                f / "model.safetensors",
+                metadata={"format": "pt"},
+            ),
+            "lacks 2 weights, such as lm_head.bias",
+        ),
+    ],
+)
 def test_a_recogniser_that_cannot_be_used_is_an_error_that_names_it(folder, tmp_path, broken, message):
     shutil.copytree(folder, tmp_path / "broken")
     broken(tmp_path / "broken")
@@ -218,9 +230,10 @@ def test_the_gradient_of_a_step_is_the_mean_over_its_characters_whoever_shares_i
 
     def gradient(samples):
         gradients = {}
-        keep = argparse.Namespace(step=lambda: gradients.update({n: w.grad.clone() for n, w in named.items()
-                                                                 if w.grad is not None}),
-                                  zero_grad=lambda: recogniser.network.zero_grad())  # fmt: skip
+        keep = argparse.Namespace(
+            step=lambda: gradients.update({n: w.grad.clone() for n, w in named.items() if w.grad is not None}),
+            zero_grad=lambda: recogniser.network.zero_grad(),
+        )
         recipe.train_step(recogniser, named, keep, samples, 1, clip=1e9)
         return gradients
 
@@ -275,17 +288,30 @@ class FakeLlm:
 
 
 def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(recogniser, tmp_path):
-    answers = {"A KAT": "A cat.", "ONE TWO THREE FOUR": "One two three five!", "HE WENT": "Once upon a day he went on",
-               "LONG": None, "NOTHING": "\n\"\"", "SAME": "Same", "ROOM": "Room 12"}  # fmt: skip
+    answers = {
+        "A KAT": "A cat.",
+        "ONE TWO THREE FOUR": "One two three five!",
+        "HE WENT": "Once upon a day he went on",
+        "LONG": None,
+        "NOTHING": '\n""',
+        "SAME": "Same",
+        "ROOM": "Room 12",
+    }
     transcripts = [*answers, ""]
     llm, given = FakeLlm(answers), settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3)
     samples = [sample(str(i), human=None) for i in range(len(transcripts))]
     lines, lost = recipe.write_gold(samples, transcripts, recogniser, llm, given)
     assert sorted(llm.asked) == sorted(answers)
     assert [line["verdict"] for line in lines] == [
-        "kept", "kept", "too far from the transcript", "answer did not end", "empty answer", "kept",
-        "characters outside the alphabet", "empty transcript",
-    ]  # fmt: skip
+        "kept",
+        "kept",
+        "too far from the transcript",
+        "answer did not end",
+        "empty answer",
+        "kept",
+        "characters outside the alphabet",
+        "empty transcript",
+    ]
     assert [line["gold"] for line in lines] == ["A CAT", "ONE TWO THREE FIVE", None, None, None, "SAME", None, None]
     assert [line["distance"] for line in lines[:3]] == [0.5, 0.25, 2.5]
     assert lost == {"1": 1, "2": 1}
@@ -299,17 +325,20 @@ def test_the_limit_of_the_distance_is_the_setting(recogniser, tmp_path):
         assert (lines[0]["gold"] is not None) is kept
 
 
-@pytest.mark.parametrize("answer, sentence", [
-    ("He went home.", "He went home."),
-    ('"He went home."', "He went home."),
-    ("Corrected sentence: “He went home.”", "He went home."),
-    ("Sure! Here is the corrected transcript:\nHe went home.\nI changed one word.", "He went home."),
-    ("**He went home.**", "He went home."),
-    ("\n  Output: He went home", "He went home"),
-    ("The answer is no", "The answer is no"),
-    ("Text me later", "Text me later"),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        ("He went home.", "He went home."),
+        ('"He went home."', "He went home."),
+        ("Corrected sentence: “He went home.”", "He went home."),
+        ("Sure! Here is the corrected transcript:\nHe went home.\nI changed one word.", "He went home."),
+        ("**He went home.**", "He went home."),
+        ("\n  Output: He went home", "He went home"),
+        ("The answer is no", "The answer is no"),
+        ("Text me later", "Text me later"),
+        ("", ""),
+    ],
+)
 def test_an_answer_is_its_first_sentence_without_label_and_quotes(answer, sentence):
     assert recipe.clean_answer(answer) == sentence
 
@@ -320,16 +349,31 @@ def llm_folder(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<s>", "</s>", "[INST]", "[/INST]"]
-    tokenizer.train_from_iterator([recipe.PROMPT, *ANSWERS, *ANSWERS.values()] * 3, trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))  # fmt: skip
+    tokenizer.train_from_iterator(
+        [recipe.PROMPT, *ANSWERS, *ANSWERS.values()] * 3,
+        trainers.BpeTrainer(
+            vocab_size=700,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "<s>{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     torch.manual_seed(0)
-    network = MistralForCausalLM(MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=0, eos_token_id=1, max_position_embeddings=512, sliding_window=None,
-    ))  # fmt: skip
+    network = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            max_position_embeddings=512,
+            sliding_window=None,
+        )
+    )
     optimiser = torch.optim.AdamW(network.parameters(), lr=5e-3)
     rows = []
     for transcript, answer in ANSWERS.items():
@@ -339,8 +383,10 @@ def llm_folder(tmp_path_factory):
     loss = 1.0
     while loss > 0.02:
         optimiser.zero_grad()
-        losses = [network(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
-                  for prompt, answer in rows]  # fmt: skip
+        losses = [
+            network(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
+            for prompt, answer in rows
+        ]
         loss = sum(losses)
         loss.backward()
         optimiser.step()
@@ -406,8 +452,9 @@ def test_lora_on_the_real_size_trains_the_published_number_of_weights():
 def trained(recogniser, tmp_path, *arguments):
     """Some steps on two samples. Returns the logits of a clip before and after, and where it was saved."""
     audio = sound(1.0, seed=5)
-    given = settings("--data", "x", "--oracle", "--output", tmp_path, "--learning-rate", 1e-2,
-                     "--epochs", 3, *arguments)  # fmt: skip
+    given = settings(
+        "--data", "x", "--oracle", "--output", tmp_path, "--learning-rate", 1e-2, "--epochs", 3, *arguments
+    )
     with torch.no_grad():
         before = recogniser.logits(audio)
     chosen = [(sample(id, seed=i), recogniser.encode("A CAT")) for i, id in enumerate("ab")]
@@ -522,8 +569,11 @@ def test_the_interval_of_a_difference_is_over_speakers_and_pairs_the_systems():
 
 
 def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart():
-    lines = [line("a", "A B", "A X", "A B", "A B", "clean"), line("b", "C D", "X X", "C X", "C X", "noisy"),
-             line("c", "E F", "E", "E", None, "noisy")]  # fmt: skip
+    lines = [
+        line("a", "A B", "A X", "A B", "A B", "clean"),
+        line("b", "C D", "X X", "C X", "C X", "noisy"),
+        line("c", "E F", "E", "E", None, "noisy"),
+    ]
     results = recipe.evaluate(lines, lines, settings("--audio-dir", "x"))
     assert set(results["held_out"]) == {"all", "clean", "noisy"}
     assert (
@@ -538,17 +588,20 @@ def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart()
 # The script
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "give --audio-dir.*or --data"),
-    (["--audio-dir", "x", "--data", "y"], "one of the two"),
-    (["--audio-dir", "x", "--oracle"], "--audio-dir has none"),
-    (["--data", "x", "--oracle", "--llm", "y"], "asks no LLM: leave out --llm"),
-    (["--data", "x", "--no-lora", "--rank", "4"], "trains no LoRA: leave out --rank"),
-    (["--audio-dir", "x", "--split", "test"], "leave it out"),
-    (["--check-llm", "--epochs", "2"], "leave out --epochs"),
-    (["--write-tiny", "x", "--data", "y"], "leave out --data"),
-    (["--data", "x", "--validation", "1"], "fraction"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --audio-dir.*or --data"),
+        (["--audio-dir", "x", "--data", "y"], "one of the two"),
+        (["--audio-dir", "x", "--oracle"], "--audio-dir has none"),
+        (["--data", "x", "--oracle", "--llm", "y"], "asks no LLM: leave out --llm"),
+        (["--data", "x", "--no-lora", "--rank", "4"], "trains no LoRA: leave out --rank"),
+        (["--audio-dir", "x", "--split", "test"], "leave it out"),
+        (["--check-llm", "--epochs", "2"], "leave out --epochs"),
+        (["--write-tiny", "x", "--data", "y"], "leave out --data"),
+        (["--data", "x", "--validation", "1"], "fraction"),
+    ],
+)
 def test_settings_that_cannot_work_together_are_an_error(arguments, message):
     with pytest.raises(cli.InputError, match=message):
         settings(*arguments)
@@ -563,8 +616,22 @@ def test_without_an_llm_it_stops_before_anything_is_transcribed(corpus, folder, 
 
 def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, llm_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--data", corpus, "--limit", 20, "--validation", 0.5, "--recogniser", folder, "--llm", llm_folder,
-                 "--epochs", 1, "--output", out]  # fmt: skip
+    arguments = [
+        "--data",
+        corpus,
+        "--limit",
+        20,
+        "--validation",
+        0.5,
+        "--recogniser",
+        folder,
+        "--llm",
+        llm_folder,
+        "--epochs",
+        1,
+        "--output",
+        out,
+    ]
     given = settings(*arguments)
     with pytest.raises(cli.RunError, match="0 samples to train on"):  # what it memorised is far from any transcript
         recipe.run(given)
@@ -583,8 +650,26 @@ def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder
 
 def test_a_run_on_folders_reports_clean_and_noisy_apart(recordings, folder, llm_folder, tmp_path):
     out = tmp_path / "out"
-    recipe.run(settings("--audio-dir", recordings, "--validation", 0.4, "--recogniser", folder, "--llm", llm_folder,
-                        "--max-distance", 100, "--epochs", 1, "--batch-size", 1, "--output", out))  # fmt: skip
+    recipe.run(
+        settings(
+            "--audio-dir",
+            recordings,
+            "--validation",
+            0.4,
+            "--recogniser",
+            folder,
+            "--llm",
+            llm_folder,
+            "--max-distance",
+            100,
+            "--epochs",
+            1,
+            "--batch-size",
+            1,
+            "--output",
+            out,
+        )
+    )
     results = json.loads((out / "evaluation_results.json").read_text())
     samples = {part: numbers["gold"] and numbers["gold"]["samples"] for part, numbers in results["held_out"].items()}
     assert samples["all"] == samples["clean"] + samples["noisy"] > 0
@@ -598,8 +683,13 @@ def test_a_run_as_a_user_starts_it_says_oracle_everywhere_and_is_not_overwritten
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out-gold"
     assert {path.name for path in out.iterdir()} == {
-        "settings.json", "gold.jsonl", "log.jsonl", "adapter", "held_out.jsonl", "evaluation_results.json",
-    }  # fmt: skip
+        "settings.json",
+        "gold.jsonl",
+        "log.jsonl",
+        "adapter",
+        "held_out.jsonl",
+        "evaluation_results.json",
+    }
     results = json.loads((out / "evaluation_results.json").read_text())
     assert recipe.ORACLE in result.stdout
     assert results["gold"] == json.loads((out / "settings.json").read_text())["gold"] == recipe.ORACLE

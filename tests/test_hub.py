@@ -14,14 +14,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import ROOT
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from test_data import hub_table
 
-from support import cli, hub
 import data
 import model as models
-from conftest import ROOT
-from test_data import hub_table
+from support import cli, hub
 
 NOBODY = "http://127.0.0.1:9"  # nothing listens at this address
 FIRST, SECOND = "1" * 40, "2" * 40  # commits that the moving revision names, one after the other
@@ -60,8 +60,11 @@ class Answer(BaseHTTPRequestHandler):
                 return self.reply(404, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
             if what == "revision":
                 return self.reply(200, {}, json.dumps({"id": repository, "sha": commit, "siblings": []}).encode())
-            files = [{"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size,
-                      "oid": etag(path)} for path in folder.rglob("*") if path.is_file()]  # fmt: skip
+            files = [
+                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": etag(path)}
+                for path in folder.rglob("*")
+                if path.is_file()
+            ]
             return self.reply(200, {}, json.dumps(files).encode())
         if file:
             repository, commit, name = file.groups()
@@ -111,8 +114,9 @@ class Machine:
             "NO_PROXY": "127.0.0.1",
         }
         self.server.seen.clear()
-        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=self.folder, env=environment,
-                                capture_output=True, text=True)  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=self.folder, env=environment, capture_output=True, text=True
+        )
         return result.returncode, result.stdout + result.stderr, list(self.server.seen)
 
     def train(self, output, *more, **how):
@@ -132,8 +136,14 @@ def server(checkpoint, corpus, tmp_path_factory):
     """The tiny model and corpus under the names of the real ones, the model in two commits, among other files."""
     folder = tmp_path_factory.mktemp("hub")
     first, second = (shutil.copytree(checkpoint, folder / name) for name in ("first", "second"))
-    for name in ("pytorch_model.bin", "speech-lora/adapter_model.bin", "modeling_phi4mm.py", "README.md",
-                 "vision-lora/adapter_config.json", "vision-lora/adapter_model.safetensors"):  # fmt: skip
+    for name in (
+        "pytorch_model.bin",
+        "speech-lora/adapter_model.bin",
+        "modeling_phi4mm.py",
+        "README.md",
+        "vision-lora/adapter_config.json",
+        "vision-lora/adapter_model.safetensors",
+    ):
         (first / name).parent.mkdir(exist_ok=True)
         (first / name).write_bytes(b"of no use")
     weights = load_file(second / "model.safetensors")
@@ -181,17 +191,28 @@ def test_the_default_ids_are_fetched_once_and_only_what_is_needed(life):
     assert code == 0, text
     model = f"{models.HUB_MODEL}/resolve/{FIRST}"
     corpus = f"datasets/{data.HUB_CORPUS}/resolve/{data.HUB_CORPUS_REVISION}/data"
-    files = [f"{model}/{name}" for name in (
-        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors", "speech-lora/adapter_config.json", "speech-lora/adapter_model.safetensors",
-    )] + [f"{corpus}/{split}-00000-of-00001.parquet" for split in ("train", "test")]  # fmt: skip
-    assert sorted(requests) == sorted([
-        *2 * [f"GET api/models/{models.HUB_MODEL}/revision/{models.HUB_MODEL_REVISION}"],
-        f"GET api/models/{models.HUB_MODEL}/tree/{FIRST}",
-        f"GET api/datasets/{data.HUB_CORPUS}/revision/{data.HUB_CORPUS_REVISION}",
-        f"GET api/datasets/{data.HUB_CORPUS}/tree/{data.HUB_CORPUS_REVISION}",
-        *(f"{method} {file}" for file in files for method in ("HEAD", "GET")),
-    ])  # fmt: skip
+    files = [
+        f"{model}/{name}"
+        for name in (
+            "config.json",
+            "generation_config.json",
+            "preprocessor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "model.safetensors",
+            "speech-lora/adapter_config.json",
+            "speech-lora/adapter_model.safetensors",
+        )
+    ] + [f"{corpus}/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+    assert sorted(requests) == sorted(
+        [
+            *2 * [f"GET api/models/{models.HUB_MODEL}/revision/{models.HUB_MODEL_REVISION}"],
+            f"GET api/models/{models.HUB_MODEL}/tree/{FIRST}",
+            f"GET api/datasets/{data.HUB_CORPUS}/revision/{data.HUB_CORPUS_REVISION}",
+            f"GET api/datasets/{data.HUB_CORPUS}/tree/{data.HUB_CORPUS_REVISION}",
+            *(f"{method} {file}" for file in files for method in ("HEAD", "GET")),
+        ]
+    )
 
 
 def test_the_commit_is_recorded_and_the_name_stays_the_users(life):
@@ -260,14 +281,17 @@ def test_without_a_gpu_a_model_of_the_hub_is_judged_by_its_size_before_any_of_it
         assert bool(seen) != offline and not [request for request in seen if "safetensors" in request]
 
 
-@pytest.mark.parametrize("name, revision, how, reason", [
-    (models.HUB_MODEL, models.HUB_MODEL_REVISION, {"offline": True}, "HF_HUB_OFFLINE"),
-    (models.HUB_MODEL, models.HUB_MODEL_REVISION, {"url": NOBODY}, "refused"),
-    (models.HUB_MODEL, FIRST, {"url": NOBODY}, "refused"),
-    (models.HUB_MODEL, "refs/pr/71", {}, "no such revision"),
-    ("nobody/nothing", "main", {}, "none of this name"),
-    ("no/such/folder", "main", {}, "no/such/folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, revision, how, reason",
+    [
+        (models.HUB_MODEL, models.HUB_MODEL_REVISION, {"offline": True}, "HF_HUB_OFFLINE"),
+        (models.HUB_MODEL, models.HUB_MODEL_REVISION, {"url": NOBODY}, "refused"),
+        (models.HUB_MODEL, FIRST, {"url": NOBODY}, "refused"),
+        (models.HUB_MODEL, "refs/pr/71", {}, "no such revision"),
+        ("nobody/nothing", "main", {}, "none of this name"),
+        ("no/such/folder", "main", {}, "no/such/folder"),
+    ],
+)
 def test_what_cannot_be_had_is_one_line_at_once_with_the_id_the_reason_and_the_remedy(
     reach, name, revision, how, reason
 ):

@@ -75,12 +75,15 @@ def test_error_rate_of_nothing_is_nan():
     assert math.isnan(metrics.error_rate([[]], [["A"]]))
 
 
-@pytest.mark.parametrize("text, words", [
-    ("That's an interesting observation.", ["THAT'S", "AN", "INTERESTING", "OBSERVATION"]),
-    ("  'Hello,' she said -- well-known ", ["HELLO", "SHE", "SAID", "WELL", "KNOWN"]),
-    ("that’s", ["THAT'S"]),
-    ("?!", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("That's an interesting observation.", ["THAT'S", "AN", "INTERESTING", "OBSERVATION"]),
+        ("  'Hello,' she said -- well-known ", ["HELLO", "SHE", "SAID", "WELL", "KNOWN"]),
+        ("that’s", ["THAT'S"]),
+        ("?!", []),
+    ],
+)
 def test_words_are_compared_in_upper_case_without_punctuation(text, words):
     assert metrics.normalise_words(text) == words
 
@@ -133,26 +136,33 @@ def test_detection_follows_the_published_rules_on_random_strings():
         assert metrics.detection_counts([canonical], [heard], [predicted]) == expected
 
 
-@pytest.mark.parametrize("canonical, heard, predicted, expected", [
-    ("A B C", "A B C", "A B C", {"true_accept": 3}),
-    ("A B C", "A X C", "A X C", {"true_accept": 2, "correct_diagnosis": 1}),
-    ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
-    ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
-    ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
-    ("A B C", "A B C", "A X C", {"true_accept": 2, "false_reject": 1}),
-    ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
-    ("A B C", "A C", "A C", {"true_accept": 2, "correct_diagnosis": 1}),
-    ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
-    ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
-    ("A C", "A B C", "A B C", {"true_accept": 2, "correct_diagnosis": 1}),
-    ("A C", "A B C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
-    ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
-    ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
-    ("DH AH K AE T", "D AH K AE", "D AH G AE T",
-     {"true_accept": 2, "false_reject": 1, "correct_diagnosis": 1, "false_accept": 1}),
-    ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
-    ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "canonical, heard, predicted, expected",
+    [
+        ("A B C", "A B C", "A B C", {"true_accept": 3}),
+        ("A B C", "A X C", "A X C", {"true_accept": 2, "correct_diagnosis": 1}),
+        ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
+        ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
+        ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
+        ("A B C", "A B C", "A X C", {"true_accept": 2, "false_reject": 1}),
+        ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
+        ("A B C", "A C", "A C", {"true_accept": 2, "correct_diagnosis": 1}),
+        ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
+        ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
+        ("A C", "A B C", "A B C", {"true_accept": 2, "correct_diagnosis": 1}),
+        ("A C", "A B C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
+        ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
+        ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
+        (
+            "DH AH K AE T",
+            "D AH K AE",
+            "D AH G AE T",
+            {"true_accept": 2, "false_reject": 1, "correct_diagnosis": 1, "false_accept": 1},
+        ),
+        ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
+        ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
+    ],
+)
 def test_detection_of_worked_cases(canonical, heard, predicted, expected):
     counts = metrics.detection_counts([canonical.split()], [heard.split()], [predicted.split()])
     assert {key: value for key, value in counts.items() if value} == expected
@@ -168,8 +178,13 @@ def test_detection_counts_are_pooled_over_utterances():
 def test_a_wrong_diagnosis_is_still_a_detection():
     counts = dict(true_accept=90, false_reject=2, false_accept=4, correct_diagnosis=3, diagnosis_error=3)
     assert metrics.detection_scores(counts) == {
-        "precision": 6 / 8, "recall": 6 / 10, "f1": 12 / 18, "far": 4 / 10, "frr": 2 / 92, "der": 3 / 6
-    }  # fmt: skip
+        "precision": 6 / 8,
+        "recall": 6 / 10,
+        "f1": 12 / 18,
+        "far": 4 / 10,
+        "frr": 2 / 92,
+        "der": 3 / 6,
+    }
 
 
 def test_copying_the_canonical_phones_has_recall_0_and_no_precision():
@@ -221,12 +236,15 @@ def test_correlation_and_error_equal_scipy_and_numpy():
     assert mae == np.mean(np.abs(np.subtract(predicted, human))) and reason is None
 
 
-@pytest.mark.parametrize("predicted, human, reason", [
-    ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
-    ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
-    ([7, 8], [8, 9], "only 2 utterances"),
-    ([], [], "no scores"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "predicted, human, reason",
+    [
+        ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
+        ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
+        ([7, 8], [8, 9], "only 2 utterances"),
+        ([], [], "no scores"),
+    ],
+)
 def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, human, reason):
     pcc, pvalue, mae, why = metrics.correlation(predicted, human)
     assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
@@ -260,8 +278,10 @@ def test_an_unparsed_transcript_counts_as_empty():
 def test_word_error_rate_is_jiwers():
     references = ["WE SEE NINE", "IT"]
     outputs = ["WE NINE NINE", ""]
-    pairs = [({"word_transcript": o, "phoneme_transcript": ""}, {"word_transcript": r, "canonical": [], "heard": []})
-             for o, r in zip(outputs, references)]  # fmt: skip
+    pairs = [
+        ({"word_transcript": o, "phoneme_transcript": ""}, {"word_transcript": r, "canonical": [], "heard": []})
+        for o, r in zip(outputs, references)
+    ]
     assert metrics.summarise([], pairs)[0]["wer"] == jiwer.wer(references, outputs)
 
 
@@ -272,8 +292,13 @@ def test_word_error_rate_is_jiwers():
 def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
     heard, predicted = [list("ABCD"), list("AB")], [list("XBC"), list("ABE")]
     assert metrics.error_counts(heard, predicted).tolist() == [[1, 1, 0, 4], [0, 0, 1, 2]]
-    pairs = [({"word_transcript": "", "phoneme_transcript": " ".join(p)},
-              {"word_transcript": "A", "canonical": h, "heard": h}) for h, p in zip(heard, predicted)]  # fmt: skip
+    pairs = [
+        (
+            {"word_transcript": "", "phoneme_transcript": " ".join(p)},
+            {"word_transcript": "A", "canonical": h, "heard": h},
+        )
+        for h, p in zip(heard, predicted)
+    ]
     numbers, _ = metrics.summarise([], pairs)
     assert (numbers["per_sub"], numbers["per_del"], numbers["per_ins"]) == (1 / 6, 1 / 6, 1 / 6)
     assert numbers["per"] == pytest.approx(1 / 2) and numbers["wer_del"] == 1
@@ -402,9 +427,13 @@ corpora = st.lists(st.tuples(phones, phones, phones), min_size=1, max_size=6)
 
 
 def mdd_numbers(utterances):
-    pairs = [({"word_transcript": "", "phoneme_transcript": " ".join(predicted)},
-              {"word_transcript": "A", "canonical": canonical, "heard": heard})
-             for canonical, heard, predicted in utterances]  # fmt: skip
+    pairs = [
+        (
+            {"word_transcript": "", "phoneme_transcript": " ".join(predicted)},
+            {"word_transcript": "A", "canonical": canonical, "heard": heard},
+        )
+        for canonical, heard, predicted in utterances
+    ]
     return metrics.summarise([], pairs)[0]
 
 

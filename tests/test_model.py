@@ -27,8 +27,12 @@ import prompts
 from support import cli
 
 # strategy and --speech-adapter: "full" has no LoRA, so there is none to continue
-WAYS = [(strategy, way) for strategy in models.STRATEGIES for way in models.SPEECH_ADAPTERS
-        if (strategy, way) != ("full", "continue")]  # fmt: skip
+WAYS = [
+    (strategy, way)
+    for strategy in models.STRATEGIES
+    for way in models.SPEECH_ADAPTERS
+    if (strategy, way) != ("full", "continue")
+]
 SETTINGS = {"strategy": "lora", "dtype": "float32"}
 
 
@@ -160,8 +164,12 @@ def test_embeddings_of_one_clip_are_transformers_own(new_model, utterances):
     audio = model.core.model.embed_tokens_extend.audio_embed
     ids = torch.full((1, utterance.audio_tokens), model.audio_id)
     with torch.no_grad():
-        theirs = audio(ids, torch.zeros(1, utterance.audio_tokens, model.core.config.hidden_size), features[None],
-                       audio_embed_sizes=torch.tensor([utterance.audio_tokens]))  # fmt: skip
+        theirs = audio(
+            ids,
+            torch.zeros(1, utterance.audio_tokens, model.core.config.hidden_size),
+            features[None],
+            audio_embed_sizes=torch.tensor([utterance.audio_tokens]),
+        )
         ours = model.embed_audio([features])[0]
     assert relative(ours, theirs[0]) < 1e-5
 
@@ -249,8 +257,10 @@ def test_embeddings_of_other_weights_or_another_type_are_never_used(new_model, u
         found.append(changed.audio_embeddings(utterances[:1])[0])
     assert len(list(tmp_path.iterdir())) == 3
     assert not torch.equal(found[0], found[1]) and found[2].dtype == torch.bfloat16
-    assert all(torch.equal(changed.audio_embeddings(utterances[:1])[0], embeddings)
-               for changed, embeddings in zip((model, other, half), found))  # fmt: skip
+    assert all(
+        torch.equal(changed.audio_embeddings(utterances[:1])[0], embeddings)
+        for changed, embeddings in zip((model, other, half), found)
+    )
 
 
 class Allocated(TorchDispatchMode):
@@ -418,11 +428,14 @@ def test_answers_are_those_of_transformers_own_generate(fluent, utterances, task
     for utterance, (text, length, truncated) in zip(utterances[:4], answers, strict=True):
         input_ids = torch.tensor([data.encode_prompt(utterance, task, fluent.tokenizer, fluent.audio_id)])
         sequence = fluent.core.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=25, do_sample=False,
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=25,
+            do_sample=False,
             audio_input_features=data.log_mel(utterance, fluent.extractor)[None],
             audio_embed_sizes=torch.tensor([utterance.audio_tokens]),
             eos_token_id=fluent.tokenizer.convert_tokens_to_ids(prompts.END),
-        )[0, input_ids.shape[1] :]  # fmt: skip
+        )[0, input_ids.shape[1] :]
         assert fluent.tokenizer.decode(sequence) == text + prompts.END * (not truncated) and len(sequence) == length
 
 
@@ -521,8 +534,10 @@ def test_a_step_changes_exactly_the_chosen_groups(new_model, examples, strategy,
     before = {name: p.detach().clone() for name, p in model.core.named_parameters()}
     train_one_step(model, examples[:8])
     changed = {name for name, p in model.core.named_parameters() if not torch.equal(p, before[name])}
-    groups = [{name for name in changed if models.re.search(models.PARAMETER_GROUPS[group], name)}
-              for group in models.STRATEGIES[strategy]]  # fmt: skip
+    groups = [
+        {name for name in changed if models.re.search(models.PARAMETER_GROUPS[group], name)}
+        for group in models.STRATEGIES[strategy]
+    ]
     assert all(groups) and changed == set().union(*groups)
     assert not any("audio_embed" in name and "lora" in name for name in before)
 
@@ -565,13 +580,19 @@ def test_the_memory_that_full_takes_is_counted_and_refused_before_the_weights_ar
         models.check_memory(tmp_path, None, expected - 1)
 
 
-@pytest.mark.parametrize("strategy, rank, counts", [
-    ("lora", 64, {"LoRA": 92_274_688, "control tokens": ROWS}),
-    ("lora", 320, {"LoRA": 461_373_440, "control tokens": ROWS}),
-    ("unfreeze", 64, {"LoRA": 92_274_688, "control tokens": ROWS, "audio encoder": ENCODER,
-                      "audio projector": PROJECTOR}),
-    ("full", None, {"language model": LANGUAGE_MODEL, "audio encoder": ENCODER, "audio projector": PROJECTOR}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "strategy, rank, counts",
+    [
+        ("lora", 64, {"LoRA": 92_274_688, "control tokens": ROWS}),
+        ("lora", 320, {"LoRA": 461_373_440, "control tokens": ROWS}),
+        (
+            "unfreeze",
+            64,
+            {"LoRA": 92_274_688, "control tokens": ROWS, "audio encoder": ENCODER, "audio projector": PROJECTOR},
+        ),
+        ("full", None, {"language model": LANGUAGE_MODEL, "audio encoder": ENCODER, "audio projector": PROJECTOR}),
+    ],
+)
 def test_what_each_strategy_trains_at_full_size(strategy, rank, counts):
     """Rank 320 is the shipped speech adapter's, 923 MB in bfloat16; the README's table has these numbers."""
     model, found = full_size(strategy, rank)
@@ -644,10 +665,13 @@ def saved(new_model, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("change", [
-    lambda weights: weights.pop(next(iter(weights))),
-    lambda weights: weights.update({"base_model.model.model.layers.9.lora_A.weight": torch.zeros(2)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop(next(iter(weights))),
+        lambda weights: weights.update({"base_model.model.model.layers.9.lora_A.weight": torch.zeros(2)}),
+    ],
+)
 def test_an_adapter_with_missing_or_foreign_keys_is_refused(checkpoint, saved, change):
     weights = load_file(saved / "adapter_model.safetensors")
     change(weights)
@@ -670,15 +694,18 @@ def test_a_lora_that_train_py_did_not_write_is_refused(checkpoint, saved):
         reload(checkpoint, saved, "merge")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"lora_alpha": 0}, "lora_alpha 0"),
-    ({"lora_alpha": 1e300}, "lora_alpha 1e.300"),
-    ({"r": True}, "r True"),
-    ({"use_rslora": "no"}, "use_rslora 'no'"),
-    ({"fan_in_fan_out": "x"}, "fan_in_fan_out 'x'"),
-    ({"alpha_pattern": {"qkv_proj": -1}}, "alpha_pattern .*'qkv_proj'"),
-    ({"target_parameters": ["x"]}, "target_parameters .*'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lora_alpha": 0}, "lora_alpha 0"),
+        ({"lora_alpha": 1e300}, "lora_alpha 1e.300"),
+        ({"r": True}, "r True"),
+        ({"use_rslora": "no"}, "use_rslora 'no'"),
+        ({"fan_in_fan_out": "x"}, "fan_in_fan_out 'x'"),
+        ({"alpha_pattern": {"qkv_proj": -1}}, "alpha_pattern .*'qkv_proj'"),
+        ({"target_parameters": ["x"]}, "target_parameters .*'x'"),
+    ],
+)
 def test_an_adapters_configuration_of_another_shape_is_named(checkpoint, saved, change, message):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | change))
@@ -728,8 +755,12 @@ def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_name
     """Reported of the real one: it names GPT2TokenizerFast, a class that has its own way to split."""
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     file = json.loads((folder / "tokenizer.json").read_text())
-    digits = {"type": "Split", "pattern": {"Regex": r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]"}, "behavior": "Isolated",
-              "invert": False}  # fmt: skip
+    digits = {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     file["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [digits, file["pre_tokenizer"] | {"use_regex": False}],
@@ -753,18 +784,21 @@ def test_a_checkpoint_without_the_turn_tokens_is_refused(checkpoint, tmp_path):
         models.load_base(str(folder), None, "float32", "sdpa", "none")
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("config.json", {"model_type": "llama"}, "model_type 'llama'"),
-    ("config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers 1000000"),
-    ("config.json", {"pad_token_id": None}, "pad_token_id None"),
-    ("config.json", {"pad_token_id": 10**9}, "token 1000000000 has no row"),
-    ("config.json", {"audio_config": {"audio_token_id": 10**9}}, "token 1000000000 has no row"),
-    ("config.json", {"audio_config": {"audio_token_id": -1}}, "audio_config.audio_token_id -1"),
-    ("config.json", {"sliding_window": -1}, "sliding_window -1"),
-    ("preprocessor_config.json", {"hop_length": 80}, "hop_length 80: Input should be 160"),
-    ("preprocessor_config.json", {"sampling_rate": "x"}, "sampling_rate 'x'"),
-    ("preprocessor_config.json", {"feature_size": 7}, "feature_size 7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("config.json", {"model_type": "llama"}, "model_type 'llama'"),
+        ("config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers 1000000"),
+        ("config.json", {"pad_token_id": None}, "pad_token_id None"),
+        ("config.json", {"pad_token_id": 10**9}, "token 1000000000 has no row"),
+        ("config.json", {"audio_config": {"audio_token_id": 10**9}}, "token 1000000000 has no row"),
+        ("config.json", {"audio_config": {"audio_token_id": -1}}, "audio_config.audio_token_id -1"),
+        ("config.json", {"sliding_window": -1}, "sliding_window -1"),
+        ("preprocessor_config.json", {"hop_length": 80}, "hop_length 80: Input should be 160"),
+        ("preprocessor_config.json", {"sampling_rate": "x"}, "sampling_rate 'x'"),
+        ("preprocessor_config.json", {"feature_size": 7}, "feature_size 7"),
+    ],
+)
 def test_a_checkpoints_settings_of_another_shape_are_named(checkpoint, tmp_path, name, change, message):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
@@ -786,8 +820,13 @@ def test_the_feature_extractor_shares_its_file_with_the_real_checkpoints_image_p
 ):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     config = json.loads((folder / "preprocessor_config.json").read_text())
-    image = {"image_processor_type": "Phi4MultimodalImageProcessorFast", "crop_size": 448, "dynamic_hd": 36,
-             "image_mean": [0.5, 0.5, 0.5], "processor_class": "Phi4MultimodalProcessor"}  # fmt: skip
+    image = {
+        "image_processor_type": "Phi4MultimodalImageProcessorFast",
+        "crop_size": 448,
+        "dynamic_hd": 36,
+        "image_mean": [0.5, 0.5, 0.5],
+        "processor_class": "Phi4MultimodalProcessor",
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(config | image))
     ours, theirs = (
         models.load_base(str(path), None, "float32", "sdpa", "none").extractor for path in (checkpoint, folder)
@@ -828,13 +867,19 @@ def quantised(model):
 def test_nf4_is_for_the_language_models_layers_alone(new_model, speech_adapter):
     model = new_model(speech_adapter=speech_adapter, quantize="nf4")
     layers = {name.removesuffix(".base_layer") for name in quantised(model)}
-    assert layers == {f"model.layers.{i}.{name}" for i in range(3) for name in
-                      ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")}  # fmt: skip
+    assert layers == {
+        f"model.layers.{i}.{name}"
+        for i in range(3)
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    }
     extend = model.core.model.embed_tokens_extend
     kinds = {type(module) for module in extend.modules() if isinstance(module, torch.nn.Linear)}
     assert torch.nn.Linear in kinds and not any("4bit" in kind.__name__ for kind in kinds)
-    for weight in (model.core.get_input_embeddings().weight, extend.audio_embed.up_proj_for_speech.weight,
-                   extend.audio_embed.encoder.embed.out.weight):  # fmt: skip
+    for weight in (
+        model.core.get_input_embeddings().weight,
+        extend.audio_embed.up_proj_for_speech.weight,
+        extend.audio_embed.encoder.embed.out.weight,
+    ):
         assert weight.dtype == torch.float32
     layer = next(module for module in model.core.modules() if isinstance(module, Linear4bit))
     assert layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested and layer.weight.dtype == torch.uint8
@@ -882,8 +927,9 @@ def test_beside_quantised_weights_the_shipped_adapter_stays_active_frozen_and_wi
     dropping = models.load_base(str(folder), None, "float32", "sdpa", "merge", "nf4")
     dropouts = [m for name, m in dropping.core.named_modules() if name.endswith("lora_dropout.speech")]
     assert len(dropouts) == 3 * 4 and all(getattr(m, "p", 0.0) == 0 for m in dropouts)  # 0 may be PyTorch's Identity
-    near, without, exact = (logits(m.eval(), examples[:2]) for m in
-                            (model, new_model(speech_adapter="none", quantize="nf4"), new_model()))  # fmt: skip
+    near, without, exact = (
+        logits(m.eval(), examples[:2]) for m in (model, new_model(speech_adapter="none", quantize="nf4"), new_model())
+    )
     assert relative(near, exact) < 0.5 * relative(without, exact)
 
 

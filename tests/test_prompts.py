@@ -9,10 +9,13 @@ SCORES = {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8}
 WORDS = {"word_transcript": "THAT'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}
 
 
-@pytest.mark.parametrize("task, digest", [
-    ("APA", "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842"),
-    ("MDD", "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, digest",
+    [
+        ("APA", "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842"),
+        ("MDD", "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5"),
+    ],
+)
 def test_the_prompts_are_the_papers_to_the_letter(task, digest):
     assert hashlib.sha256(prompts.PROMPTS[task].encode()).hexdigest() == digest
 
@@ -28,69 +31,81 @@ def test_the_baseline_prompt_lacks_only_the_control_token():
 
 def test_targets_are_json_with_keys_in_the_papers_order():
     assert prompts.apa_target(dict(reversed(SCORES.items()))) == json.dumps(SCORES)
-    target = prompts.mdd_target("THAT'S IT", "DH AE T S IH <unk>".split())
+    target = prompts.mdd_target("THAT'S IT", ["DH", "AE", "T", "S", "IH", "<unk>"])
     assert target == '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}'
 
 
-@pytest.mark.parametrize("text", [
-    json.dumps(SCORES),
-    str(SCORES),
-    f"Here are the results:\n```json\n{json.dumps(SCORES, indent=2)}\n``` I hope {{this}} helps.",
-    '{"accuracy": "8", "fluency": "9.0", "prosodic": 9.0, "total": 8}',
-    "{'accuracy': '8', 'fluency': 9, 'prosodic': 9.0, 'total': 8}",
-    '{"results": {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8, "comment": "good"}}',
-    json.dumps(SCORES) * 2,
-    "'accuracy': 8, 'fluency': 9, 'prosodic': 9, 'total': 8}",
-    f"{SCORES} {json.dumps(SCORES)}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(SCORES),
+        str(SCORES),
+        f"Here are the results:\n```json\n{json.dumps(SCORES, indent=2)}\n``` I hope {{this}} helps.",
+        '{"accuracy": "8", "fluency": "9.0", "prosodic": 9.0, "total": 8}',
+        "{'accuracy': '8', 'fluency': 9, 'prosodic': 9.0, 'total': 8}",
+        '{"results": {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8, "comment": "good"}}',
+        json.dumps(SCORES) * 2,
+        "'accuracy': 8, 'fluency': 9, 'prosodic': 9, 'total': 8}",
+        f"{SCORES} {json.dumps(SCORES)}",
+    ],
+)
 def test_scores_are_read_as_a_model_really_writes_them(text):
     assert prompts.parse_output("APA", text) == SCORES
 
 
-@pytest.mark.parametrize("text", [
-    "",
-    "The pronunciation is good.",
-    '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
-    '{"accuracy": 11, "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": -1, "fluency": 9, "prosodic": 9, "total": 8}',
-    "{'accuracy': -1, 'fluency': 9, 'prosodic': 9, 'total': 8}",
-    '{"accuracy": NaN, "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": true, "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": null, "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": "8/10", "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": 8, "accuracy": 3, "fluency": 9, "prosodic": 9, "total": 8}',
-    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 1',
-    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": "1',
-    json.dumps(SCORES) + json.dumps(SCORES | {"total": 3}),
-    "{'accuracy': 3, 'fluency': 9, 'prosodic': 9, 'total': 8}" + json.dumps(SCORES),
-    *(str(SCORES).replace("9,", f"{value},", 1) for value in ("8 - 9", "8 or 9", "8 / 10", "8 .5", "10 %")),
-    '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
-    prompts.APA_PROMPT,
-    '{"accuracy":' * 5000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "The pronunciation is good.",
+        '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
+        '{"accuracy": 11, "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": -1, "fluency": 9, "prosodic": 9, "total": 8}',
+        "{'accuracy': -1, 'fluency': 9, 'prosodic': 9, 'total': 8}",
+        '{"accuracy": NaN, "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": true, "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": null, "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": "8/10", "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": 8, "accuracy": 3, "fluency": 9, "prosodic": 9, "total": 8}',
+        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 1',
+        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": "1',
+        json.dumps(SCORES) + json.dumps(SCORES | {"total": 3}),
+        "{'accuracy': 3, 'fluency': 9, 'prosodic': 9, 'total': 8}" + json.dumps(SCORES),
+        *(str(SCORES).replace("9,", f"{value},", 1) for value in ("8 - 9", "8 or 9", "8 / 10", "8 .5", "10 %")),
+        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
+        prompts.APA_PROMPT,
+        '{"accuracy":' * 5000,
+    ],
+)
 def test_what_would_need_a_guess_about_scores_is_unparsed(text):
     assert prompts.parse_output("APA", text) is None
 
 
-@pytest.mark.parametrize("text", [
-    json.dumps(WORDS),
-    "{'word_transcript': 'THAT'S IT', 'phoneme_transcript': 'DH AE T S IH <unk>'}",
-    "Sure: {'phoneme_transcript': 'DH AE T S IH <unk>', 'word_transcript': 'THAT'S IT'} done",
-    '{"word_transcript": "THAT\\u0027S IT", "phoneme_transcript": "DH AE T S IH <unk>"}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(WORDS),
+        "{'word_transcript': 'THAT'S IT', 'phoneme_transcript': 'DH AE T S IH <unk>'}",
+        "Sure: {'phoneme_transcript': 'DH AE T S IH <unk>', 'word_transcript': 'THAT'S IT'} done",
+        '{"word_transcript": "THAT\\u0027S IT", "phoneme_transcript": "DH AE T S IH <unk>"}',
+    ],
+)
 def test_transcripts_are_read_as_a_model_really_writes_them(text):
     assert prompts.parse_output("MDD", text) == WORDS
 
 
-@pytest.mark.parametrize("text", [
-    '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T',
-    '{"word_transcript": "THAT\'S IT"}',
-    '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
-    """{"word_transcript": "THAT\\u0027S IT", 'phoneme_transcript': "DH AE"}""",
-    "DH AE T S IH",
-    r'{"word_transcript": "THAT IS IT", "phoneme_transcript": "DH \ud800 T"}',
-    r'{"word_transcript": "THAT\udfff", "phoneme_transcript": "DH AE T"}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"word_transcript": "THAT\'S IT", "phoneme_transcript": "DH AE T',
+        '{"word_transcript": "THAT\'S IT"}',
+        '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
+        """{"word_transcript": "THAT\\u0027S IT", 'phoneme_transcript': "DH AE"}""",
+        "DH AE T S IH",
+        r'{"word_transcript": "THAT IS IT", "phoneme_transcript": "DH \ud800 T"}',
+        r'{"word_transcript": "THAT\udfff", "phoneme_transcript": "DH AE T"}',
+    ],
+)
 def test_a_cut_off_or_incomplete_transcript_is_unparsed(text):
     assert prompts.parse_output("MDD", text) is None
 

@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import cli, files
 import data
 import metrics
 import prompts
 import report
+from support import cli, files
 
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&"
-TABLES = [("Table <3>", ["accuracy", "PER"], [("paper", ["0.656", "0.114"]), ("this run", ["-", "1,000.5"]),
-                                              ("floor", ["-0.041*", "0.2"])])]  # fmt: skip
+TABLES = [
+    (
+        "Table <3>",
+        ["accuracy", "PER"],
+        [("paper", ["0.656", "0.114"]), ("this run", ["-", "1,000.5"]), ("floor", ["-0.041*", "0.2"])],
+    )
+]
 
 
 def clip(seconds=1.0, format="WAV"):
@@ -87,8 +92,13 @@ def test_the_sections_stand_in_their_order_and_without_probabilities_there_is_no
     plain = write(tmp_path, [apa("a"), mdd("a")])
     assert headings(plain) == ["Results", "Predicted and human scores", "Largest errors"]
     page = write(tmp_path, [apa("a", scores=one_hot(5)), mdd("a")], figure5=png)
-    assert headings(page) == ["Results", "Predicted and human scores", "PER and accuracy score",
-                              "Calibration of the expected scores", "Largest errors"]  # fmt: skip
+    assert headings(page) == [
+        "Results",
+        "Predicted and human scores",
+        "PER and accuracy score",
+        "Calibration of the expected scores",
+        "Largest errors",
+    ]
     assert page.count('role="img"') == 8 and "data:image/png;base64,iVBORw==" in page
     assert "<h3>Table &lt;3&gt;</h3>" in page and "<td>1,000.5</td>" in page
 
@@ -108,8 +118,12 @@ def test_text_of_models_corpus_and_caller_is_text(tmp_path):
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
     page = write(tmp_path, [apa("a", scores=one_hot(5)), mdd("a")], {"a": utterance("a")})
     elements = Elements(page)
-    sources = [value for _, attributes in elements.found for name, value in attributes.items()
-               if name in ("src", "href", "srcset", "data", "action")]  # fmt: skip
+    sources = [
+        value
+        for _, attributes in elements.found
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "action")
+    ]
     assert len(sources) == 1 and sources[0].startswith("data:audio/wav;base64,UklGR")
     assert not elements.named("link") and "url(" not in page and "@import" not in page
     assert "://" not in re.sub(r"base64,[\w+/=]+", "", page)
@@ -120,15 +134,26 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 
 def test_the_largest_errors_come_first():
     # error: a |5 - 5| + 0/4, b |8 - 5| + 1/4, c unparsed 10 + 4/4, d missing 0 + 2/4, e |6.5 - 5| missing
-    lines = [apa("a"), mdd("a"), apa("b", total=8), mdd("b", "W IH S"), apa("c", output="no"), mdd("c", output="{"),
-             mdd("d", "W IY S IY T"), apa("e", output="no", scores=one_hot(8, 5))]  # fmt: skip
+    lines = [
+        apa("a"),
+        mdd("a"),
+        apa("b", total=8),
+        mdd("b", "W IH S"),
+        apa("c", output="no"),
+        mdd("c", output="{"),
+        mdd("d", "W IY S IY T"),
+        apa("e", output="no", scores=one_hot(8, 5)),
+    ]
     errors = {answer.id: answer.error for answer in report.read_answers(lines)}
     assert errors == {"a": 0, "b": 3.25, "c": 11, "d": 0.5, "e": 1.5}
     page = report.show_largest(report.read_answers(lines), {})
     assert re.findall(r'<p class="note">(\w), error ([\d.]+), PER ([\d.-]+)</p>', page) == [
-        ("c", "11.00", "1.000"), ("b", "3.25", "0.250"), ("e", "1.50", "-"), ("d", "0.50", "0.500"),
+        ("c", "11.00", "1.000"),
+        ("b", "3.25", "0.250"),
+        ("e", "1.50", "-"),
+        ("d", "0.50", "0.500"),
         ("a", "0.00", "0.000"),
-    ]  # fmt: skip
+    ]
 
 
 def test_forty_utterances_are_shown_and_only_their_recordings_are_read():
@@ -160,8 +185,12 @@ def test_calibration_bins_are_one_point_wide_and_the_last_one_holds_ten():
 
 
 def test_the_heat_maps_count_utterances_by_rounded_expectation():
-    lines = [apa("a", human=8, scores=one_hot(7, 6)), apa("b", total=7, human=8), apa("c", total=0, human=0),
-             apa("d", output="x")]  # fmt: skip
+    lines = [
+        apa("a", human=8, scores=one_hot(7, 6)),
+        apa("b", total=7, human=8),
+        apa("c", total=0, human=0),
+        apa("d", output="x"),
+    ]
     page = report.draw_scores(report.read_answers(lines))
     assert "<title>human 8, predicted 7: 2</title>" in page and "<title>human 0, predicted 0: 1</title>" in page
     assert "Utterances: 3;" in page and "left out: 1." in page
@@ -176,9 +205,16 @@ def test_unparsed_outputs_are_named_and_cut(tmp_path):
     assert "MDD output, unparsed</b> (8 characters):</p><pre>WE &lt;unk&gt;</pre>" in page
 
 
-@pytest.mark.parametrize("records", [[], [apa("a")], [mdd("a")], [apa("a", output=""), mdd("a", output="")],
-                                     [mdd("a", phones="", reference={"word_transcript": "", "canonical": [],
-                                                                     "heard": []})]])  # fmt: skip
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [apa("a")],
+        [mdd("a")],
+        [apa("a", output=""), mdd("a", output="")],
+        [mdd("a", phones="", reference={"word_transcript": "", "canonical": [], "heard": []})],
+    ],
+)
 @pytest.mark.parametrize("known", [{}, {"a": utterance("a")}])
 def test_what_is_missing_is_said_and_nothing_fails(tmp_path, records, known):
     page = write(tmp_path, records, known, tables=[])
@@ -191,16 +227,19 @@ def gone():
     raise FileNotFoundError(2, "No such file or directory", "<gone>.wav")
 
 
-@pytest.mark.parametrize("recording, shown", [
-    (gone, "cannot be read: [Errno 2] No such file or directory: &#x27;&lt;gone&gt;.wav&#x27;"),
-    (lambda: b"", "of a type that is not played here"),
-    (lambda: b"RIFF\0\0\0\0AVI ", "of a type that is not played here"),
-    (lambda: b"RIFF\n\0\0\0WAVEfmt ", "src=\"data:audio/wav;base64,"),
-    (lambda: b"fLaC\0", "src=\"data:audio/flac;base64,"),
-    (lambda: b"OggS\0", "src=\"data:audio/ogg;base64,"),
-    (lambda: b"ID3\4", "src=\"data:audio/mpeg;base64,"),
-    (lambda: b"\xff\xfb\x90", "src=\"data:audio/mpeg;base64,"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recording, shown",
+    [
+        (gone, "cannot be read: [Errno 2] No such file or directory: &#x27;&lt;gone&gt;.wav&#x27;"),
+        (lambda: b"", "of a type that is not played here"),
+        (lambda: b"RIFF\0\0\0\0AVI ", "of a type that is not played here"),
+        (lambda: b"RIFF\n\0\0\0WAVEfmt ", 'src="data:audio/wav;base64,'),
+        (lambda: b"fLaC\0", 'src="data:audio/flac;base64,'),
+        (lambda: b"OggS\0", 'src="data:audio/ogg;base64,'),
+        (lambda: b"ID3\4", 'src="data:audio/mpeg;base64,'),
+        (lambda: b"\xff\xfb\x90", 'src="data:audio/mpeg;base64,'),
+    ],
+)
 def test_a_recording_is_played_by_its_type_or_the_reason_is_given(recording, shown):
     assert shown in report.show_player(utterance("a", recording=recording))
 
@@ -216,17 +255,20 @@ def test_a_report_replaces_an_earlier_one(tmp_path):
     report.check_path(path)
 
 
-@pytest.mark.parametrize("name, make, message", [
-    ("report.txt", None, "report.txt is not the name of an .html file"),
-    ("out", Path.mkdir, "out is not the name of an .html file"),
-    ("report.html", Path.mkdir, "report.html cannot be read"),
-    ("report.html", lambda path: path.write_text("<!DOCTYPE html>mine"), "another name"),
-    ("report.html", lambda path: path.write_bytes(bytes(range(256))), "another name"),
-    ("report.html", lambda path: path.write_text("x" * 5000 + report.GENERATOR), "another name"),
-    ("report.html", lambda path: path.symlink_to("nowhere"), "report.html cannot be read"),
-    ("report.html", os.mkfifo, "not a regular file"),
-    ("file/report.html", lambda path: path.parent.touch(), "file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("report.txt", None, "report.txt is not the name of an .html file"),
+        ("out", Path.mkdir, "out is not the name of an .html file"),
+        ("report.html", Path.mkdir, "report.html cannot be read"),
+        ("report.html", lambda path: path.write_text("<!DOCTYPE html>mine"), "another name"),
+        ("report.html", lambda path: path.write_bytes(bytes(range(256))), "another name"),
+        ("report.html", lambda path: path.write_text("x" * 5000 + report.GENERATOR), "another name"),
+        ("report.html", lambda path: path.symlink_to("nowhere"), "report.html cannot be read"),
+        ("report.html", os.mkfifo, "not a regular file"),
+        ("file/report.html", lambda path: path.parent.touch(), "file"),
+    ],
+)
 def test_a_report_replaces_nothing_else(tmp_path, name, make, message):
     if make:
         make(tmp_path / name)
@@ -247,9 +289,19 @@ def browser(tmp_path):
         pytest.skip("chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-             "disable-component-update", "disable-sync", "disable-dev-shm-usage",
-             "autoplay-policy=no-user-gesture-required", f"user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    flags = [
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "autoplay-policy=no-user-gesture-required",
+        f"user-data-dir={tmp_path / 'profile'}",
+    ]
     for flag in flags:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -261,8 +313,12 @@ def browser(tmp_path):
 def test_a_browser_plays_sorts_and_fits_a_phone(tmp_path, browser):
     from selenium.webdriver.common.keys import Keys
 
-    lines = [apa("a", human=8, scores=one_hot(7, 6)), mdd("a", "W " * 60, text="W" * 300), apa("b", output=ATTACK),
-             mdd("b", output="x" * 900)]  # fmt: skip
+    lines = [
+        apa("a", human=8, scores=one_hot(7, 6)),
+        mdd("a", "W " * 60, text="W" * 300),
+        apa("b", output=ATTACK),
+        mdd("b", output="x" * 900),
+    ]
     wide = [("A wide table", [f"column {i}" for i in range(20)], [("row" * 20, ["0.5"] * 20)])]
     write(tmp_path, lines, {"a": utterance("a")}, title="A" * 80, tables=TABLES + wide)
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}

@@ -41,8 +41,28 @@ WEIGHTS = Path("epoch-2") / "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def command(checkpoint, corpus):
     """Arguments of a run of twelve steps, with dropout and a checkpoint after each step."""
-    return ["--model", checkpoint, "--data", corpus, "--limit", 24, "--epochs", 2, "--rank", 4, "--alpha", 8,
-            "--batch-size", 4, "--accumulation", 2, "--learning-rate", 3e-3, "--save-minutes", 1e-6]  # fmt: skip
+    return [
+        "--model",
+        checkpoint,
+        "--data",
+        corpus,
+        "--limit",
+        24,
+        "--epochs",
+        2,
+        "--rank",
+        4,
+        "--alpha",
+        8,
+        "--batch-size",
+        4,
+        "--accumulation",
+        2,
+        "--learning-rate",
+        3e-3,
+        "--save-minutes",
+        1e-6,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +225,13 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, tmp_pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "checkpoints").iterdir()} == kept
 
 
-@pytest.mark.parametrize("error, reason", [
-    (OSError(28, "No space left on device"), "No space left on device"),
-    (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
+    ],
+)
 def test_what_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path, error, reason):
     (tmp_path / "file").write_text("old")
     with pytest.raises(cli.RunError, match=f"file cannot be written: .*{reason}"):
@@ -294,24 +317,27 @@ def first(values):
     return values[min(values)]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda state: state["weights"].update({min(state["weights"]): "text"}),
-    lambda state: first(state["weights"]).fill_(float("nan")),
-    lambda state: state["weights"].update({min(state["weights"]): first(state["weights"]).long()}),
-    lambda state: state["weights"].update({min(state["weights"]): first(state["weights"])[:1]}),
-    lambda state: state["weights"].clear(),
-    lambda state: state["optimiser"]["state"].clear(),
-    lambda state: state["optimiser"]["state"].update({999: state["optimiser"]["state"][0]}),
-    lambda state: state["optimiser"]["state"][0].pop("exp_avg"),
-    lambda state: state["optimiser"]["state"][0].update(exp_avg="text"),
-    lambda state: state["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)),
-    lambda state: state["random"].clear(),
-    lambda state: state["random"][0].pop("torch"),
-    lambda state: state["random"][0].update(python="text"),
-    lambda state: state["random"][0].update(torch=torch.zeros(5, dtype=torch.uint8)),
-    lambda state: state["random"][0].update(numpy=("MT19937", [1, 2], 1, 0, 0.0)),
-    lambda state: state.update(step=STEPS + 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["weights"].update({min(state["weights"]): "text"}),
+        lambda state: first(state["weights"]).fill_(float("nan")),
+        lambda state: state["weights"].update({min(state["weights"]): first(state["weights"]).long()}),
+        lambda state: state["weights"].update({min(state["weights"]): first(state["weights"])[:1]}),
+        lambda state: state["weights"].clear(),
+        lambda state: state["optimiser"]["state"].clear(),
+        lambda state: state["optimiser"]["state"].update({999: state["optimiser"]["state"][0]}),
+        lambda state: state["optimiser"]["state"][0].pop("exp_avg"),
+        lambda state: state["optimiser"]["state"][0].update(exp_avg="text"),
+        lambda state: state["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda state: state["random"].clear(),
+        lambda state: state["random"][0].pop("torch"),
+        lambda state: state["random"][0].update(python="text"),
+        lambda state: state["random"][0].update(torch=torch.zeros(5, dtype=torch.uint8)),
+        lambda state: state["random"][0].update(numpy=("MT19937", [1, 2], 1, 0, 0.0)),
+        lambda state: state.update(step=STEPS + 1),
+    ],
+)
 def test_a_checkpoint_with_other_things_inside_is_refused_in_one_line(monkeypatch, broken, command, tmp_path, damage):
     state = torch.load(broken, weights_only=True)
     damage(state)
@@ -332,13 +358,16 @@ def test_the_older_checkpoint_that_was_offered_leads_to_the_same_weights(broken,
     assert same_weights(broken.parents[1], uninterrupted)
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--learning-rate", 1e-3], "is of a run with --learning-rate 0.003, not 0.001"),
-    (["--epochs", 3], "is of a run with --epochs 2, not 3"),
-    (["--seed", 1, "--rank", 2], "--rank 4, not 2; --seed 0, not 1"),
-    (["--limit", 23], "--limit 24, not 23"),
-    (["--resume", "elsewhere.pt"], "elsewhere.pt is missing; "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--learning-rate", 1e-3], "is of a run with --learning-rate 0.003, not 0.001"),
+        (["--epochs", 3], "is of a run with --epochs 2, not 3"),
+        (["--seed", 1, "--rank", 2], "--rank 4, not 2; --seed 0, not 1"),
+        (["--limit", 23], "--limit 24, not 23"),
+        (["--resume", "elsewhere.pt"], "elsewhere.pt is missing; "),
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
     monkeypatch, broken, command, tmp_path, change, message
 ):
@@ -362,9 +391,15 @@ def test_a_moved_corpus_is_the_same_corpus_and_every_label_counts(utterances):
     assert data.fingerprint(same) == data.fingerprint(utterances)
     first, *rest = utterances
     word = first.words[0]
-    changes = [{"samples": 1}, {"speaker": "x"}, {"scores": first.scores | {"total": 11}}, {"text": "x"}, {"id": "x"},
-               {"words": (replace(word, heard=("x",)), *first.words[1:])},
-               {"words": (replace(word, canonical=("x",)), *first.words[1:])}]  # fmt: skip
+    changes = [
+        {"samples": 1},
+        {"speaker": "x"},
+        {"scores": first.scores | {"total": 11}},
+        {"text": "x"},
+        {"id": "x"},
+        {"words": (replace(word, heard=("x",)), *first.words[1:])},
+        {"words": (replace(word, canonical=("x",)), *first.words[1:])},
+    ]
     digests = {data.fingerprint([replace(first, **change), *rest]) for change in changes}
     assert len(digests | {data.fingerprint(utterances), data.fingerprint(rest)}) == len(changes) + 2
 
@@ -559,10 +594,13 @@ def test_when_one_process_fails_its_error_is_said_and_none_goes_on(command, tmp_
     assert first.wait()[0] != 0 and log(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "nowhere"], "corpus folder nowhere does not exist"),
-    (["--shard"], "--shard is for --strategy full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "nowhere"], "corpus folder nowhere does not exist"),
+        (["--shard"], "--shard is for --strategy full"),
+    ],
+)
 def test_a_mistake_that_all_processes_see_is_said_once(command, tmp_path, arguments, message):
     first, second = together("train", [*command, *arguments], tmp_path)
     code, text = first.wait()
@@ -619,8 +657,9 @@ def test_workers_that_say_nothing_end_the_run(command, tmp_path):
 def test_the_processes_of_a_killed_torchrun_end(command, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py")]
     with open(tmp_path / "output.txt", "w") as output:
-        launcher = subprocess.Popen([*torchrun, *map(str, command), "--epochs", "999"], cwd=tmp_path, stdout=output,
-                                    stderr=output)  # fmt: skip
+        launcher = subprocess.Popen(
+            [*torchrun, *map(str, command), "--epochs", "999"], cwd=tmp_path, stdout=output, stderr=output
+        )
     log, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text()) and launcher.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -687,8 +726,9 @@ def test_what_a_killed_save_left_is_cleared_away_and_nothing_else(command, tmp_p
     assert (tmp_path / "out" / "notes.txt").read_text() == (tmp_path / "out" / "backup.tmp").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-1",
-                                  "checkpoints/step-00000001.pt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["settings.json", "log.jsonl", "validation.jsonl", "curves.png", "epoch-1", "checkpoints/step-00000001.pt"]
+)
 def test_a_file_that_a_run_would_overwrite_is_named_and_left(monkeypatch, command, tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
@@ -718,20 +758,27 @@ def test_a_lock_that_is_no_regular_file_is_refused(tmp_path, make):
             raise AssertionError("locked")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("settings.json", "[]", "settings.json"),
-    ("settings.json", '{"theme": "dark"}', "settings.json: strategy is missing"),
-    ("settings.json", '{"strategy": 1, "speech_adapter": "merge", "epochs": 1, "seed": 0}', "strategy 1: "),
-    ("log.jsonl", '{"step": "one"}\n', "line 1 of .*log.jsonl: step 'one'"),
-    ("log.jsonl", "\ufffd\n{}\n", "line 1 of .*log.jsonl"),
-    ("log.jsonl", b"\xff\xfe\n", "log.jsonl is not UTF-8 text"),
-    ("log.jsonl", "[" * 100_000 + "\n", "line 1 of .*log.jsonl: .*recursion"),
-    ("validation.jsonl", '{"epoch": 1, "best": "yes", "step": 1, "loss": 1.0}\n', "validation.jsonl: best 'yes'"),
-    ("log.jsonl", '{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n' * 2, "log.jsonl has step 1 behind .*, or twice"),
-    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": NaN}\n', "validation.jsonl: loss nan"),
-    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0, "per": "x"}\n', "jsonl: per 'x'"),
-    ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0}\n' * 2, "jsonl has an epoch twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("settings.json", "[]", "settings.json"),
+        ("settings.json", '{"theme": "dark"}', "settings.json: strategy is missing"),
+        ("settings.json", '{"strategy": 1, "speech_adapter": "merge", "epochs": 1, "seed": 0}', "strategy 1: "),
+        ("log.jsonl", '{"step": "one"}\n', "line 1 of .*log.jsonl: step 'one'"),
+        ("log.jsonl", "\ufffd\n{}\n", "line 1 of .*log.jsonl"),
+        ("log.jsonl", b"\xff\xfe\n", "log.jsonl is not UTF-8 text"),
+        ("log.jsonl", "[" * 100_000 + "\n", "line 1 of .*log.jsonl: .*recursion"),
+        ("validation.jsonl", '{"epoch": 1, "best": "yes", "step": 1, "loss": 1.0}\n', "validation.jsonl: best 'yes'"),
+        (
+            "log.jsonl",
+            '{"step": 1, "loss": 1.0, "learning_rate": 0.1}\n' * 2,
+            "log.jsonl has step 1 behind .*, or twice",
+        ),
+        ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": NaN}\n', "validation.jsonl: loss nan"),
+        ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0, "per": "x"}\n', "jsonl: per 'x'"),
+        ("validation.jsonl", '{"epoch": 1, "best": true, "step": 1, "loss": 1.0}\n' * 2, "jsonl has an epoch twice"),
+    ],
+)
 def test_a_broken_file_of_a_run_that_is_resumed_is_named_with_field_and_value(
     monkeypatch, broken, command, tmp_path, name, content, message
 ):

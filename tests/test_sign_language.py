@@ -16,9 +16,10 @@ from torch import nn
 
 sys.path.append(str(ROOT / "recipes"))
 
+import sign_language as sign
+
 import metrics
 import runtime
-import sign_language as sign
 from support import cli
 
 RECIPE = ROOT / "recipes" / "sign_language.py"
@@ -100,10 +101,22 @@ def batch_of(glosses, frames, vocabulary):
 
 def test_parameters_of_every_layer_are_those_of_the_document():
     expected = {
-        "encoders.pose": 13_638, "encoders.hands": 33_023, "encoders.face": 1_079_906, "encoders.temporal": 12_580_510,
-        "stem": 18_464, "blocks.0": 516, "blocks.1": 3_432, "blocks.2": 4_888, "blocks.3": 11_816, "blocks.4": 50_540,
-        "blocks.5": 19_086, "upsample": 24_960, "projection": 49_536, "lstm": 264_192, "output": 257 * 101,
-    }  # fmt: skip
+        "encoders.pose": 13_638,
+        "encoders.hands": 33_023,
+        "encoders.face": 1_079_906,
+        "encoders.temporal": 12_580_510,
+        "stem": 18_464,
+        "blocks.0": 516,
+        "blocks.1": 3_432,
+        "blocks.2": 4_888,
+        "blocks.3": 11_816,
+        "blocks.4": 50_540,
+        "blocks.5": 19_086,
+        "upsample": 24_960,
+        "projection": 49_536,
+        "lstm": 264_192,
+        "output": 257 * 101,
+    }
     model = sign.Student(sign.FEATURES, 101)
     assert sign.sizes(model) == expected
     assert sum(p.numel() for p in model.parameters()) == sum(expected.values()) == 14_180_464
@@ -272,8 +285,10 @@ def test_the_loss_of_a_step_is_ctcs_mean_however_it_is_cut():
     assert torch.allclose(losses.mean(), expected, atol=1e-5)
 
     weights, gradients = dict(model.named_parameters()), []
-    cut = [sign.Batch(batch.samples[i:j], batch.features[i:j], batch.lengths[i:j], targets, batch.target_lengths[i:j])
-           for (i, j), targets in zip(((0, 3), (3, 4)), batch.targets.split([6, 2]))]  # fmt: skip
+    cut = [
+        sign.Batch(batch.samples[i:j], batch.features[i:j], batch.lengths[i:j], targets, batch.target_lengths[i:j])
+        for (i, j), targets in zip(((0, 3), (3, 4)), batch.targets.split([6, 2]))
+    ]
     for batches in ([batch], cut):
         optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
         before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -479,8 +494,10 @@ def test_what_is_read_is_said_of_the_sequence_it_was_read_in(folder, trained):
 def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start, capsys):
     path = own_copy / "test.SI5.corpus.csv"
     lines = path.read_text().splitlines()
-    lines[1:] = [re.sub(r"[^|]*$", words, line, count=1) for words, line in
-                 zip(("GEWITTER REGEN", "REGEN " * 200, "REGEN", "REGEN"), lines[1:], strict=True)]  # fmt: skip
+    lines[1:] = [
+        re.sub(r"[^|]*$", words, line, count=1)
+        for words, line in zip(("GEWITTER REGEN", "REGEN " * 200, "REGEN", "REGEN"), lines[1:], strict=True)
+    ]
     path.write_text("\n".join(lines) + "\n")
     start("--data", own_copy, "--evaluate", trained[0] / "sign/best.safetensors", "--output", "out")
     printed = capsys.readouterr().out

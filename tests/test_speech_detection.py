@@ -39,8 +39,15 @@ def speech(tmp_path_factory):
 
 
 def settings(output, speech, **changes):
-    given = {"data": speech, "sounds": None, "kinds": list(recipe.KINDS), "train_clips": CELL, "test_clips": CELL,
-             "clip_seed": 0, "output": output}  # fmt: skip
+    given = {
+        "data": speech,
+        "sounds": None,
+        "kinds": list(recipe.KINDS),
+        "train_clips": CELL,
+        "test_clips": CELL,
+        "clip_seed": 0,
+        "output": output,
+    }
     return argparse.Namespace(**given | changes)
 
 
@@ -119,8 +126,9 @@ def test_sounds_of_ones_own_are_a_kind_of_nonspeech_and_each_file_is_in_one_spli
     for number in range(40):
         soundfile.write(tmp_path / "sounds" / f"{number}.wav", 0.1 * rng.standard_normal(20_000), data.SAMPLE_RATE)
     clips = recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds", kinds=["white"]))
-    used = {split: {clip.source for clip in clips if (clip.kind, clip.split) == ("sound", split)}
-            for split in recipe.SPLITS}  # fmt: skip
+    used = {
+        split: {clip.source for clip in clips if (clip.kind, clip.split) == ("sound", split)} for split in recipe.SPLITS
+    }
     assert {len(sources) for sources in used.values()} == {CELL // 4} and not used["train"] & used["test"]
 
 
@@ -167,8 +175,10 @@ def test_coloured_noise_falls_as_its_name_says(kind, slope):
 
 
 def test_the_same_seed_makes_the_same_clips_and_another_one_others(clips, speech, tmp_path):
-    made = {seed: recipe.make_clips(settings(tmp_path / str(seed), speech, train_clips=2 * CELL, clip_seed=seed))
-            for seed in (0, 1)}  # fmt: skip
+    made = {
+        seed: recipe.make_clips(settings(tmp_path / str(seed), speech, train_clips=2 * CELL, clip_seed=seed))
+        for seed in (0, 1)
+    }
     assert made[0] == clips[0] != made[1]
     for clip in made[0][:8]:
         assert np.array_equal(recipe.wave_of(clip, tmp_path / "0"), recipe.wave_of(clip, clips[1]))
@@ -187,11 +197,14 @@ def counted(pattern):
     return sum(p.numel() for p in recipe.trained(network)), {name.split(".")[3] for name in names}
 
 
-@pytest.mark.parametrize("mlp, encoder, count, parts", [
-    (False, False, 16_777_216, {"language_model"}),
-    (True, False, 39_976_960, {"language_model"}),
-    (False, True, 20_709_376, {"language_model", "audio_tower"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mlp, encoder, count, parts",
+    [
+        (False, False, 16_777_216, {"language_model"}),
+        (True, False, 39_976_960, {"language_model"}),
+        (False, True, 20_709_376, {"language_model", "audio_tower"}),
+    ],
+)
 def test_lora_has_the_published_sizes_and_leaves_the_audio_encoder_alone_unless_asked(mlp, encoder, count, parts):
     assert counted(recipe.lora_targets(mlp, encoder)) == (count, parts)
 
@@ -336,9 +349,27 @@ def test_accuracy_counts_right_answers_and_its_interval_over_groups_is_wider_whe
 @pytest.fixture(scope="module")
 def finished(speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    result = script(RECIPE, "--data", speech, "--model", "tiny", "--train", "all", "--learning-rate", 1e-3,
-                    "--epochs", 2, "--train-clips", CELL, "--test-clips", CELL, "--seeds", 0, 1,
-                    cwd=folder)  # fmt: skip
+    result = script(
+        RECIPE,
+        "--data",
+        speech,
+        "--model",
+        "tiny",
+        "--train",
+        "all",
+        "--learning-rate",
+        1e-3,
+        "--epochs",
+        2,
+        "--train-clips",
+        CELL,
+        "--test-clips",
+        CELL,
+        "--seeds",
+        0,
+        1,
+        cwd=folder,
+    )
     assert result.returncode == 0, result.stderr
     return folder / "out-speech", result
 
@@ -424,10 +455,13 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys):
         assert ended.value.code == 2 and re.search(message, said) and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("rate, seconds, message", [
-    (8_000, 2, "8,000 Hz is below 16,000 Hz"),
-    (16_000, 0.5, "shorter than the longest clip, 1,000 ms"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rate, seconds, message",
+    [
+        (8_000, 2, "8,000 Hz is below 16,000 Hz"),
+        (16_000, 0.5, "shorter than the longest clip, 1,000 ms"),
+    ],
+)
 def test_sounds_that_would_give_the_class_away_are_all_named(tmp_path, rate, seconds, message):
     for name in ("a.wav", "b.wav"):
         noise = 0.1 * np.random.default_rng(0).standard_normal(int(rate * seconds))
@@ -451,8 +485,9 @@ def test_speech_of_too_low_a_rate_and_silence_are_named(speech, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_clips(model, clips, tmp_path, monkeypatch):
     network, processor = model
     chosen = clips[0][:4]
-    given = argparse.Namespace(batch_size=2, accumulation=2, epochs=1, warmup=0.1, learning_rate=1e-3, clip=1.0,
-                               output=clips[1])  # fmt: skip
+    given = argparse.Namespace(
+        batch_size=2, accumulation=2, epochs=1, warmup=0.1, learning_rate=1e-3, clip=1.0, output=clips[1]
+    )
     before = [p.detach().clone() for p in recipe.trained(network)]
     monkeypatch.setattr(recipe, "answer_loss", lambda network, *rest: network.lm_head.weight.sum() * float("nan"))
     with open(tmp_path / "log", "w") as log, pytest.raises(cli.RunError, match=f"step 1: loss nan.*{chosen[0].id}"):
@@ -464,8 +499,15 @@ def test_an_update_does_not_depend_on_how_its_clips_are_batched(base, clips, tmp
     logs = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         network, processor = recipe.load_base(base, "all")
-        given = argparse.Namespace(batch_size=batch_size, accumulation=accumulation, epochs=1, warmup=0.0,
-                                   learning_rate=1e-3, clip=1.0, output=clips[1])  # fmt: skip
+        given = argparse.Namespace(
+            batch_size=batch_size,
+            accumulation=accumulation,
+            epochs=1,
+            warmup=0.0,
+            learning_rate=1e-3,
+            clip=1.0,
+            output=clips[1],
+        )
         with open(tmp_path / "log", "w") as log:
             recipe.train(network, processor, clips[0][:16], given, 0, log)
         logs.append([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()])

@@ -36,8 +36,10 @@ def test_every_phone_has_tones_of_its_own():
     for phone in tiny.PHONES:
         wave, _ = tiny.synthesise([tiny.Sound(phone, 1.0)], tiny.Voice(pitch=150, tract=1.0, rate=1.0, skill=1.0), rng)
         power = np.abs(np.fft.rfft(wave))  # of every Hz
-        bands = [[power[int(0.95 * tone) : int(1.05 * tone)].max() for tone in tones]
-                 for tones in (tiny.LOW_TONES, tiny.HIGH_TONES)]  # fmt: skip
+        bands = [
+            [power[int(0.95 * tone) : int(1.05 * tone)].max() for tone in tones]
+            for tones in (tiny.LOW_TONES, tiny.HIGH_TONES)
+        ]
         heard.add(tuple(map(int, map(np.argmax, bands))))
     assert len(heard) == len(tiny.PHONES)
 
@@ -116,17 +118,20 @@ def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
     assert result.returncode == 2 and "corpus exists already" in result.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--seed", "-1"], "-1 is not a whole number from 0 to"),
-    (["--seed", "9" * 30], "is not a whole number from 0 to"),
-    (["--steps", "9" * 30], "is not a whole number from 1 to"),
-    (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
-    (["--train-speakers", "9999"], "9,999 . 16 speakers"),
-    (["--output", ""], "--output is empty"),
-    (["--output=", "--steps", "1"], "--output is empty"),
-    (["--output", "a\nb"], "a.nb' is not UTF-8 or holds a control character"),
-    (["--output", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory; choose another --output"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seed", "-1"], "-1 is not a whole number from 0 to"),
+        (["--seed", "9" * 30], "is not a whole number from 0 to"),
+        (["--steps", "9" * 30], "is not a whole number from 1 to"),
+        (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
+        (["--train-speakers", "9999"], "9,999 . 16 speakers"),
+        (["--output", ""], "--output is empty"),
+        (["--output=", "--steps", "1"], "--output is empty"),
+        (["--output", "a\nb"], "a.nb' is not UTF-8 or holds a control character"),
+        (["--output", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory; choose another --output"),
+    ],
+)
 def test_a_wrong_setting_is_named_with_its_value_and_nothing_is_written(monkeypatch, tmp_path, arguments, message):
     monkeypatch.setattr("sys.argv", ["tiny.py", *arguments])
     with pytest.raises(cli.InputError, match=message) as error:

@@ -125,13 +125,23 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, checkpoint,
     trainer = Trainer(
         PlainModel(model, utterances),
         TrainingArguments(
-            str(tmp_path / "theirs"), per_device_train_batch_size=8, gradient_accumulation_steps=8, max_steps=1,
-            learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
-            remove_unused_columns=False, report_to=[], save_strategy="no", use_cpu=True,
+            str(tmp_path / "theirs"),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=8,
+            max_steps=1,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            remove_unused_columns=False,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
         ),
         train_dataset=examples,
         data_collator=collator,
-    )  # fmt: skip
+    )
     trainer.train()
     theirs = trained()
 
@@ -155,8 +165,25 @@ def test_a_gradient_above_the_limit_is_clipped_to_it(monkeypatch, checkpoint, co
             super().step()
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
-    train.train(settings(monkeypatch, "--model", checkpoint, "--data", corpus, "--limit", 4, "--epochs", 2, "--rank", 4,
-                         "--clip", 0.01, "--output", tmp_path))  # fmt: skip
+    train.train(
+        settings(
+            monkeypatch,
+            "--model",
+            checkpoint,
+            "--data",
+            corpus,
+            "--limit",
+            4,
+            "--epochs",
+            2,
+            "--rank",
+            4,
+            "--clip",
+            0.01,
+            "--output",
+            tmp_path,
+        )
+    )
     logged = [json.loads(line)["gradient_norm"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert min(logged) > 0.02 and [norm.item() for norm in norms] == pytest.approx([0.01] * 2, rel=1e-3)
 
@@ -276,10 +303,26 @@ def test_a_folder_for_embeddings_that_cannot_be_written_is_named_before_anything
 def test_compiled_layers_and_worker_processes_leave_steps_and_validation_as_they_are(small, tmp_path):
     numbers = []
     for i, change in enumerate(([], ["--compile", "--workers", 2])):
-        train.train(small("--limit", 20, "--validation", 0.5, "--epochs", 1, "--dropout", 0, *change,
-                          "--output", tmp_path / str(i)))  # fmt: skip
-        lines = [json.loads(line) for name in ("log", "validation")
-                 for line in (tmp_path / str(i) / f"{name}.jsonl").read_text().splitlines()]  # fmt: skip
+        train.train(
+            small(
+                "--limit",
+                20,
+                "--validation",
+                0.5,
+                "--epochs",
+                1,
+                "--dropout",
+                0,
+                *change,
+                "--output",
+                tmp_path / str(i),
+            )
+        )
+        lines = [
+            json.loads(line)
+            for name in ("log", "validation")
+            for line in (tmp_path / str(i) / f"{name}.jsonl").read_text().splitlines()
+        ]
         numbers.append([line["loss"] for line in lines])
     assert len(numbers[0]) == 3 and np.allclose(*numbers, rtol=1e-5)
 
@@ -357,7 +400,8 @@ def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeyp
 
     def validate(model, utterances, settings):
         return {"loss": losses[1 + len(list((tmp_path / "out").glob("epoch-*"))) - 1]} | dict.fromkeys(
-            ("accuracy_pcc", "fluency_pcc", "prosodic_pcc", "total_pcc", "wer", "per"))  # fmt: skip
+            ("accuracy_pcc", "fluency_pcc", "prosodic_pcc", "total_pcc", "wer", "per")
+        )
 
     monkeypatch.setattr(train, "validate", validate)
     arguments = ["--limit", 14, "--epochs", 5, "--validation", 0.5, "--patience", 2, "--rank", 2]
@@ -432,8 +476,12 @@ def test_the_time_of_the_rest_is_estimated_after_ten_steps():
 
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_before_it_starts(run):
     lines = run[1].stdout.splitlines()[:10]
-    for expected in ("4 examples x 2 micro-batches = 8 a step; 20 examples = 2 steps an epoch", "trained: LoRA",
-                     "settings: data=", "10 utterances of 1 speakers"):  # fmt: skip
+    for expected in (
+        "4 examples x 2 micro-batches = 8 a step; 20 examples = 2 steps an epoch",
+        "trained: LoRA",
+        "settings: data=",
+        "10 utterances of 1 speakers",
+    ):
         assert any(expected in line for line in lines), expected
 
 
@@ -461,11 +509,18 @@ def test_a_run_logs_every_step_and_saves_an_adapter_an_epoch(run):
     assert any(not torch.equal(first[key], last[key]) for key in first)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--rank", 4], ["--speech-adapter", "none", "--rank", 4], ["--speech-adapter", "continue"],
-    ["--strategy", "unfreeze", "--rank", 4, "--gradient-checkpointing"], ["--strategy", "full"],
-    ["--quantize", "nf4", "--rank", 4], ["--quantize", "nf4", "--speech-adapter", "continue"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rank", 4],
+        ["--speech-adapter", "none", "--rank", 4],
+        ["--speech-adapter", "continue"],
+        ["--strategy", "unfreeze", "--rank", 4, "--gradient-checkpointing"],
+        ["--strategy", "full"],
+        ["--quantize", "nf4", "--rank", 4],
+        ["--quantize", "nf4", "--speech-adapter", "continue"],
+    ],
+)
 def test_the_types_of_a_gpu_are_walked_on_a_cpu_from_training_to_the_table(
     monkeypatch, small, tmp_path, capsys, arguments
 ):
@@ -491,9 +546,29 @@ def test_the_types_of_a_gpu_are_walked_on_a_cpu_from_training_to_the_table(
 
 def test_the_same_seed_gives_the_same_weights(monkeypatch, checkpoint, corpus, tmp_path):
     def weights(name, seed):
-        train.train(settings(monkeypatch, "--model", checkpoint, "--data", corpus, "--limit", 6, "--epochs", 1,
-                             "--rank", 4, "--batch-size", 4, "--accumulation", 1, "--seed", seed,
-                             "--output", tmp_path / name))  # fmt: skip
+        train.train(
+            settings(
+                monkeypatch,
+                "--model",
+                checkpoint,
+                "--data",
+                corpus,
+                "--limit",
+                6,
+                "--epochs",
+                1,
+                "--rank",
+                4,
+                "--batch-size",
+                4,
+                "--accumulation",
+                1,
+                "--seed",
+                seed,
+                "--output",
+                tmp_path / name,
+            )
+        )
         return load_file(tmp_path / name / "epoch-1" / "adapter_model.safetensors")
 
     one, again, other = weights("one", 1), weights("again", 1), weights("other", 2)
@@ -510,58 +585,75 @@ def test_a_finished_run_is_not_overwritten(run, checkpoint, corpus):
 # What cannot work together
 
 
-@pytest.mark.parametrize("arguments, names", [
-    (["--strategy", "full", "--rank", 8], ["--strategy full", "--rank"]),
-    (["--strategy", "full", "--alpha", 8, "--dropout", 0.1], ["--strategy full", "--alpha --dropout"]),
-    (["--strategy", "full", "--speech-adapter", "continue"], ["--strategy full", "--speech-adapter continue"]),
-    (["--speech-adapter", "continue", "--rank", 64], ["--speech-adapter continue", "--rank"]),
-    (["--speech-adapter", "continue", "--alpha", 128], ["--speech-adapter continue", "--alpha"]),
-    (["--speech-adapter", "continue", "--dropout", 0.05], ["--speech-adapter continue", "--dropout"]),
-    (["--quantize", "nf4", "--strategy", "full"], ["--quantize nf4", "--strategy full"]),
-    (["--quantize", "nf4", "--strategy", "unfreeze"], ["--quantize nf4", "--strategy unfreeze"]),
-    (["--shard"], ["--shard", "--strategy full"]),
-    (["--shard", "--strategy", "unfreeze"], ["--shard", "--strategy full", "--strategy unfreeze"]),
-    (["--shard", "--strategy", "full"], ["--shard", "torchrun"]),
-    (["--learning-rate", "1e300"], ["--learning-rate 1e+300", "above 1"]),
-    (["--micro-batch", 65], ["--micro-batch 65", "--batch-size 8 x --accumulation 8"]),
-    (["--patience", 2], ["--patience 2", "--validation"]),
-    (["--attention", "flash_attention_2", "--dtype", "float32"], ["--attention flash_attention_2", "--dtype float32"]),
-    (["--data", ROOT / "tests", "--data-revision", "x"], ["--data-revision x", f"--data {ROOT / 'tests'}"]),
-    (["--model", ROOT / "tests", "--revision", "x"], ["--revision x", f"--model {ROOT / 'tests'}"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["--strategy", "full", "--rank", 8], ["--strategy full", "--rank"]),
+        (["--strategy", "full", "--alpha", 8, "--dropout", 0.1], ["--strategy full", "--alpha --dropout"]),
+        (["--strategy", "full", "--speech-adapter", "continue"], ["--strategy full", "--speech-adapter continue"]),
+        (["--speech-adapter", "continue", "--rank", 64], ["--speech-adapter continue", "--rank"]),
+        (["--speech-adapter", "continue", "--alpha", 128], ["--speech-adapter continue", "--alpha"]),
+        (["--speech-adapter", "continue", "--dropout", 0.05], ["--speech-adapter continue", "--dropout"]),
+        (["--quantize", "nf4", "--strategy", "full"], ["--quantize nf4", "--strategy full"]),
+        (["--quantize", "nf4", "--strategy", "unfreeze"], ["--quantize nf4", "--strategy unfreeze"]),
+        (["--shard"], ["--shard", "--strategy full"]),
+        (["--shard", "--strategy", "unfreeze"], ["--shard", "--strategy full", "--strategy unfreeze"]),
+        (["--shard", "--strategy", "full"], ["--shard", "torchrun"]),
+        (["--learning-rate", "1e300"], ["--learning-rate 1e+300", "above 1"]),
+        (["--micro-batch", 65], ["--micro-batch 65", "--batch-size 8 x --accumulation 8"]),
+        (["--patience", 2], ["--patience 2", "--validation"]),
+        (
+            ["--attention", "flash_attention_2", "--dtype", "float32"],
+            ["--attention flash_attention_2", "--dtype float32"],
+        ),
+        (["--data", ROOT / "tests", "--data-revision", "x"], ["--data-revision x", f"--data {ROOT / 'tests'}"]),
+        (["--model", ROOT / "tests", "--revision", "x"], ["--revision x", f"--model {ROOT / 'tests'}"]),
+    ],
+)
 def test_settings_that_cannot_work_together_are_refused_and_both_named(monkeypatch, arguments, names):
     with pytest.raises(cli.InputError) as error:
         settings(monkeypatch, *arguments)
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments, package", [
-    (["--track", "tensorboard"], "tensorboard"),
-    (["--track", "wandb"], "wandb"),
-    (["--quantize", "nf4"], "bitsandbytes"),
-    (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "flash-attn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, package",
+    [
+        (["--track", "tensorboard"], "tensorboard"),
+        (["--track", "wandb"], "wandb"),
+        (["--quantize", "nf4"], "bitsandbytes"),
+        (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "flash-attn"),
+    ],
+)
 def test_an_option_whose_package_is_missing_says_how_to_install_it(monkeypatch, arguments, package):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(cli.InputError, match=f"{' '.join(arguments[:2])} needs .*pip install {package}$"):
         settings(monkeypatch, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--strategy", "full", "--speech-adapter", "none"], ["--speech-adapter", "continue", "--strategy", "unfreeze"],
-    ["--quantize", "nf4", "--speech-adapter", "continue", "--gradient-checkpointing"], ["--micro-batch", 64],
-    ["--validation", 0.1, "--patience", 1],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--strategy", "full", "--speech-adapter", "none"],
+        ["--speech-adapter", "continue", "--strategy", "unfreeze"],
+        ["--quantize", "nf4", "--speech-adapter", "continue", "--gradient-checkpointing"],
+        ["--micro-batch", 64],
+        ["--validation", 0.1, "--patience", 1],
+    ],
+)
 def test_settings_that_work_together_are_taken(monkeypatch, arguments):
     chosen = settings(monkeypatch, *arguments)
     own = chosen.strategy == "full" or chosen.speech_adapter == "continue"
     assert (chosen.rank, chosen.alpha, chosen.dropout) == ((None,) * 3 if own else (64, 128, 0.05))
 
 
-@pytest.mark.parametrize("arguments, processes, message", [
-    ([], 65, "a step of 64 examples (--batch-size 8 x --accumulation 8) cannot be shared by the 65 processes"),
-    (["--shard", "--strategy", "full"], 3, "cannot be shared evenly (--shard) by the 3 processes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, processes, message",
+    [
+        ([], 65, "a step of 64 examples (--batch-size 8 x --accumulation 8) cannot be shared by the 65 processes"),
+        (["--shard", "--strategy", "full"], 3, "cannot be shared evenly (--shard) by the 3 processes"),
+    ],
+)
 def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, arguments, processes, message):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train.runtime, "processes", lambda: processes)
@@ -569,35 +661,44 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
         train.batch_arithmetic(5000, settings(monkeypatch, *arguments))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--epochs", "0"], "0 is not a whole number from 1 to 2,147,483,647"),
-    (["--rank", "many"], "many is not a whole number from 1 to"),
-    (["--dropout", "1.5"], "1.5 is not a fraction"),
-    (["--learning-rate", "-1"], "-1 is not a positive number"),
-    (["--learning-rate", "fast"], "fast is not a positive number"),
-    (["--seed", "-1"], "-1 is not a whole number from 0 to 4,294,967,295"),
-    (["--weight-decay", "nan"], "nan is not a fraction"),
-    (["--validation", "1"], "1 is not a fraction"),
-    (["--save-minutes", "0"], "0 is not a positive number"),
-    (["--workers", "-1"], "-1 is not a whole number from 0 to"),
-    (["--quantize", "int8"], "invalid choice: 'int8'"),
-    (["--output", ""], "--output is empty"),
-    (["--audio-cache="], "--audio-cache is empty"),
-    (["--data", "a\nb"], "'a\\nb' is not UTF-8 or holds a control character"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs", "0"], "0 is not a whole number from 1 to 2,147,483,647"),
+        (["--rank", "many"], "many is not a whole number from 1 to"),
+        (["--dropout", "1.5"], "1.5 is not a fraction"),
+        (["--learning-rate", "-1"], "-1 is not a positive number"),
+        (["--learning-rate", "fast"], "fast is not a positive number"),
+        (["--seed", "-1"], "-1 is not a whole number from 0 to 4,294,967,295"),
+        (["--weight-decay", "nan"], "nan is not a fraction"),
+        (["--validation", "1"], "1 is not a fraction"),
+        (["--save-minutes", "0"], "0 is not a positive number"),
+        (["--workers", "-1"], "-1 is not a whole number from 0 to"),
+        (["--quantize", "int8"], "invalid choice: 'int8'"),
+        (["--output", ""], "--output is empty"),
+        (["--audio-cache="], "--audio-cache is empty"),
+        (["--data", "a\nb"], "'a\\nb' is not UTF-8 or holds a control character"),
+    ],
+)
 def test_a_wrong_setting_is_named_with_its_value(monkeypatch, arguments, message):
     with pytest.raises(cli.InputError, match=re.escape(message)):
         settings(monkeypatch, *arguments)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "no/such/folder"], "corpus folder no/such/folder does not exist"),
-    (["--model", ROOT / "tests"], "holds no checkpoint"),
-    (["--output", Path(__file__) / "out"], "cannot write into"),
-    (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers leaves none to train on"),
-    (["--resume", "nowhere.pt"], "checkpoint nowhere.pt is missing; out has none"),
-    (["--model", "tiny/nowhere"], "model tiny/nowhere is not a folder here, revision refs/pr/70 of it is not whole"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "no/such/folder"], "corpus folder no/such/folder does not exist"),
+        (["--model", ROOT / "tests"], "holds no checkpoint"),
+        (["--output", Path(__file__) / "out"], "cannot write into"),
+        (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers leaves none to train on"),
+        (["--resume", "nowhere.pt"], "checkpoint nowhere.pt is missing; out has none"),
+        (
+            ["--model", "tiny/nowhere"],
+            "model tiny/nowhere is not a folder here, revision refs/pr/70 of it is not whole",
+        ),
+    ],
+)
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(
     arguments, message, checkpoint, corpus, tmp_path
 ):
