@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PreTrainedTokenizerFast,
@@ -622,32 +621,6 @@ def _outside_adapter(model, strategy):
     """{name: parameter} of what a strategy trains besides the adapter."""
     patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES[strategy] if group not in ADAPTER_GROUPS]
     return {name: p for name, p in model.core.named_parameters() if any(re.search(q, name) for q in patterns)}
-
-
-def memory_of_full(network):
-    """Bytes that training all weights takes, before activations: {what: bytes}. network: on any device, meta too."""
-    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES["full"]]
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    trained = sum(size for name, size in sizes.items() if any(re.search(pattern, name) for pattern in patterns))
-    return {
-        "weights, gradients and Adam's moments": 16 * trained,  # float32
-        "frozen weights": 2 * (sum(sizes.values()) - trained),  # bfloat16
-        "autocast's copies of the weights": 2 * trained,  # bfloat16, from a forward pass to its backward pass
-    }
-
-
-def check_memory(name, revision, memory):
-    """Stop before the weights are read when `--strategy full` cannot fit. memory: bytes that the GPU has."""
-    folder, _ = hub.fetch(name, revision, "model", ["config.json"])
-    with torch.device("meta"):
-        parts = memory_of_full(Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_pretrained(folder)))
-    if sum(parts.values()) > memory:
-        listed = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
-        raise cli.InputError(
-            f"--strategy full takes {sum(parts.values()) / 1e9:.1f} GB before activations ({listed}), "
-            f"and the GPU has {memory / 1e9:.1f}: share them with torchrun --nproc-per-node N and "
-            f"--shard, or use --strategy unfreeze"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ from data import (
 import metrics
 import model as models
 import prompts
-from support import checkpoints, cli, files, processes, sharding
+from support import checkpoints, cli, files, memory, processes, sharding
 from support.moved import describe as describe_moved
-from support.run import memory_advice, not_finite, open_run
+from support.run import not_finite, open_run
 from support.workers import MOST, load_steps
 
 
@@ -249,7 +249,7 @@ def train(settings):
                     rate = learning_rate(run.step, steps, settings.learning_rate, warmup)
                     for group in optimiser.param_groups:
                         group["lr"] = rate
-                    with memory_advice(micro_batches, settings.micro_batch):
+                    with memory.advice(micro_batches, settings.micro_batch):
                         numbers = train_step(
                             distributed, weights, optimiser, micro_batches, supervised, settings.clip, run.step + 1
                         )
@@ -313,7 +313,7 @@ def build_model(settings):
     """The model with what is to be trained; prints what trains."""
     s = settings
     if s.strategy == "full" and not s.shard and torch.cuda.is_available():
-        models.check_memory(s.model, s.revision, torch.cuda.get_device_properties(0).total_memory)
+        memory.check_full(s.model, s.revision, [models.PARAMETER_GROUPS[group] for group in models.STRATEGIES["full"]])
     model = models.load_base(s.model, s.revision, s.dtype, s.attention, s.speech_adapter, s.quantize)
     if s.strategy != "full":
         lora = models.add_adapter(model, s.rank, s.alpha, s.dropout)

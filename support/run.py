@@ -7,15 +7,13 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 import json
 import math
-import resource
 import signal
 import sys
 import time
 
-import torch
 from tqdm import tqdm
 
-from support import checkpoints, cli, files, log, processes
+from support import checkpoints, cli, files, log, memory, processes
 
 ESTIMATE_AFTER = 10  # steps
 
@@ -112,7 +110,7 @@ class Run:
         seconds = time.perf_counter() - self._clock
         self.step += 1
         line = {"step": self.step, "epoch": self.epoch, **numbers, "seconds": seconds}
-        line |= {"tokens_per_second": numbers["tokens"] / seconds, "memory_gb": peak_memory()}
+        line |= {"tokens_per_second": numbers["tokens"] / seconds, "memory_gb": memory.peak()}
         print(json.dumps(line), file=self._log, flush=True)
         self._track(self.step, line)
         self._bar.update()
@@ -167,7 +165,7 @@ class Run:
         self._bar.close()
         log.draw_curves(self.output)
         seconds = time.perf_counter() - self._began
-        print(f"{self.step} steps, {seconds:.0f} s, peak memory {peak_memory():.1f} GB")
+        print(f"{self.step} steps, {seconds:.0f} s, peak memory {memory.peak():.1f} GB")
         print(f"adapters in {self.output}/epoch-*; next: python evaluate.py --adapter {self.output}/")
 
 
@@ -207,18 +205,6 @@ def _estimate(seconds, left):
     )
 
 
-@contextmanager
-def memory_advice(micro_batches, size):
-    """Says what helps when the GPU's memory is not enough. size: --micro-batch."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise cli.RunError(
-            f"out of memory with micro-batches of {size}, longest sequence {micro_batches[0].input_ids.shape[1]} "
-            f"tokens: lower --micro-batch, or add --gradient-checkpointing (the step stays the same), and --resume"
-        ) from error
-
-
 def not_finite(step, micro_batches, losses, loss, gradient_norm):
     """The error of a step whose loss or gradient is not finite, naming the utterances it can come from; collective."""
     suspects = [batch for batch, value in zip(micro_batches, losses) if not value.isfinite()]
@@ -228,10 +214,3 @@ def not_finite(step, micro_batches, losses, loss, gradient_norm):
         f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}. The step was not applied and the last "
         f"checkpoint is as it was. It comes from one of: {', '.join(sorted(suspected or all_of_them))}"
     )
-
-
-def peak_memory():
-    """Largest memory in use so far, in GB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
