@@ -85,6 +85,10 @@ class Utterance:
         return [phone for word in self.words for phone in word.heard]
 
     @property
+    def tasks(self):
+        return prompts.TASKS
+
+    @property
     def audio_tokens(self):
         """How many embeddings the audio encoder makes of the recording."""
         frames = (self.samples - FRAME) // HOP + 1

@@ -27,6 +27,7 @@ import logging
 import re
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -166,7 +167,7 @@ class SpeechModel(nn.Module):
             digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:32]
 
-    def audio_embeddings(self, utterances):
+    def hear(self, utterances):
         """Embeddings of each utterance's recording, a list of (A, D)."""
         return self.embed([self.prepare.recording(utterance) for utterance in utterances])
 
@@ -261,7 +262,7 @@ class SpeechModel(nn.Module):
         return tokens.gather(1, self._exact_logits(hidden, tokens).argmax(dim=-1, keepdim=True))[:, 0]
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Loss and answers
+    # Loss
 
     def forward(self, batch):
         """Summed loss of a loader.MicroBatch; see `loss`."""
@@ -292,23 +293,116 @@ class SpeechModel(nn.Module):
         for layer in self.core.model.layers:
             layer.compile(dynamic=True)
 
-    def _read_prompts(self, utterances, audio, task, control_token, following=()):
-        """Read prompts and the `following` tokens. Returns hidden states of their last tokens (B, D), and where it is.
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answers
+
+    def question(self, utterance, task, control_token=True):
+        """An example without an answer."""
+        prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
+        return data.Example(utterance, task, prompt, [])
+
+    def answer(self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True):
+        """The lines of predictions.jsonl for some utterances, each with its tasks, as dicts.
+
+        scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
+        without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+        """
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            asked = [
+                (self.question(utterance, task, control_token), embeddings)
+                for utterance, embeddings in zip(utterances, self.hear(utterances), strict=True)
+                for task in utterance.tasks
+            ]
+            written = [pair for pair in asked if pair[0].task != "APA" or "greedy" in scoring]
+            scored = [pair for pair in asked if pair[0].task == "APA" and "expected" in scoring]
+            texts = self.generate(*zip(*written), max_new_tokens) if written else []
+            distributions = self.score_distributions(*zip(*scored)).tolist() if scored else []
+        lines = {
+            (q.utterance.id, q.task): {
+                "id": q.utterance.id,
+                "task": q.task,
+                "speaker": q.utterance.speaker,
+                "output": None,
+                "reference": data.reference(q.utterance, q.task),
+            }
+            for q, _ in asked
+        }
+        for (question, _), (text, tokens, truncated) in zip(written, texts):
+            lines[question.utterance.id, question.task] |= {"output": text, "tokens": tokens, "truncated": truncated}
+        for (question, _), values in zip(scored, distributions):
+            line = lines[question.utterance.id, "APA"]
+            line["scores"] = dict(zip(prompts.SCORES, values))
+            if line["output"] is None:
+                likeliest = {name: value.index(max(value)) for name, value in line["scores"].items()}
+                line["output"] = prompts.apa_target(likeliest)
+        return list(lines.values())
+
+    @torch.no_grad()
+    def generate(self, examples, audio, max_new_tokens):
+        """Greedy answers to a batch of questions. In one of both tasks the shorter answers take no steps of their own.
+
+        audio: list of (A, D), one for each example. Returns a list of (text, number of tokens, truncated); truncated:
+        the limit came before <|end|>.
+        """
+        stop = {self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id}
+        written = [[] for _ in examples]  # token ids
+        rows = list(range(len(examples)))  # of the batch: which example each is
+        hidden, state = self._read_prompts(examples, audio)
+        for step in range(max_new_tokens):
+            tokens = self._likeliest(hidden)  # (B,)
+            for row, token in zip(rows, tokens.tolist()):
+                if not written[row] or written[row][-1] not in stop:
+                    written[row].append(token)
+            unfinished = [i for i, row in enumerate(rows) if written[row][-1] not in stop]
+            if not unfinished or step == max_new_tokens - 1:
+                break
+            if 2 * len(unfinished) <= len(rows):  # rarely, because the cache is copied
+                rows = [rows[i] for i in unfinished]
+                tokens, state = tokens[unfinished], _select(state, unfinished)
+            hidden, state = self._read_on(tokens[:, None], state)
+        answers = []
+        for tokens in written:
+            truncated = tokens[-1] not in stop
+            text = self.tokenizer.decode(tokens if truncated else tokens[:-1], skip_special_tokens=False)
+            answers.append((text, len(tokens), truncated))
+        return answers
+
+    @torch.no_grad()
+    def score_distributions(self, examples, audio):
+        """Probabilities of the values 0-10 for each score of an answer, (B, 4, 11). examples: APA questions.
+
+        The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
+        normalised over them, and the likeliest value is given as the model's own before the next score is read: four
+        short passes with one cache, and no output that could be malformed. audio: list of (A, D), one for each example.
+        """
+        before, values = data.encode_score_slots(self.tokenizer)
+        values = torch.tensor(values, device=self.device).expand(len(examples), -1)  # (B, 11)
+        begun = [replace(example, prompt_ids=example.prompt_ids + before[0]) for example in examples]
+        hidden, state = self._read_prompts(begun, audio)
+        distributions = [self._exact_logits(hidden, values).softmax(dim=-1)]  # of each score, (B, 11)
+        for following in before[1:]:
+            own = values.gather(1, distributions[-1].argmax(dim=-1, keepdim=True))  # (B, 1)
+            text = torch.tensor(following, device=own.device).expand(len(own), -1)
+            hidden, state = self._read_on(torch.cat([own, text], dim=1), state)
+            distributions.append(self._exact_logits(hidden, values).softmax(dim=-1))
+        return torch.stack(distributions, dim=1)
+
+    def _read_prompts(self, examples, audio):
+        """Hidden states of the prompts' last tokens (B, D), and the state to read on from: (cache, mask (B, T)).
 
         Padded on the right, so that no mask is needed (see `loss`); `_read_on` leaves the padding out of its attention.
         """
-        ids = [data.encode_prompt(u, task, self.tokenizer, self.audio_id, control_token) for u in utterances]
-        batch = self.prepare.pad([data.Example(None, task, [*prompt, *following], []) for prompt in ids])
+        batch = self.prepare.pad(examples)
         input_ids, placeholders = batch.input_ids.to(self.device), batch.placeholders.to(self.device)
         output = self.core.model(inputs_embeds=self._inputs_embeds(input_ids, placeholders, audio), use_cache=True)
-        lengths = torch.tensor([len(prompt) + len(following) for prompt in ids], device=self.device)
+        lengths = torch.tensor([len(example) for example in examples], device=self.device)
         mask = (torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]).long()  # (B, T)
-        ends = output.last_hidden_state[torch.arange(len(ids), device=self.device), lengths - 1]
+        ends = output.last_hidden_state[torch.arange(len(examples), device=self.device), lengths - 1]
         return ends, (output.past_key_values, mask)
 
-    def _read_on(self, tokens, where):
-        """Read further tokens (B, n). Returns hidden states of the last ones (B, D), and where it is then."""
-        cache, mask = where
+    def _read_on(self, tokens, state):
+        """Read further tokens (B, n). Returns hidden states of the last ones (B, D), and the state after them."""
+        cache, mask = state
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         output = self.core.model(
             inputs_embeds=_rows(self.core.get_input_embeddings(), tokens),
@@ -319,46 +413,12 @@ class SpeechModel(nn.Module):
         )
         return output.last_hidden_state[:, -1], (output.past_key_values, mask)
 
-    @torch.no_grad()
-    def generate(self, utterances, audio, task, max_new_tokens, control_token=True):
-        """Greedy answers for a batch of utterances. audio: their embeddings, of `audio_embeddings`.
 
-        Returns a list of (text, number of tokens, truncated); truncated: the limit came before <|end|>.
-        """
-        stop = [self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id]
-        stops = torch.tensor(stop, device=self.device)
-        hidden, where = self._read_prompts(utterances, audio, task, control_token)
-        written = [self._likeliest(hidden)]  # of each step, (B,)
-        ended = torch.isin(written[-1], stops)
-        while len(written) < max_new_tokens and not ended.all():
-            hidden, where = self._read_on(written[-1][:, None], where)
-            written.append(self._likeliest(hidden))
-            ended |= torch.isin(written[-1], stops)
-        answers = []
-        for tokens in torch.stack(written, dim=1).tolist():
-            length = next((i for i, token in enumerate(tokens) if token in stop), None)
-            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=False)
-            answers.append((text, len(tokens) if length is None else length + 1, length is None))
-        return answers
-
-    @torch.no_grad()
-    def score_distributions(self, utterances, audio, control_token=True):
-        """Probabilities of the values 0-10 for each score of an APA answer, (B, 4, 11). audio: as for `generate`.
-
-        The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
-        normalised over them, and the likeliest value is given as the model's own before the next score is read: four
-        short passes with one cache, and no output that could be malformed.
-        """
-        before, values = data.encode_score_slots(self.tokenizer)
-        values = torch.tensor(values, device=self.device).expand(len(utterances), -1)  # (B, 11)
-        hidden, where = self._read_prompts(utterances, audio, "APA", control_token, before[0])
-        distributions = [self._exact_logits(hidden, values).softmax(dim=-1)]  # of each score, (B, 11)
-        for following in before[1:]:
-            own = values.gather(1, distributions[-1].argmax(dim=-1, keepdim=True))  # (B, 1)
-            text = torch.tensor(following, device=own.device).expand(len(own), -1)
-            hidden, where = self._read_on(torch.cat([own, text], dim=1), where)
-            distributions.append(self._exact_logits(hidden, values).softmax(dim=-1))
-        return torch.stack(distributions, dim=1)
+def _select(state, rows):
+    """The state of `_read_on` for some rows of its batch, a list of their numbers."""
+    cache, mask = state
+    cache.batch_select_indices(torch.tensor(rows, device=mask.device))
+    return cache, mask[rows]
 
 
 # The rows of the control tokens train while the matrix they lie in is frozen. PEFT's layer copies the matrix with the
