@@ -215,8 +215,8 @@ def made_with(evaluation, utterances, settings):
 def generate(evaluation, utterances, settings):
     """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, and return them.
 
-    Batches hold utterances of similar length, the longest first, so that memory peaks at once. Under torchrun the
-    processes share them, and rank 0 writes: all others return nothing.
+    Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
+    return nothing.
     """
     import model as models
     import runtime
@@ -224,7 +224,7 @@ def generate(evaluation, utterances, settings):
     written = answers.Answers(
         evaluation.output, utterances, made_with(evaluation, utterances, settings), settings.resume
     )
-    missing = sorted(written.missing, key=lambda utterance: -utterance.samples)
+    missing = sorted(written.missing, key=lambda utterance: utterance.samples)
     if missing:
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
