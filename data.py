@@ -73,8 +73,8 @@ class Utterance:
     scores: dict[str, int]  # the four of prompts.SCORES, 0-10
     words: tuple[Word, ...]
     speaker: str
-    age: int
-    gender: str
+    age: int = 0
+    gender: str = ""
 
     @property
     def canonical(self):

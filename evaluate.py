@@ -102,15 +102,7 @@ class Evaluation:
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
-
-    @property
-    def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
-        if self.label == "base":
-            return "base", 0
-        strategy, epoch = (self.training.strategy, self.training.epoch) if self.training else ("lora", 3)
-        strategy = "lora" if strategy == "full" else strategy
-        return (strategy, epoch) if (strategy, epoch) in PAPER else (strategy, 3)
+    paper_row: tuple | None = ("lora", 3)  # key of PAPER to compare with; None for what is no comparison
 
 
 def evaluations(settings, output=None):
@@ -124,11 +116,17 @@ def evaluations(settings, output=None):
     chosen = []
     if settings.base:
         training = adapters[-1][1] if adapters else None
-        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training))
+        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training, ("base", 0)))
     for folder, training in adapters:
         own = output / folder.name if len(adapters) > 1 else output
-        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training))
+        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training, paper_row(training)))
     return chosen
+
+
+def paper_row(training):
+    """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
+    strategy = "unfreeze" if training.strategy == "unfreeze" else "lora"
+    return (strategy, training.epoch if (strategy, training.epoch) in PAPER else 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,13 +236,13 @@ class Row:
     intervals: dict  # key -> (low, high); empty where the file names no speakers
 
 
-def rows_of(records, label, paper_row):
+def rows_of(records, evaluation):
     """A row for each scoring that predictions hold; prints why a number is missing."""
     rows = []
     for scoring in metrics.scorings(records):
-        name = f"this run, {label}" + (", expected" if scoring == "expected" else "")
+        name = f"this run, {evaluation.label}" + (", expected" if scoring == "expected" else "")
         numbers, reasons = metrics.score(records, scoring)
-        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring)))
+        rows.append(Row(name, evaluation.paper_row, numbers, metrics.intervals(records, scoring)))
         for key, reason in reasons.items():
             print(f"{name}: no {key}: {reason}")
     return rows
@@ -369,7 +367,7 @@ def draw_figure5(records, path):
 
 def score(evaluation, records):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
-    rows = rows_of(records, evaluation.label, evaluation.paper_row)
+    rows = rows_of(records, evaluation)
     write_metrics(rows, evaluation.label, evaluation.output / "metrics.json")
     draw_figure5(records, evaluation.output / "figure5.png")
     return rows
