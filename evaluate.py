@@ -195,8 +195,7 @@ def generate(evaluation, utterances, settings):
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
     return nothing.
     """
-    import model as models
-    import runtime
+    from support import moved, processes
 
     how = made_with(evaluation, utterances, settings)
     written = answers.Answers(evaluation.output, utterances, how, settings.resume)
@@ -206,10 +205,10 @@ def generate(evaluation, utterances, settings):
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
         print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-        if moved := models.moved(model):
-            print(f"       {models.describe_moved(moved)}")
+        if distances := model.moved():
+            print(f"       {moved.describe(distances)}")
     rank, size = cli.process_rank(), settings.batch_size
-    together = size * runtime.processes()
+    together = size * processes.count()
     done = len(utterances) - len(missing)
     with tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar:
         for first in range(0, len(missing), together):
@@ -405,9 +404,9 @@ def main():
 def evaluate(chosen, saved, settings):
     """Generate, unless answers were saved, and score; print the tables."""
     if not saved:
-        import runtime
+        from support import processes
 
-        runtime.start_processes()
+        processes.start()
         settings = choose_model(chosen[-1], settings)  # one for all
         utterances = read_corpus(chosen[-1], settings)
     rows = []
@@ -418,7 +417,7 @@ def evaluate(chosen, saved, settings):
         show(rows, [copying_floor(records)])
         print(f"\nwritten: {', '.join(answers.SCORED)} in {', '.join(str(e.output) for e in chosen)}")
     if not saved:
-        runtime.end_processes()
+        processes.end()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def show_drop(own, other, how):
 
 
 def main():
-    import runtime  # imports torch
+    from support import processes  # imports torch
 
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
@@ -61,7 +61,7 @@ def main():
     with ExitStack() as locks:
         for evaluation in chosen:
             locks.enter_context(files.lock(evaluation.output / settings.how, "evaluate", "--output"))
-        runtime.start_processes()
+        processes.start()
         settings = evaluate.choose_model(chosen[-1], settings)
         utterances = evaluate.read_corpus(chosen[-1], settings)
         own, other = zip(*(ablate(evaluation, utterances, settings) for evaluation in chosen))
@@ -69,7 +69,7 @@ def main():
         if own:
             evaluate.show([row for pair in zip(own, other) for row in pair], [])
             show_drop(own, other, settings.how)
-        runtime.end_processes()
+        processes.end()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Answers:
     """
 
     def __init__(self, folder, utterances, settings, resume):
-        import runtime as processes  # imports torch
+        from support import processes  # imports torch
 
         self.utterances, self.gather = utterances, processes.gather
         self.whole, self.part, written_with = (folder / name for name in GENERATED)
