@@ -9,14 +9,14 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl.
 """
 
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 import gc
 import json
 import math
 import os
-import textwrap
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
+import textwrap
 from typing import Annotated, Literal
 
 from pydantic import Field

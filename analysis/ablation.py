@@ -9,14 +9,17 @@ the adapter is used again; other answers go to folders in it, own/ and silence/ 
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+import io
 from typing import Literal
 
+import numpy as np
+import soundfile
 from tyro.conf import Fixed, Positional, Suppress
 
-import data
 import evaluate
 import prompts
-from support import answers, cli, files
+from support import answers, cli, files, sound
 
 DROPS = {f"{name}_pcc": name for name in prompts.SCORES} | {"wer": "WER", "per": "PER", "detection_f1": "found: F1"}
 
@@ -27,6 +30,26 @@ class Settings(evaluate.Settings):
     predictions: Suppress[Fixed[None]] = None  # not a flag here: evaluate.py's are found beside the adapter
 
 
+def other_audio(utterances, how):
+    """The utterances with other audio. Raises InputError where "swap" finds no other speaker."""
+    if how == "silence":
+        return [replace(u, recording=partial(silence, u.samples)) for u in utterances]
+    if len({u.speaker for u in utterances}) < 2:
+        raise cli.InputError("swap needs recordings of two speakers: use more utterances, or silence")
+    others = []
+    for i, utterance in enumerate(utterances):
+        following = utterances[i + 1 :] + utterances[:i]
+        others.append(next(other for other in following if other.speaker != utterance.speaker))
+    return [replace(u, recording=o.recording, samples=o.samples) for u, o in zip(utterances, others)]
+
+
+def silence(samples):
+    """A sound file without sound, as bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(samples, dtype=np.float32), sound.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
 def ablate(evaluation, utterances, settings):
     """Rows of the tables for the own and for the other audio; none on ranks but 0."""
     folder, how = evaluation.output, settings.how
@@ -35,7 +58,7 @@ def ablate(evaluation, utterances, settings):
         with files.lock(folder / "own", "evaluate", "--output"):
             own = evaluate.generate(replace(evaluation, output=folder / "own"), utterances, settings)
     other = replace(evaluation, label=f"{evaluation.label}, {how}", output=folder / how, paper_row=None)
-    changed = evaluate.generate(other, data.ablate(utterances, how), settings)
+    changed = evaluate.generate(other, other_audio(utterances, how), settings)
     if cli.process_rank():
         return [], []
     return evaluate.rows_of(own, evaluation), evaluate.score(other, changed)

@@ -11,13 +11,13 @@ Dictionary, and the answer is shown word by word:
     BEAR  B EH R +AH      AH was added
 """
 
+from dataclasses import dataclass
+from functools import partial
 import json
 import math
 import os
-import sys
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+import sys
 from typing import Annotated
 
 import numpy as np
@@ -28,7 +28,7 @@ import data
 import evaluate
 import metrics
 import prompts
-from support import cli, files
+from support import cli, files, sound
 
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
 # Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
@@ -56,7 +56,7 @@ def read_recording(path):
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise cli.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
-    audio = data.read_sound_file(path, LONGEST)  # (S,)
+    audio = sound.read_sound_file(path, LONGEST)  # (S,)
     level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
     if level < SILENCE:
         raise cli.InputError(
