@@ -275,17 +275,20 @@ class SpeechModel(nn.Module):
         prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
         return data.Example(utterance, task, prompt, [])
 
-    def answer(self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True):
-        """The lines of predictions.jsonl for some utterances, each with its tasks, as dicts.
+    def answer(
+        self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True, tasks=None
+    ):
+        """The lines of predictions.jsonl for some utterances, as dicts.
 
         scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
         without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+        tasks: where they are not those that an utterance has labels for.
         """
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             asked = [
                 (self.question(utterance, task, control_token), embeddings)
                 for utterance, embeddings in zip(utterances, self.hear(utterances), strict=True)
-                for task in utterance.tasks
+                for task in tasks or utterance.tasks
             ]
             written = [pair for pair in asked if pair[0].task != "APA" or "greedy" in scoring]
             scored = [pair for pair in asked if pair[0].task == "APA" and "expected" in scoring]

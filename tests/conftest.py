@@ -32,7 +32,8 @@ def own_folder(monkeypatch, tmp_path):
 
 def greedy(model, utterances, task, max_new_tokens):
     """Greedy answers, as SpeechModel.generate gives them."""
-    return model.generate(utterances, model.audio_embeddings(utterances), task, max_new_tokens)
+    questions = [model.question(utterance, task) for utterance in utterances]
+    return model.generate(questions, model.hear(utterances), max_new_tokens)
 
 
 @pytest.fixture(scope="session")
