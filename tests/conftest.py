@@ -27,9 +27,10 @@ import tiny
 torch.set_num_threads(1)  # tests run in several processes; the same numbers on every machine
 
 
-def script(*arguments, cwd):
+def script(*arguments, cwd, environment=None):
     """Run python with these arguments, as a user would."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True)
 
 
 def read_lines(path):
@@ -53,6 +54,14 @@ def sound(wave, rate=data.SAMPLE_RATE, format="WAV", subtype=None):
 def copy_of(folder, tmp_path):
     """A copy of a checkpoint or a corpus that a test may spoil."""
     return shutil.copytree(folder, tmp_path / "copy")
+
+
+def write_large_model(folder):
+    """A checkpoint that no CPU should load; its weights are a hole, so it takes no room."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "phi4_multimodal"}')
+    with open(folder / "model-00001-of-00002.safetensors", "wb") as file:
+        file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
 
 
 @pytest.fixture(autouse=True)
