@@ -3,10 +3,10 @@
 import io
 import json
 import os
+from pathlib import Path
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -49,6 +49,13 @@ def sound(wave, rate=data.SAMPLE_RATE, format="WAV", subtype=None):
     file = io.BytesIO()
     soundfile.write(file, wave, rate, format=format, subtype=subtype or ("FLOAT" if format == "WAV" else None))
     return file.getvalue()
+
+
+def fifo(path):
+    """A file that whoever opens it would wait for."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
 
 
 def copy_of(folder, tmp_path):

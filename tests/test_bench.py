@@ -8,10 +8,10 @@ import sys
 import time
 from types import SimpleNamespace
 
-import pytest
-import torch
 from conftest import ROOT
 from processes import Process
+import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "bench"))

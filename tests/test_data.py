@@ -1,30 +1,22 @@
+from dataclasses import replace
 import json
 import math
 import os
 import re
-import struct
-import sys
-from dataclasses import replace
-from unittest.mock import Mock
 
+from conftest import copy_of, fifo, sound, tone
 import datasets
 import numpy as np
 import pytest
-import soundfile
-from conftest import copy_of, sound, tone
 from transformers import Phi4MultimodalFeatureExtractor
 
 import data
 import prompts
-import tiny
 from support import cli, files
-from support.sound import MOST_SAMPLES
+from support.sound import read_audio
+import tiny
 
 SECOND = sound(tone(1))
-
-
-def read(content):
-    return data.read_audio(lambda: content)
 
 
 def record(**fields):
@@ -35,7 +27,7 @@ def record(**fields):
 
 
 def checked(record):
-    return data._utterance("u", lambda: SECOND, record, "0001", "6", "m", {})
+    return data._utterance("u", lambda: SECOND, record, "0001")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,114 +53,6 @@ def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_i
     (word,) = checked(record(words=[word])).words
     assert (word.canonical, word.heard) == (("TH", "IY", "M"), tuple(heard.split()))
     assert word.mispronounced == len(labels)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Audio
-
-
-@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
-def test_any_rate_is_read_as_the_same_tone_at_16_khz_with_its_channels_averaged(rate):
-    both = sound(np.stack([tone(1, rate), 0 * tone(1, rate)], axis=1), rate)
-    audio, expected = read(both), tone(1) / 2
-    assert audio.dtype == np.float32 and abs(len(audio) - 16_000) <= 1
-    inner = slice(800, 15_200)  # away from the filter's edges
-    assert np.abs(audio[inner] - expected[inner]).max() < (0.005 if rate != 16_000 else 1e-9)
-
-
-@pytest.mark.parametrize("form", ["WAV", "RF64", "W64", "WAVEX", "FLAC"])
-def test_16_khz_mono_is_read_as_it_is(form):
-    audio = read(sound(tone(0.1), format=form, subtype="PCM_24"))
-    assert np.allclose(audio, tone(0.1), atol=1e-6)
-
-
-def wav(samples, *chunks, size=None, whole=None, riff=b"RIFF", rate=data.SAMPLE_RATE):
-    """Bytes of a 16-bit mono WAV with other chunks before its sound; size, whole: bytes that the header says."""
-    order = "<" if riff == b"RIFF" else ">"
-    sound = np.arange(samples, dtype=order + "i2").tobytes()
-    form = struct.pack(order + "4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate % 2**32, 2, 16)
-    headers = [struct.pack(order + "4sI", name, len(content)) for name, content in chunks]
-    other = b"".join(h + content + b"\0" * (len(content) % 2) for h, (_, content) in zip(headers, chunks))
-    size = len(sound) if size is None else size
-    content = b"WAVE" + form + other + struct.pack(order + "4sI", b"data", size) + sound
-    return riff + struct.pack(order + "I", len(content) if whole is None else whole) + content
-
-
-CHUNKS = {
-    "none": [],
-    "odd": [(b"note", b"odd")],
-    "nested": [(b"LIST", b"INFO" + b"ICMT\x0c\0\0\0data\0\0\x10\0tone")],  # no sound, though it says so
-    "both": [(b"note", b"1"), (b"LIST", b"adtl" + b"labl\x04\0\0\0data"), (b"bext", b"\0" * 602)],
-}
-
-
-@pytest.mark.parametrize("chunks, riff", [*((name, b"RIFF") for name in CHUNKS), ("odd", b"RIFX")])
-def test_a_wav_that_was_cut_off_says_what_is_missing(chunks, riff):
-    content = wav(1000, *CHUNKS[chunks], riff=riff)
-    assert len(read(content)) == 1000
-    for missing in (1, 2, 1000):
-        with pytest.raises(cli.InputError, match=f"cut off: .* 2,000 .* {2000 - missing:,} "):
-            read(content[:-missing])
-
-
-SIZES = [(0, 0), (8, 0), (36, 0), (2**32 - 1, 2**32 - 1), (0x7FFFF024, 0x7FFFF000), (2**31 - 1, 2**31 - 1)]
-
-
-@pytest.mark.parametrize("riff", [b"RIFF", b"RIFX"])
-@pytest.mark.parametrize("whole, size", SIZES)
-def test_a_wav_from_a_pipe_says_no_size_and_is_read_to_its_end(whole, size, riff):
-    known = read(wav(1000, *CHUNKS["odd"], riff=riff))
-    piped = wav(1000, *CHUNKS["odd"], size=size, whole=whole, riff=riff)
-    assert np.array_equal(read(piped), known) and len(known) == 1000
-
-
-@pytest.mark.parametrize("rate", [4_000, 384_000])
-def test_the_lowest_and_the_highest_rates_are_read(rate):
-    assert abs(len(read(wav(rate, rate=rate))) - data.SAMPLE_RATE) <= 1
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (sound(np.zeros(0, np.float32)), "empty"),
-        (sound(np.zeros(399, np.float32)), "399 samples at 16 kHz"),
-        (sound(np.array([0.1] * 500 + [np.nan, np.inf], np.float32)), "2 samples that are not finite"),
-        (sound(np.full((500, 2), [np.inf, -np.inf], np.float32)), "500 samples that are not finite"),
-        (sound(np.full((500, 2), 3e38, np.float32)), "500 samples that are not finite"),
-        (b"not a sound file", "not a readable sound file"),
-        (None, "not a readable sound file"),  # a row of the hub without its bytes
-        (wav(1000, size=0), "empty"),  # whatever comes after
-        (wav(16_000, rate=0), "not a readable sound file"),
-        (wav(16_000, rate=1), "1 Hz is below 4,000 Hz"),
-        (wav(16_000, rate=3_999), "3,999 Hz is below"),
-        (wav(16_000, rate=384_001), "384,001 Hz"),
-        (wav(16_000, rate=1_000_000_007), "1,000,000,007 Hz"),
-        (wav(16_000, rate=2**32 - 1), "Hz is below|not a readable"),
-        # G.721 instead of 16-bit, which cannot be measured
-        (sound(tone(0.1), format="AU")[:15] + b"\x17" + sound(tone(0.1), format="AU")[16:], "not a readable"),
-        (sound(tone(0.1), format="AIFF")[:22], "not a readable"),  # libsndfile seeks to -1, in a callback
-    ],
-)
-@pytest.mark.filterwarnings("error")  # a second line
-def test_bad_audio_is_named_and_nothing_else_is_printed(monkeypatch, content, message):
-    printed = []
-    monkeypatch.setattr(sys, "unraisablehook", printed.append)  # what cffi calls when a callback fails
-    with pytest.raises(cli.InputError, match=message):
-        read(content)
-    assert not printed
-
-
-@pytest.mark.parametrize("frames", [2**36 - 1, 0])  # 0: unknown, which libsndfile takes for 2**63 - 1
-def test_a_header_that_claims_more_samples_than_memory_is_refused(frames, monkeypatch):
-    content = bytearray(sound(tone(0.1), format="FLAC"))
-    content[21] = content[21] & 0xF0 | frames >> 32  # STREAMINFO's last 36 bits before the checksum
-    content[22:26] = (frames & 2**32 - 1).to_bytes(4, "big")
-    monkeypatch.setattr(soundfile.SoundFile, "read", None)  # nothing may be decoded
-    with pytest.raises(cli.InputError, match=f"samples .*{MOST_SAMPLES:,}"):
-        read(bytes(content))
-    monkeypatch.setattr(soundfile.SoundFile, "read", Mock(side_effect=MemoryError))
-    with pytest.raises(cli.InputError, match="MemoryError"):
-        read(SECOND)
 
 
 @pytest.mark.parametrize("samples", [400, 559, 560, 1_600, 1_839, 1_840, 16_000, 23_457])
@@ -203,7 +87,7 @@ def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
         assert utterance.scores == {name: record[name] for name in prompts.SCORES}
         assert utterance.canonical == [phone for w in record["words"] for phone in w["phones"]]
         assert utterance.speaker == utterance.id[:4]
-        assert utterance.samples == len(data.read_audio(utterance.recording))
+        assert utterance.samples == len(read_audio(utterance.recording))
     assert not {u.speaker for u in utterances} & {u.speaker for u in data.read_corpus(corpus, "test")}
 
 
@@ -222,10 +106,10 @@ def test_the_hub_dataset_gives_the_same_utterances_as_the_folder_and_names_a_spl
     (tmp_path / "data").mkdir()
     hub_table(corpus).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     folder = data.read_corpus(corpus, "test")
-    hub = [data._utterance(**row, known={}) for row in data.read_hub("some/corpus", tmp_path, "test")]
+    hub = [make() for _, make in data.read_hub("some/corpus", tmp_path, "test")]
     assert data.fingerprint(hub) == data.fingerprint(folder)
     for ours, theirs in zip(hub, folder, strict=True):
-        assert np.array_equal(data.read_audio(ours.recording), data.read_audio(theirs.recording))
+        assert np.array_equal(read_audio(ours.recording), read_audio(theirs.recording))
     with pytest.raises(cli.InputError, match="some/corpus.*'train'") as error:
         list(data.read_hub("some/corpus", tmp_path, "train"))
     assert "\n" not in str(error.value)
@@ -302,31 +186,13 @@ def test_equal_words_and_scores_are_held_once(corpus):
 # Files of a corpus that are no such files
 
 
-def fifo(path):
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    return path
-
-
-def written(content):
-    return lambda path: path.write_bytes(content) and path
-
-
-UNUSABLE = [  # in the place of a sound file
-    (fifo, "is not a regular file"),
-    (lambda path: path.parent, "Is a directory"),
-    (written(b"no sound"), "not a readable sound file"),
-    (written(wav(8000)[:-2]), "cut off"),
-    (written(wav(16_000, rate=1)), "1 Hz is below 4,000 Hz"),
-    (lambda path: path.touch() or os.truncate(path, 2**40) or path, "1,099,511,627,776 bytes"),
-]
-
-
 @pytest.mark.parametrize(
     "make, message",
     [
-        *UNUSABLE,
+        (fifo, "is not a regular file"),
         (lambda path: "/dev/zero", "is not a regular file"),
+        (lambda path: path.parent, "Is a directory"),
+        (lambda path: path.write_bytes(sound(tone(1))[:-2]) and path, "cut off"),
         (lambda path: f"{path}\0.wav", "null"),
         (lambda path: "a" * 5000, "File name too long"),
         (lambda path: path / "there", "No such file"),
@@ -422,51 +288,70 @@ AUDIO = tiny.SPECIAL_TOKENS[2]
 
 
 @pytest.fixture(scope="module")
-def pairs(tokenizer, utterances):
-    return [list(data.Examples([u], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO))) for u in utterances]
+def examples_of(tokenizer):
+    """Makes the examples of an utterance, a list."""
+    return lambda utterance: list(data.Examples([utterance], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)))
 
 
-def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer):
+def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer, examples_of):
     label = {"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}
     words = [
         {"text": "THEME", "phones": ["TH", "IY0", "M"], "accuracy": 2, "mispronunciations": [label]},
         {"text": "PARK", "phones": ["P", "AA0", "R", "K"], "accuracy": 10, "mispronunciations": []},
     ]
     scores = {"accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5}
-    utterance = checked(record(text="THEME PARK", words=words, **scores))
-    for example in data.Examples([utterance], tokenizer, audio_id=0):
+    for example in examples_of(checked(record(text="THEME PARK", words=words, **scores))):
         answer = tokenizer.decode(example.answer_ids).removesuffix(prompts.END)
         assert f"    {example.task}  {answer}\n" in data.__doc__
 
 
-def test_an_example_of_each_task_reads_as_figure_3_with_a_placeholder_for_every_audio_embedding(tokenizer, pairs):
-    assert [[example.task for example in pair] for pair in pairs] == [["APA", "MDD"]] * len(pairs)
-    for example in (example for pair in pairs for example in pair):
+@pytest.mark.parametrize(
+    "missing, tasks", [({}, ["APA", "MDD"]), ({"scores": None}, ["MDD"]), ({"words": ()}, ["APA"])]
+)
+def test_an_utterance_gives_an_example_of_each_task_that_it_has_labels_for(examples_of, missing, tasks):
+    utterance = replace(checked(record()), **missing)
+    assert [example.task for example in examples_of(utterance)] == [*utterance.tasks] == tasks
+    assert data.describe([utterance]) and data.fingerprint([utterance])
+
+
+def test_an_example_reads_as_figure_3_with_a_placeholder_for_every_audio_embedding(tokenizer, utterances, examples_of):
+    for example in (example for utterance in utterances for example in examples_of(utterance)):
         text = prompts.build_prompt(example.task).replace(prompts.AUDIO, AUDIO * example.utterance.audio_tokens)
         assert tokenizer.decode(example.prompt_ids) == text
 
 
-def test_exactly_the_answer_and_its_end_token_are_supervised(tokenizer, pairs):
-    for apa, mdd in pairs:
-        batch = data.collate([apa, mdd], tokenizer.pad_token_id)
-        scores, (u, labels) = apa.utterance.scores, (mdd.utterance, batch["labels"])
-        supervised = [tokenizer.decode(row[row != data.IGNORE]) for row in labels]
-        assert supervised == [
-            f'{{"accuracy": {scores["accuracy"]}, "fluency": {scores["fluency"]}, '
-            f'"prosodic": {scores["prosodic"]}, "total": {scores["total"]}}}<|end|>',
-            f'{{"word_transcript": "{u.text}", "phoneme_transcript": "{" ".join(u.heard)}"}}<|end|>',
-        ]
-        for ids, row, example in zip(batch["input_ids"], labels, (apa, mdd)):
-            padding = np.arange(len(ids)) >= len(example)
-            first = np.flatnonzero(row != data.IGNORE)[0]
-            assert tokenizer.decode(ids[:first]).endswith("<|end|><|assistant|>")
-            assert np.array_equal(row[row != data.IGNORE], ids[row != data.IGNORE])
-            assert (row[padding] == data.IGNORE).all() and (ids[padding] == tokenizer.pad_token_id).all()
+def test_exactly_the_answers_and_their_end_tokens_are_supervised_each_at_the_token_before(
+    tokenizer, utterances, examples_of
+):
+    examples = [example for utterance in utterances[:4] for example in examples_of(utterance)]
+    audio = tokenizer.convert_tokens_to_ids(AUDIO)
+    batch = data.collate(examples, tokenizer.pad_token_id, audio)
+    flat, ends = batch.input_ids.flatten(), np.cumsum([len(example.answer_ids) for example in examples])
+    assert batch.targets.tolist() == flat[batch.supervised + 1].tolist()
+    for example, answer, row in zip(examples, np.split(batch.targets, ends[:-1]), batch.input_ids):
+        u = example.utterance
+        scores = ", ".join(f'"{name}": {u.scores[name]}' for name in prompts.SCORES)
+        words = f'"word_transcript": "{u.text}", "phoneme_transcript": "{" ".join(u.heard)}"'
+        assert tokenizer.decode(answer) == "{" + (scores if example.task == "APA" else words) + "}<|end|>"
+        assert tokenizer.decode(row[: len(example) - len(answer)]).endswith("<|end|><|assistant|>")
+        assert (row[len(example) :] == tokenizer.pad_token_id).all()
+    before_answers = batch.supervised[[0, *ends[:-1]]]
+    assert set(flat[before_answers]) == {tokenizer.convert_tokens_to_ids(prompts.ASSISTANT)}
+    assert (flat[batch.placeholders] == audio).all()
+    assert len(batch.placeholders) == sum(example.utterance.audio_tokens for example in examples)
+    assert batch.tokens == sum(map(len, examples)) and batch.utterances == [e.utterance.id for e in examples]
 
 
-def test_a_genuine_pad_token_in_an_answer_would_still_be_supervised():
-    example = data.Example(None, "APA", [5, 6], [7, 0, 8])
-    assert data.collate([example], pad_id=0)["labels"].tolist() == [[-100, -100, 7, 0, 8]]
+@pytest.mark.parametrize(
+    "rows, supervised, targets",
+    [
+        ([([5, 6], [7, 0, 8])], [1, 2, 3], [7, 0, 8]),  # a genuine pad token is an answer's like any other
+        ([([5], [7]), ([], [8, 9])], [0, 2], [7, 9]),  # a row's first token is not predicted from the row above
+    ],
+)
+def test_labels_are_built_from_lengths(rows, supervised, targets):
+    batch = data.collate([data.Example(None, "APA", *row) for row in rows], pad_id=0, audio_id=1)
+    assert (batch.supervised.tolist(), batch.targets.tolist()) == (supervised, targets)
 
 
 def test_an_epoch_visits_each_example_once_in_an_order_of_seed_and_epoch():
@@ -509,40 +394,3 @@ def test_score_slots_are_the_answer_without_its_scores_where_each_score_is_a_tok
     for pieces in ((), ("10", "7, ")):  # one splits 10, the other joins a score with its comma
         with pytest.raises(cli.InputError, match="0 to 10 .*: use --scoring greedy"):
             data.encode_score_slots(Letters(*pieces))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sound files of one's own
-
-
-def test_sound_files_are_found_in_folders_too_and_in_the_order_of_their_names(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name in ("b/2.wav", "a.FLAC", "b/1.ogg", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in data.sound_files(tmp_path)] == ["a.FLAC", "b/1.ogg", "b/2.wav"]
-
-
-def test_a_folder_without_recordings_or_with_a_name_that_is_not_utf_8_is_refused(tmp_path):
-    with pytest.raises(cli.InputError, match=f"{tmp_path} has no recordings"):
-        data.sound_files(tmp_path)
-    open(os.fsencode(tmp_path) + b"/a\xff.wav", "w").close()
-    with pytest.raises(cli.InputError, match=r"a\\udcff.wav' is not UTF-8: rename it"):
-        data.sound_files(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        *UNUSABLE,
-        (written(sound(tone(0.5, 8000), 8000)), "8,000 Hz is below 16,000 Hz"),
-        (written(sound(tone(2.5))), "2.50 s is longer than 2 s"),
-        (written(sound(np.ones(8000))), "100.0% of the samples are at full scale"),
-        (written(sound(np.zeros(0))), "empty"),
-        (written(sound(tone(1, 400_000), 400_000)), "400,000 Hz"),
-    ],
-)
-def test_a_sound_file_that_would_mislead_is_refused_by_name(tmp_path, make, message):
-    path = make(tmp_path / "one.wav")
-    lowest = 0 if "4,000" in message else data.SAMPLE_RATE
-    with pytest.raises(cli.InputError, match=f"^{path}.*{message}"):
-        data.read_sound_file(path, longest=2, lowest_rate=lowest or 4_000)

@@ -1,18 +1,18 @@
 """The default hub ids against a small hub on the loopback: fetched once, then used without a network."""
 
 import hashlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
+from pathlib import Path
 import re
 import shutil
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pytest
 from conftest import ROOT, script, write_large_model
 from huggingface_hub import constants
+import pytest
 from safetensors.torch import load_file, save_file
 from test_data import hub_table
 
