@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an erro
 """
 
 import argparse
+from contextlib import redirect_stderr
 import errno
 import io
 import math
@@ -11,11 +12,10 @@ import os
 import re
 import sys
 import time
-from contextlib import redirect_stderr
 from typing import Annotated
 
-import tyro
 from pydantic import Field, TypeAdapter, ValidationError
+import tyro
 
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
