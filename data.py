@@ -14,19 +14,18 @@ gives two examples, one a task (Table 2). The phone transcript is what was *hear
 Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 import hashlib
-import io
+from itertools import islice
 import json
 import math
 import os
+from pathlib import Path
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
-from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,17 +33,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 import prompts
 from support import cli, files, hub, sound
+from support.sound import FRAME, SAMPLE_RATE
 
-SAMPLE_RATE = 16_000  # Hz; what the model's feature extractor expects
-FRAME = 400  # samples (25 ms), one analysis window of the feature extractor
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
 LONGEST = 10_000  # characters of a text, words of a sentence, phones of a word
-SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg")
-# A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
-FULL_SCALE = 0.99
-# Our choice: the corpus' utterances reach this share when raised 6 dB (median) above full scale; none has any.
-CLIPPED = 0.01  # share of a channel's samples
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 MAX_NEW_TOKENS = 400  # of a generated answer; the corpus' longest has 46 phones
 
@@ -70,11 +63,14 @@ class Utterance:
     recording: Callable[[], bytes]  # the sound file's content, read when it is needed
     samples: int  # length at SAMPLE_RATE
     text: str
-    scores: dict[str, int]  # the four of prompts.SCORES, 0-10
-    words: tuple[Word, ...]
+    scores: dict[str, int] | None  # the four of prompts.SCORES, 0-10
+    words: tuple[Word, ...]  # empty: nobody labelled the phones
     speaker: str
-    age: int
-    gender: str
+
+    @property
+    def tasks(self):
+        """The tasks that it has labels for."""
+        return tuple(task for task, labels in zip(prompts.TASKS, (self.scores, self.words)) if labels)
 
     @property
     def canonical(self):
@@ -83,10 +79,6 @@ class Utterance:
     @property
     def heard(self):
         return [phone for word in self.words for phone in word.heard]
-
-    @property
-    def tasks(self):
-        return prompts.TASKS
 
     @property
     def audio_tokens(self):
@@ -106,17 +98,17 @@ def read_corpus(source, split, revision=None, limit=None):
     Raises InputError with one line for every bad record or recording.
     """
     folder, commit = find_corpus(source, revision)
-    rows = read_hub(source, folder, split, limit) if commit else _read_folder(folder, split, limit)
-    utterances, problems, known = [], [], {}
-    for row in rows:
+    reader = read_hub(source, folder, split) if commit else read_folder(folder, split)
+    utterances, problems = [], []
+    for id, make in islice(reader, limit):
         try:
-            utterances.append(_utterance(**row, known=known))
+            utterances.append(make())
         except cli.InputError as error:
-            problems.append(f"{row['id']}: {error}")
+            problems.append(f"{id}: {error}")
     if problems:
         raise cli.InputError(
-            f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) "
-            f"cannot be used; repair or remove them:\n  " + "\n  ".join(problems)
+            f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) cannot be used; "
+            f"repair or remove them:\n  " + "\n  ".join(problems)
         )
     repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if repeated:
@@ -137,27 +129,22 @@ def find_corpus(source, revision):
     return hub.fetch(source, revision, "dataset", HUB_FILES)
 
 
-def _read_folder(root, split, limit):
-    """Yields a row of each utterance in the list of the public release's `split`, in its order."""
-    needed = [root / "resource" / "scores.json"]
-    needed += [root / split / name for name in ("wav.scp", "utt2spk", "spk2age", "spk2gender")]
-    missing = [str(path) for path in needed if not path.is_file()]
-    if missing:
+def read_folder(root, split):
+    """A reader: the public release, in the order of its list of the split.
+
+    A reader yields (id, make) of each utterance; make() returns the Utterance, or raises InputError with what is wrong
+    with this one. Of an utterance it must know id, recording, length, speaker, and scores or words or both: what has no
+    scores gives no APA example, what has no words no MDD example. Another corpus is another such function.
+    """
+    needed = [root / "resource" / "scores.json", root / split / "wav.scp", root / split / "utt2spk"]
+    if missing := [str(path) for path in needed if not path.is_file()]:
         raise cli.InputError(
             f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing"
         )
-    recordings, speakers, ages, genders = map(_read_list, needed[1:])
-    records = _read_records(needed[0])
-    for id, path in islice(recordings.items(), limit):
-        speaker = speakers.get(id)
-        yield {
-            "id": id,
-            "recording": partial(files.read_bytes, str(root / path)),
-            "record": records.pop(id, None),  # together they take some thirty times what is kept of them
-            "speaker": speaker,
-            "age": ages.get(speaker),
-            "gender": genders.get(speaker),
-        }
+    records, recordings, speakers = _read_records(needed[0]), _read_list(needed[1]), _read_list(needed[2])
+    for id, path in recordings.items():
+        recording = partial(files.read_bytes, str(root / path))
+        yield id, partial(_utterance, id, recording, records.pop(id, None), speakers.get(id))
 
 
 def _read_records(path):
@@ -189,8 +176,8 @@ def _read_list(path):
     return values
 
 
-def read_hub(name, folder, split, limit=None):
-    """Yields the rows of the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
+def read_hub(name, folder, split):
+    """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
     try:
@@ -200,45 +187,31 @@ def read_hub(name, folder, split, limit=None):
             f"corpus {name} has no split {split!r} that can be read: {cli.first_line(error)}"
         ) from error
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
-    for i, record in enumerate(islice(dataset, limit)):
+    for i, record in enumerate(dataset):
         # The hub has no id column: the name of the sound file is the release's utterance id.
         id = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
-        yield {
-            "id": id,
-            "recording": partial(_hub_recording, dataset, i),
-            "record": record,
-            "speaker": record["speaker"],
-            "age": record["age"],
-            "gender": record["gender"],
-        }
+        yield id, partial(_utterance, id, partial(_hub_recording, dataset, i), record, record["speaker"])
 
 
 def _hub_recording(dataset, index):
     return dataset[index]["audio"]["bytes"]
 
 
-def _utterance(id, recording, record, speaker, age, gender, known):
-    """A checked utterance. known: words and scores of the corpus so far, so that equal ones are held once."""
+def _utterance(id, recording, record, speaker):
+    """An utterance of speechocean762, checked."""
     if record is None:
         raise cli.InputError("no entry in resource/scores.json")
-    if speaker is None or age is None or gender is None:
-        raise cli.InputError(f"no speaker, or none with age and gender (speaker {speaker}, age {age}, gender {gender})")
+    if speaker is None:
+        raise cli.InputError("no speaker")
     record = files.check(Record, record, "its record")
-    try:
-        age = int(age)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise cli.InputError(f"age {age!r:.80} is not a whole number") from error
-    scores = tuple(getattr(record, name) for name in prompts.SCORES)
     return Utterance(
         id=id,
         recording=recording,
-        samples=len(read_audio(recording)),
+        samples=len(sound.read_audio(recording)),
         text=record.text,
-        scores=known.setdefault(scores, dict(zip(prompts.SCORES, scores))),
-        words=tuple(known.setdefault(word, word) for word in map(_word, record.words)),
+        scores=_shared_scores(*(getattr(record, name) for name in prompts.SCORES)),
+        words=tuple(map(_word, record.words)),
         speaker=speaker,
-        age=age,
-        gender=gender,
     )
 
 
@@ -314,65 +287,17 @@ def _word(record):
     heard = list(record.phones)
     for label in record.mispronunciations:
         heard[label.index] = label.heard
-    return Word(
-        text=record.text,
-        canonical=tuple(record.phones),
-        heard=tuple(phone for phone in heard if phone != "<DEL>"),
-        accuracy=record.accuracy,
-        mispronounced=len(record.mispronunciations),
-    )
+    spoken = tuple(phone for phone in heard if phone != "<DEL>")
+    return _shared_word(record.text, tuple(record.phones), spoken, record.accuracy, len(record.mispronunciations))
 
 
-def read_audio(recording, lowest_rate=sound.LOWEST_RATE, longest=math.inf, most_clipped=1.0):
-    """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
-
-    recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
-    Raises InputError for what is missing, unreadable, cut off, empty, too large or longer than `longest` seconds,
-    shorter than one frame, not finite, at full scale in more than `most_clipped` of a channel, or of a rate below
-    `lowest_rate` in Hz: its upper band would be empty.
-    """
-    from scipy.signal import resample_poly
-
-    audio, rate = sound.decode(recording() or b"", lowest_rate, longest)  # (S, channels); the hub may have no bytes
-    clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
-    if clipped > most_clipped:  # not after resampling, which rounds flat tops
-        raise cli.InputError(
-            f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
-            f"is distorted: record it again at a lower level"
-        )
-    with np.errstate(invalid="ignore", over="ignore"):  # said below
-        audio = audio.mean(axis=1)  # (S,)
-    if not np.isfinite(audio).all():
-        raise cli.InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
-    if len(audio) < FRAME:
-        raise cli.InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
-    return audio
+# Equal words and scores of a corpus are held once
+_shared_word = cache(Word)
 
 
-def sound_files(folder):
-    """The recordings in a folder and the folders in it, by name. Raises InputError when there are none."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
-    if not found:
-        raise cli.InputError(f"{folder} has no recordings ({', '.join(SOUND_FILES)}): give a folder with sound files")
-    for path in found:
-        if re.search("[\ud800-\udfff]", str(path)):  # so Python writes bytes that are not UTF-8
-            raise cli.InputError(f"{ascii(str(path))} is not UTF-8: rename it")
-    return found
-
-
-def read_sound_file(path, longest=math.inf, lowest_rate=sound.LOWEST_RATE):
-    """A sound file as `read_audio` gives it, (S,). longest: seconds.
-
-    Raises InputError, naming the file, for what `read_audio` refuses, more than CLIPPED at full scale included.
-    """
-    content = files.read_bytes(path)
-    try:
-        return read_audio(lambda: content, lowest_rate, longest, CLIPPED)
-    except cli.InputError as error:
-        raise cli.InputError(f"{path}: {error}") from error
+@cache
+def _shared_scores(*values):
+    return dict(zip(prompts.SCORES, values))
 
 
 def log_mel(utterance, extractor):
@@ -380,7 +305,7 @@ def log_mel(utterance, extractor):
 
     One recording at a time: the extractor's batched path fails on some sets of lengths.
     """
-    features = extractor(read_audio(utterance.recording), sampling_rate=SAMPLE_RATE)
+    features = extractor(sound.read_audio(utterance.recording), sampling_rate=SAMPLE_RATE)
     return features["audio_input_features"][0]
 
 
@@ -402,7 +327,8 @@ def fingerprint(utterances):
     digest = hashlib.sha256()
     for u in utterances:
         words = [(w.text, w.canonical, w.heard) for w in u.words]
-        digest.update(repr((u.id, u.samples, u.text, sorted(u.scores.items()), words, u.speaker)).encode())
+        scores = sorted((u.scores or {}).items())
+        digest.update(repr((u.id, u.samples, u.text, scores, words, u.speaker)).encode())
     return digest.hexdigest()
 
 
@@ -452,22 +378,20 @@ class Examples(Sequence):
 
     def __init__(self, utterances, tokenizer, audio_id):
         self.utterances, self.tokenizer, self.audio_id = utterances, tokenizer, audio_id
+        self.pairs = [(utterance, task) for utterance in utterances for task in utterance.tasks]
 
     def __len__(self):
-        return len(self.utterances) * len(prompts.TASKS)
+        return len(self.pairs)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        utterance, task = self.utterances[index // len(prompts.TASKS)], prompts.TASKS[index % len(prompts.TASKS)]
+        utterance, task = self.pairs[index]
         if task == "APA":
             answer = prompts.apa_target(utterance.scores)
         else:
             answer = prompts.mdd_target(utterance.text, utterance.heard)
         prompt_ids = encode_prompt(utterance, task, self.tokenizer, self.audio_id)
-        return Example(
-            utterance, task, prompt_ids, self.tokenizer.encode(answer + prompts.END, add_special_tokens=False)
-        )
+        answer_ids = self.tokenizer.encode(answer + prompts.END, add_special_tokens=False)
+        return Example(utterance, task, prompt_ids, answer_ids)
 
 
 def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
@@ -508,37 +432,25 @@ def encode_score_slots(tokenizer):
     return [answers[0][start:slot] for start, slot in zip(starts, slots)], values
 
 
-def ablate(utterances, how):
-    """The utterances with other audio: "silence" of the same length, or ("swap") the recording of another speaker.
+@dataclass
+class MicroBatch:
+    """Padded examples. Where audio goes and what is supervised are positions in the rows laid end to end (B x T)."""
 
-    A model that listens must do worse on them.
-    """
-    if how == "silence":
-        return [replace(u, recording=partial(_silence, u.samples)) for u in utterances]
-    if len({u.speaker for u in utterances}) < 2:
-        raise cli.InputError("--audio-ablation swap needs recordings of two speakers: use more utterances, or silence")
-    others = []
-    for i, utterance in enumerate(utterances):
-        following = utterances[i + 1 :] + utterances[:i]
-        others.append(next(other for other in following if other.speaker != utterance.speaker))
-    return [replace(u, recording=o.recording, samples=o.samples) for u, o in zip(utterances, others)]
+    input_ids: np.ndarray  # (B, T)
+    placeholders: np.ndarray  # (P,)
+    supervised: np.ndarray  # (N,), positions whose *next* token is supervised
+    targets: np.ndarray  # (N,), those next tokens
+    tokens: int  # without padding
+    utterances: list[str]  # id of each row
+    recordings: list = ()  # of each row; workers.Preparation reads them
 
 
-def _silence(samples):
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, np.zeros(samples, dtype=np.float32), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return file.getvalue()
-
-
-def collate(examples, pad_id):
-    """Examples as one batch, padded on the right.
+def collate(examples, pad_id, audio_id):
+    """Examples as one MicroBatch, padded on the right: labels masked, and shifted by one.
 
     A row's positions are then those it has alone, and causal attention needs no mask: what comes after a row's end is
     seen by nothing in it. Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including
     <|assistant|> and on padding; the answer and its <|end|> are supervised.
-    Returns int64 arrays input_ids and labels, each (B, T).
     """
     longest = max(len(example) for example in examples)
     input_ids = np.full((len(examples), longest), pad_id, dtype=np.int64)  # (B, T)
@@ -547,7 +459,17 @@ def collate(examples, pad_id):
         start, end = len(example.prompt_ids), len(example)
         input_ids[row, :end] = example.prompt_ids + example.answer_ids
         labels[row, start:end] = example.answer_ids
-    return {"input_ids": input_ids, "labels": labels}
+    following = np.full_like(labels, IGNORE)  # (B, T)
+    following[:, :-1] = labels[:, 1:]  # position t predicts token t+1
+    supervised = np.flatnonzero(following != IGNORE)  # (N,)
+    return MicroBatch(
+        input_ids=input_ids,
+        placeholders=np.flatnonzero(input_ids == audio_id),
+        supervised=supervised,
+        targets=following.reshape(-1)[supervised],
+        tokens=sum(map(len, examples)),
+        utterances=[example.utterance.id if example.utterance else "" for example in examples],
+    )
 
 
 def epoch_steps(examples, step_size, seed, epoch):

@@ -9,14 +9,14 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl.
 """
 
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 import gc
 import json
 import math
 import os
-import textwrap
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
+import textwrap
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -53,7 +53,8 @@ PAPER = {
 }
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
 CLOSE = 0.05  # a number this near to the paper's is marked
-OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
+ERRORS = {f"{name}_mae": name for name in prompts.SCORES} | {
+    "detection_f1": "found: F1",
     "apa_unparsed": "unparsed",
     "mdd_unparsed": "(MDD)",
     "apa_truncated": "cut off",
@@ -89,17 +90,6 @@ class Settings(ModelSettings):
     output: Path | None = None  # folder for predictions.jsonl, metrics.json, figure5.png; default: beside the adapter
 
 
-def check_settings(settings):
-    """Raises InputError when two settings cannot work together."""
-    if not (settings.predictions or settings.adapter or settings.base):
-        raise cli.InputError("nothing to evaluate: give --adapter, --base or --predictions")
-    if settings.epochs and not settings.adapter:
-        raise cli.InputError(f"--epochs {settings.epochs} chooses among those of a run: give --adapter as well")
-    others = {setting.name for setting in fields(settings)} - {"predictions", "output"}
-    if settings.predictions and (idle := sorted(filter(cli.given, others))):
-        raise cli.InputError(f"--predictions scores a saved file: leave out {' '.join(map(cli.flag, idle))}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is evaluated
 
@@ -112,64 +102,59 @@ class Evaluation:
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
-
-    @property
-    def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
-        if self.label == "base":
-            return "base", 0
-        strategy, epoch = (self.training.strategy, self.training.epoch) if self.training else ("lora", 3)
-        rows = ((strategy, epoch), (strategy, 3), ("lora", epoch), ("lora", 3))
-        return next(row for row in rows if row in PAPER)
-
-    def setting(self, name, default=None):
-        """A setting of the adapter's training; `default` where there is none."""
-        value = getattr(self.training, name, None)
-        return default if value is None else value
+    paper_row: tuple | None = ("lora", 3)  # key of PAPER to compare with; None for what is no comparison
 
 
 def evaluations(settings, output=None):
-    """What the settings ask for, the unmodified model first."""
+    """What the settings ask for, the unmodified model first. Raises InputError where that is nothing."""
+    if not (settings.adapter or settings.base):
+        raise cli.InputError("nothing to evaluate: give --adapter, --base for the unmodified model, or --predictions")
+    if settings.epochs and not settings.adapter:
+        raise cli.InputError(f"--epochs {settings.epochs} chooses among those of a run: give --adapter as well")
     adapters = run_folder.adapters(settings.adapter, settings.epochs) if settings.adapter else []
     output = output or settings.adapter or Path("out/base")
     chosen = []
     if settings.base:
         training = adapters[-1][1] if adapters else None
-        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training))
+        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training, ("base", 0)))
     for folder, training in adapters:
         own = output / folder.name if len(adapters) > 1 else output
-        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training))
+        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training, paper_row(training)))
     return chosen
+
+
+def paper_row(training):
+    """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
+    strategy = "unfreeze" if training.strategy == "unfreeze" else "lora"
+    return (strategy, training.epoch if (strategy, training.epoch) in PAPER else 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generating. Model and processes are imported here: they import torch, and scoring a saved file needs none.
 
 
-def start(evaluation, settings):
-    """Join torchrun's processes; nothing slow yet. Returns the settings, their revision the hub's commit."""
+def choose_model(evaluation, settings):
+    """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
     import model as models
-    import runtime
 
-    runtime.start_processes()
-    commit = models.check_model(*base_model(evaluation, settings))
+    chosen = {
+        "model": models.HUB_MODEL,
+        "revision": models.HUB_MODEL_REVISION,
+        "dtype": models.default_dtype(),
+        "attention": "sdpa",
+    }
+    for name, default in chosen.items():
+        chosen[name] = getattr(settings, name) or getattr(evaluation.training, name, None) or default
+    commit = models.check_model(chosen["model"], chosen["revision"])
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
-    return replace(settings, revision=commit)
-
-
-def base_model(evaluation, settings):
-    """Name and revision of the model that was fine-tuned, or that is asked for."""
-    import model as models
-
-    name = settings.model or evaluation.setting("model", models.HUB_MODEL)
-    return name, settings.revision or evaluation.setting("revision", models.HUB_MODEL_REVISION)
+    return replace(settings, **chosen | {"revision": commit})
 
 
 def read_corpus(evaluation, settings):
-    """The utterances that are asked for, or those of the split that belongs to the training's."""
-    source = settings.data or evaluation.setting("data", data.HUB_CORPUS)
-    revision = settings.data_revision or evaluation.setting("data_revision", data.HUB_CORPUS_REVISION)
+    """The utterances of the corpus that was trained on, or of the one that is asked for."""
+    source = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
+    revision = settings.data_revision or getattr(evaluation.training, "data_revision", None) or data.HUB_CORPUS_REVISION
     if settings.data_revision and os.path.isdir(source):
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
     utterances = data.read_corpus(source, settings.split, revision, settings.limit)
@@ -178,36 +163,28 @@ def read_corpus(evaluation, settings):
 
 
 def load(evaluation, settings):
-    """The model that an evaluation is of, with its adapter."""
+    """The model that an evaluation is of, with its adapter; settings: of `choose_model`."""
     import model as models
 
     gc.collect()  # the previous model leaves the GPU first
-    base = evaluation.adapter is None
-    model = models.load_base(
-        *base_model(evaluation, settings),
-        settings.dtype or evaluation.setting("dtype", models.default_dtype()),
-        settings.attention or evaluation.setting("attention", "sdpa"),
-        "merge" if base else evaluation.setting("speech_adapter"),  # the unmodified model hears through its own
-        None if base else evaluation.setting("quantize"),  # and is unmodified
-    )
-    if not base:
-        models.load_trained(model, evaluation.adapter, evaluation.setting("strategy"))
+    base = settings.model, settings.revision, settings.dtype, settings.attention
+    if evaluation.adapter is None:
+        return models.load_base(*base, "merge").eval()  # it hears through its speech adapter, and is never quantised
+    training = evaluation.training
+    model = models.load_base(*base, training.speech_adapter, training.quantize)
+    models.load_trained(model, evaluation.adapter, training.strategy)
     return model.eval()
 
 
 def made_with(evaluation, utterances, settings):
     """All that answers depend on, for predictions.settings.json."""
     weights = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
-    return {
+    names = ("model", "revision", "dtype", "attention", "max_new_tokens")
+    return {name: getattr(settings, name) for name in names} | {
         "evaluated": evaluation.label,
         "adapter": str(evaluation.adapter),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
-        "model": settings.model or evaluation.setting("model"),
-        "revision": settings.revision,
-        "dtype": settings.dtype,
-        "attention": settings.attention,
         "scoring": sorted(settings.scoring),
-        "max_new_tokens": settings.max_new_tokens,
         "corpus": data.fingerprint(utterances),
     }
 
@@ -215,32 +192,30 @@ def made_with(evaluation, utterances, settings):
 def generate(evaluation, utterances, settings):
     """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, and return them.
 
-    Batches hold utterances of similar length, the longest first, so that memory peaks at once. Under torchrun the
-    processes share them, and rank 0 writes: all others return nothing.
+    Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
+    return nothing.
     """
-    import model as models
-    import runtime
+    from support import moved, processes
 
-    written = answers.Answers(
-        evaluation.output, utterances, made_with(evaluation, utterances, settings), settings.resume
-    )
-    missing = sorted(written.missing, key=lambda utterance: -utterance.samples)
+    how = made_with(evaluation, utterances, settings)
+    written = answers.Answers(evaluation.output, utterances, how, settings.resume)
+    missing = sorted(written.missing, key=lambda utterance: utterance.samples)
     if missing:
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
         print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-        if moved := models.moved(model):
-            print(f"       {models.describe_moved(moved)}")
+        if distances := model.moved():
+            print(f"       {moved.describe(distances)}")
     rank, size = cli.process_rank(), settings.batch_size
-    together = size * runtime.processes()
+    together = size * processes.count()
     done = len(utterances) - len(missing)
     with tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar:
         for first in range(0, len(missing), together):
             batches = missing[first : first + together]
             own = batches[rank * size : (rank + 1) * size]
-            how = settings.scoring, settings.max_new_tokens, evaluation.adapter is not None
-            written.add(model.answer(own, *how) if own else [])
+            arguments = settings.scoring, settings.max_new_tokens, evaluation.adapter is not None
+            written.add(model.answer(own, *arguments) if own else [])
             bar.update(len(batches))
     written.finish()
     return answers.read(evaluation.output, utterances) if rank == 0 else []
@@ -260,13 +235,13 @@ class Row:
     intervals: dict  # key -> (low, high); empty where the file names no speakers
 
 
-def rows_of(records, label, paper_row):
+def rows_of(records, evaluation):
     """A row for each scoring that predictions hold; prints why a number is missing."""
     rows = []
     for scoring in metrics.scorings(records):
-        name = f"this run, {label}" + (", expected" if scoring == "expected" else "")
+        name = f"this run, {evaluation.label}" + (", expected" if scoring == "expected" else "")
         numbers, reasons = metrics.score(records, scoring)
-        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring)))
+        rows.append(Row(name, evaluation.paper_row, numbers, metrics.intervals(records, scoring)))
         for key, reason in reasons.items():
             print(f"{name}: no {key}: {reason}")
     return rows
@@ -391,7 +366,7 @@ def draw_figure5(records, path):
 
 def score(evaluation, records):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
-    rows = rows_of(records, evaluation.label, evaluation.paper_row)
+    rows = rows_of(records, evaluation)
     write_metrics(rows, evaluation.label, evaluation.output / "metrics.json")
     draw_figure5(records, evaluation.output / "figure5.png")
     return rows
@@ -400,7 +375,7 @@ def score(evaluation, records):
 def show(rows, floors):
     """Print the tables, and what is in them."""
     cli.show_table(*table_3(rows, floors))
-    cli.show_table("Mean error, outputs", list(OUTPUTS.values()), with_intervals(rows, OUTPUTS))
+    cli.show_table("Mean error, detection", list(ERRORS.values()), with_intervals(rows, ERRORS))
     print("", *(textwrap.fill(note, 118) for note in explain(rows)), sep="\n")
     for row in rows:
         pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
@@ -409,28 +384,40 @@ def show(rows, floors):
 
 def main():
     settings = cli.parse(Settings, __doc__)
-    check_settings(settings)
     saved = predictions.read(settings.predictions) if settings.predictions else None
     if saved:
+        others = {setting.name for setting in fields(settings)} - {"predictions", "output"}
+        if idle := sorted(filter(cli.given, others)):
+            raise cli.InputError(f"--predictions scores a saved file: leave out {' '.join(map(cli.flag, idle))}")
         chosen = [Evaluation("predictions", settings.output or settings.predictions.parent)]
     else:
         chosen = evaluations(settings, settings.output)
+    for evaluation in chosen:
+        answers.check_folder(evaluation.output, settings.predictions)
     with ExitStack() as locks:
-        for evaluation in chosen:
-            answers.check_folder(evaluation.output, settings.predictions)
         for evaluation in chosen:
             # what is unfinished beside an adapter may be train.py's, which is writing it now
             locks.enter_context(files.lock(evaluation.output, "evaluate", "--output", clear=False))
-        if not saved:
-            settings = start(chosen[-1], settings)
-            utterances = read_corpus(chosen[-1], settings)
-        rows = []
-        for evaluation in chosen:
-            records = saved or generate(evaluation, utterances, settings)
-            rows += score(evaluation, records) if records else []
-        if rows:
-            show(rows, [copying_floor(records)])
-            print(f"\nwritten: {', '.join(answers.SCORED)} in {', '.join(str(e.output) for e in chosen)}")
+        evaluate(chosen, saved, settings)
+
+
+def evaluate(chosen, saved, settings):
+    """Generate, unless answers were saved, and score; print the tables."""
+    if not saved:
+        from support import processes
+
+        processes.start()
+        settings = choose_model(chosen[-1], settings)  # one for all
+        utterances = read_corpus(chosen[-1], settings)
+    rows = []
+    for evaluation in chosen:
+        records = saved or generate(evaluation, utterances, settings)
+        rows += score(evaluation, records) if records else []
+    if rows:
+        show(rows, [copying_floor(records)])
+        print(f"\nwritten: {', '.join(answers.SCORED)} in {', '.join(str(e.output) for e in chosen)}")
+    if not saved:
+        processes.end()
 
 
 if __name__ == "__main__":

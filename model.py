@@ -21,37 +21,22 @@ Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature 
 positions, V vocabulary.
 """
 
-import hashlib
-import json
-import logging
-import re
-import warnings
-from contextlib import contextmanager
 from dataclasses import replace
+import json
 from pathlib import Path
+import re
 from typing import Annotated, Literal
+import warnings
 
-# Messages on import and loading that no user of these scripts can act on.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-import torch
-import torch.nn.functional as F
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import TrainableTokensWrapper
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field
 from safetensors.torch import load_file, save_file
+import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    BitsAndBytesConfig,
-    Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PreTrainedTokenizerFast,
@@ -59,32 +44,16 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import data
-import loader
 import prompts
-import runtime
-from support import cli, files, hub
-
-transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
-transformers_logging.disable_progress_bar()
+from support import audio_cache, cli, files, four_bits, hub, model_files, moved, processes, token_rows, workers
 
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
 WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
-MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    WEIGHTS_INDEX,
-    WEIGHTS,
-    f"{SPEECH_ADAPTER}/*.json",
-    f"{SPEECH_ADAPTER}/*.safetensors",
-]
-SPEECH_ADAPTERS = ("merge", "continue", "none")
+MODEL_FILES = "config generation_config preprocessor_config tokenizer tokenizer_config special_tokens_map added_tokens"
+MODEL_FILES = [*(f"{name}.json" for name in MODEL_FILES.split()), WEIGHTS_INDEX, WEIGHTS]
+MODEL_FILES += [f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
 # A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
@@ -107,12 +76,17 @@ STRATEGIES = {  # paper 3.2; "full" is not in the paper
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
-UNMOVED = 1e-4  # share of a layer's norm; our choice: below a fortieth of what bfloat16 can tell apart
 SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
-LARGEST_RANK = 3072  # the width of the real model: no matrix of it has a higher rank
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
+
+# Types of settings that say how a model is loaded and trained
+Strategy = Literal[tuple(STRATEGIES)]
+SpeechAdapter = Literal["merge", "continue", "none"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Dtype = Literal["float32", "bfloat16"]
+Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 
 
 class SpeechModel(nn.Module):
@@ -125,12 +99,22 @@ class SpeechModel(nn.Module):
         self.extractor = extractor
         self.source = None  # (folder, commit at the hub, speech adapter) of load_base
         self.started_rows = []  # control tokens that load_base started from another row
-        self.prepare = loader.Preparation(extractor, self.pad_id, self.audio_id)
+        self.prepare = workers.Preparation(extractor, self.pad_id, self.audio_id)
 
     @property
     def core(self):
         """The Phi4MultimodalForCausalLM, adapter layers included."""
         return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+
+    @property
+    def audio(self):
+        """Audio encoder and projector."""
+        return self.core.model.embed_tokens_extend.audio_embed
+
+    @property
+    def layers(self):
+        """The blocks that hold nearly all weights: of the language model, and of the audio encoder."""
+        return [*self.core.model.layers, *self.audio.encoder.encoders]
 
     @property
     def device(self):
@@ -144,56 +128,15 @@ class SpeechModel(nn.Module):
     def pad_id(self):
         return self.core.config.pad_token_id
 
+    def compile_layers(self):
+        """Compile each layer of the language model, for micro-batches of any length."""
+        for layer in self.core.model.layers:
+            layer.compile(dynamic=True)
+
     # ------------------------------------------------------------------------------------------------------------------
-    # Audio
+    # Audio (paper 3.2)
 
-    def keep_audio(self, folder):
-        """Keep audio embeddings in `folder`, and read them from there, while nothing trains that makes them."""
-        if not self._audio_trains:
-            self.prepare.cache = loader.AudioCache(Path(folder) / self._audio_digest())
-
-    @property
-    def _audio_trains(self):
-        return self.core.model.embed_tokens_extend.audio_embed.up_proj_for_speech.weight.requires_grad
-
-    def _audio_digest(self):
-        """Names all that the embeddings of a recording depend on, besides the recording."""
-        audio = self.core.model.embed_tokens_extend.audio_embed
-        digest = hashlib.sha256(repr((torch.__version__, transformers.__version__, self.device.type)).encode())
-        digest.update(self.extractor.to_json_string().encode())
-        digest.update(audio.config.to_json_string().encode())
-        for name, weight in audio.state_dict().items():
-            digest.update(f"{name} {weight.dtype} {[*weight.shape]}".encode())
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
-
-    def hear(self, utterances):
-        """Embeddings of each utterance's recording, a list of (A, D)."""
-        return self.embed([self.prepare.recording(utterance) for utterance in utterances])
-
-    def embed(self, recordings):
-        """Embeddings of each loader.Recording, a list of (A, D).
-
-        While nothing there trains each is computed alone: sums in a batch are rounded by the batch's shape, and a run
-        that was resumed, or an evaluation with another batch size, would differ in the last bits.
-        """
-        if self._audio_trains:
-            return self.embed_audio([recording.features for recording in recordings])
-        return [self._embed_once(recording).to(self.device, non_blocking=True) for recording in recordings]
-
-    @torch.no_grad()
-    def _embed_once(self, recording):
-        cache, file = self.prepare.cache, recording.file
-        known = recording.embeddings
-        if known is None and file:
-            known = cache.read(file)  # it may have come since the micro-batch was prepared
-        if known is None:
-            (known,) = self.embed_audio([recording.features])
-            if file:
-                cache.write(file, known.cpu())
-        return known
-
-    def embed_audio(self, features):
+    def encode_audio(self, features):
         """Audio encoder and projector, so that a recording's embeddings do not depend on what it is batched with.
 
         transformers' own padded path does not give that: it adds a boolean mask to the attention bias, so padding is
@@ -204,16 +147,16 @@ class SpeechModel(nn.Module):
 
         features: list of log-mel features, each (F, 80). Returns a tuple of (A, D), A = ceil(F / 8).
         """
-        audio = self.core.model.embed_tokens_extend.audio_embed
-        encoder, weight = audio.encoder, audio.up_proj_for_speech.weight
+        audio, encoder = self.audio, self.audio.encoder
+        weight = audio.up_proj_for_speech.weight
         features = [feature.to(weight.device, weight.dtype)[None] for feature in features]  # each (1, F, 80)
         parts = [encoder.embed(encoder.encoder_embedding(feature), None)[0][0] for feature in features]  # (A, H)
-        hidden = self._encode([chunk for part in parts for chunk in part.split(MAX_ENCODER_TOKENS)])  # (sum of A, H)
+        hidden = self._conform([chunk for part in parts for chunk in part.split(MAX_ENCODER_TOKENS)])  # (sum of A, H)
         return audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden))).split([len(p) for p in parts])
 
-    def _encode(self, chunks):
+    def _conform(self, chunks):
         """The conformer blocks on a list of (A, H). Returns their outputs laid end to end, (sum of A, H)."""
-        encoder = self.core.model.embed_tokens_extend.audio_embed.encoder
+        encoder = self.audio.encoder
         hidden = pad_sequence(chunks, batch_first=True)  # (B, longest A, H)
         lengths = torch.tensor([len(chunk) for chunk in chunks], device=hidden.device)
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, A)
@@ -226,12 +169,55 @@ class SpeechModel(nn.Module):
                 hidden = block(hidden, attention_mask)
         return hidden[~padding]
 
-    def _inputs_embeds(self, input_ids, placeholders, audio):
+    def hear(self, utterances):
+        """Embeddings of each utterance's recording, a list of (A, D)."""
+        return self.embed_recordings([self.prepare.recording(utterance) for utterance in utterances])
+
+    def embed_recordings(self, recordings):
+        """Embeddings of each workers.Recording, a list of (A, D).
+
+        While nothing there trains each is computed alone: sums in a batch are rounded by the batch's shape, and a run
+        that was resumed, or an evaluation with another batch size, would differ in the last bits.
+        """
+        if self._audio_trains:
+            return self.encode_audio([recording.features for recording in recordings])
+        return [self._known(recording).to(self.device, non_blocking=True) for recording in recordings]
+
+    @torch.no_grad()
+    def _known(self, recording):
+        """Embeddings (A, D) of one recording: from its micro-batch, from disk, or computed and kept there."""
+        cache, file = self.prepare.cache, recording.file
+        embeddings = recording.embeddings
+        if embeddings is None and file:
+            embeddings = cache.read(file)  # it may have come since the micro-batch was prepared
+        if embeddings is None:
+            (embeddings,) = self.encode_audio([recording.features])
+            if file:
+                cache.write(file, embeddings.cpu())
+        return embeddings
+
+    def keep_audio(self, folder):
+        """Keep audio embeddings in `folder`, and read them from there, while nothing trains that makes them."""
+        if not self._audio_trains:
+            self.prepare.cache = audio_cache.AudioCache(Path(folder) / audio_cache.digest(self.audio, self.extractor))
+
+    @property
+    def _audio_trains(self):
+        return self.audio.up_proj_for_speech.weight.requires_grad
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Loss (paper 4.2)
+
+    def forward(self, batch):
+        """Summed loss of a data.MicroBatch with its recordings; see `loss`."""
+        return self.loss(batch, self.embed_recordings(batch.recordings))
+
+    def _fill_in(self, input_ids, placeholders, audio):
         """Token embeddings with the audio embeddings in the place of their placeholders, (B, T, D).
 
         placeholders: (P,), positions in the rows laid end to end; audio: list of (A, D).
         """
-        embeds = _rows(self.core.get_input_embeddings(), input_ids)  # (B, T, D)
+        embeds = token_rows.rows_of(self.core.get_input_embeddings(), input_ids)  # (B, T, D)
         audio = torch.cat(audio).to(embeds.dtype)  # (sum of A, D)
         if len(placeholders) != len(audio):
             raise ValueError(f"{len(placeholders)} audio placeholders for {len(audio)} audio embeddings")
@@ -239,7 +225,7 @@ class SpeechModel(nn.Module):
 
     def _logits(self, hidden):
         """Logits (N, V) of hidden states (N, D)."""
-        head, trained = _trained_rows(self.core.lm_head)
+        head, trained = token_rows.trained_rows(self.core.lm_head)
         logits = head(hidden)
         for token, row in trained.items():
             logits[:, token] = F.linear(hidden, row.to(head.weight.dtype)[None])[:, 0]
@@ -250,7 +236,7 @@ class SpeechModel(nn.Module):
 
         bfloat16 has 8 bits: logits between 16 and 32 are 0.125 apart, and the likeliest two are often equal.
         """
-        rows = _rows(self.core.lm_head, tokens)  # (B, K, D)
+        rows = token_rows.rows_of(self.core.lm_head, tokens)  # (B, K, D)
         return (rows.float() * hidden.float()[:, None]).sum(dim=-1)
 
     def _likeliest(self, hidden):
@@ -261,13 +247,6 @@ class SpeechModel(nn.Module):
         tokens = logits.topk(CANDIDATES).indices  # (B, CANDIDATES)
         return tokens.gather(1, self._exact_logits(hidden, tokens).argmax(dim=-1, keepdim=True))[:, 0]
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Loss
-
-    def forward(self, batch):
-        """Summed loss of a loader.MicroBatch; see `loss`."""
-        return self.loss(batch, self.embed(batch.recordings))
-
     def loss(self, batch, audio):
         """Cross-entropy summed over the supervised tokens of a micro-batch.
 
@@ -276,22 +255,17 @@ class SpeechModel(nn.Module):
         tensor of a step, and most positions hold prompt or audio. Rows are padded on the right, so causal attention
         needs no mask, and the faster kernels take none.
 
-        batch: loader.MicroBatch; audio: list of (A, D), one for each row.
+        batch: data.MicroBatch; audio: list of (A, D), one for each row.
         """
         input_ids, placeholders, supervised, targets = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (batch.input_ids, batch.placeholders, batch.supervised, batch.targets)
+            torch.as_tensor(array).to(self.device, non_blocking=True)
+            for array in (batch.input_ids, batch.placeholders, batch.supervised, batch.targets)
         )
         hidden = self.core.model(
-            inputs_embeds=self._inputs_embeds(input_ids, placeholders, audio), use_cache=False
+            inputs_embeds=self._fill_in(input_ids, placeholders, audio), use_cache=False
         ).last_hidden_state  # (B, T, D)
         logits = self._logits(hidden.flatten(0, 1)[supervised])  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-    def compile_layers(self):
-        """Compile each layer of the language model, for micro-batches of any length."""
-        for layer in self.core.model.layers:
-            layer.compile(dynamic=True)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
@@ -301,17 +275,20 @@ class SpeechModel(nn.Module):
         prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
         return data.Example(utterance, task, prompt, [])
 
-    def answer(self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True):
-        """The lines of predictions.jsonl for some utterances, each with its tasks, as dicts.
+    def answer(
+        self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True, tasks=None
+    ):
+        """The lines of predictions.jsonl for some utterances, as dicts.
 
         scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
         without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+        tasks: where they are not those that an utterance has labels for.
         """
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             asked = [
                 (self.question(utterance, task, control_token), embeddings)
                 for utterance, embeddings in zip(utterances, self.hear(utterances), strict=True)
-                for task in utterance.tasks
+                for task in tasks or utterance.tasks
             ]
             written = [pair for pair in asked if pair[0].task != "APA" or "greedy" in scoring]
             scored = [pair for pair in asked if pair[0].task == "APA" and "expected" in scoring]
@@ -392,9 +369,11 @@ class SpeechModel(nn.Module):
 
         Padded on the right, so that no mask is needed (see `loss`); `_read_on` leaves the padding out of its attention.
         """
-        batch = self.prepare.pad(examples)
-        input_ids, placeholders = batch.input_ids.to(self.device), batch.placeholders.to(self.device)
-        output = self.core.model(inputs_embeds=self._inputs_embeds(input_ids, placeholders, audio), use_cache=True)
+        batch = data.collate(examples, self.pad_id, self.audio_id)
+        input_ids, placeholders = (
+            torch.as_tensor(array).to(self.device) for array in (batch.input_ids, batch.placeholders)
+        )
+        output = self.core.model(inputs_embeds=self._fill_in(input_ids, placeholders, audio), use_cache=True)
         lengths = torch.tensor([len(example) for example in examples], device=self.device)
         mask = (torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]).long()  # (B, T)
         ends = output.last_hidden_state[torch.arange(len(examples), device=self.device), lengths - 1]
@@ -405,13 +384,19 @@ class SpeechModel(nn.Module):
         cache, mask = state
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         output = self.core.model(
-            inputs_embeds=_rows(self.core.get_input_embeddings(), tokens),
+            inputs_embeds=token_rows.rows_of(self.core.get_input_embeddings(), tokens),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :],  # padding counts nowhere
             past_key_values=cache,
             use_cache=True,
         )
         return output.last_hidden_state[:, -1], (output.past_key_values, mask)
+
+    def moved(self):
+        """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
+        folder, _, speech_adapter = self.source
+        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
 
 
 def _select(state, rows):
@@ -421,98 +406,8 @@ def _select(state, rows):
     return cache, mask[rows]
 
 
-# The rows of the control tokens train while the matrix they lie in is frozen. PEFT's layer copies the matrix with the
-# rows put in, for the embedding and once more for the head, and the gradient is as large: 1.2 GB each at full size. The
-# two functions below give the same numbers from the frozen matrix and the few rows.
-
-
-def _trained_rows(layer):
-    """An embedding or head as it is frozen, and {token: row (D,)} of what PEFT trains of it and has not merged."""
-    if not isinstance(layer, TrainableTokensWrapper):
-        return layer, {}
-    adapter = layer.token_adapter
-    if adapter.merged:
-        return adapter.base_layer, {}  # not the wrapper, whose `weight` is a copy even then
-    return adapter.base_layer, dict(zip(adapter.token_indices["default"], adapter.trainable_tokens_delta["default"]))
-
-
-def _rows(layer, tokens):
-    """The rows (..., D) that some tokens have in an embedding or head."""
-    frozen, trained = _trained_rows(layer)
-    rows = F.embedding(tokens, frozen.weight)
-    for token, row in trained.items():
-        rows = torch.where((tokens == token)[..., None], row.to(rows.dtype), rows)
-    return rows
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
-
-
-Size = Annotated[int, Field(ge=1, le=10**6)]  # of a model; what is beyond takes minutes to fail
-Token = Annotated[int, Field(ge=0)]
-
-
-class AudioConfig(files.Shape):
-    audio_token_id: Token = 0
-    num_blocks: Size = 1
-
-
-class ModelConfig(files.Shape):
-    """What of a checkpoint's config.json is checked here; transformers reads the rest, and what is left out."""
-
-    model_type: Literal["phi4_multimodal"]
-    vocab_size: Size = 10**6
-    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 1
-    sliding_window: Size | None = None
-    pad_token_id: Token = 0
-    audio_config: AudioConfig = AudioConfig()
-
-    @model_validator(mode="after")
-    def _tokens_have_rows(self):
-        for token in (self.pad_token_id, self.audio_config.audio_token_id):
-            if token >= self.vocab_size:
-                raise ValueError(f"token {token} has no row: vocab_size is {self.vocab_size}")
-        return self
-
-
-class ExtractorConfig(files.Shape):
-    """preprocessor_config.json, where the features are those that data.py and the audio encoder count on."""
-
-    sampling_rate: Literal[data.SAMPLE_RATE] = data.SAMPLE_RATE
-    win_length: Literal[data.FRAME] = data.FRAME
-    hop_length: Literal[data.HOP] = data.HOP
-    feature_size: Literal[80] = 80
-    n_fft: Literal[512] = 512
-    audio_compression_rate: Literal[data.FRAMES_PER_TOKEN] = data.FRAMES_PER_TOKEN
-    preemphasis: float = 0.97
-
-
-class WeightsIndex(files.Shape):
-    """model.safetensors.index.json: in which file each weight is; none outside the folder."""
-
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]]
-
-
-Nothing = Annotated[list | dict, Field(max_length=0)] | None  # neither the shipped adapter nor train.py's has it
-
-
-class AdapterConfig(files.Shape):
-    """What of an adapter_config.json is checked here; PEFT reads the rest."""
-
-    peft_type: Literal["LORA"]
-    r: PositiveInt
-    lora_alpha: Annotated[float, Field(gt=0, le=cli.LARGEST)]
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    trainable_token_indices: dict[str, list[int]] | None = None
-    use_rslora: bool = False
-    fan_in_fan_out: Literal[False] = False
-    rank_pattern: Nothing = None
-    alpha_pattern: Nothing = None
-    modules_to_save: Nothing = None
-    target_parameters: Nothing = None
-    layers_to_transform: Nothing = None
-    layers_pattern: Nothing = None
 
 
 def check_model(name, revision):
@@ -523,7 +418,7 @@ def check_model(name, revision):
     folder, commit = hub.fetch(name, revision, "model", ["config.json"])
     if not (folder / "config.json").is_file():
         raise cli.InputError(f"model {name} holds no checkpoint: there is no config.json in it")
-    files.read_json(folder / "config.json", ModelConfig)
+    files.read_json(folder / "config.json", model_files.ModelConfig)
     if not torch.cuda.is_available() and hub.size(name, commit, "model", WEIGHTS) > LARGEST_CPU_MODEL:
         raise cli.InputError(
             f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
@@ -532,25 +427,9 @@ def check_model(name, revision):
     return commit
 
 
-@contextmanager
-def _loading(what):
-    """Libraries say in many ways that a file is missing, does not fit, or is no file of theirs: one InputError."""
-    try:
-        yield
-    except cli.InputError:
-        raise
-    except Exception as error:
-        raise cli.InputError(f"{what} cannot be loaded: {cli.first_line(error)}") from error
-
-
 def default_dtype():
     """Type of frozen weights where none is asked for."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
-def default_workers():
-    """Processes that prepare steps, where no number is asked for: they pay beside a GPU, which waits for them."""
-    return 2 if torch.cuda.is_available() else 0
 
 
 def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
@@ -562,53 +441,69 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     checkpoint cannot be loaded.
     """
     folder, commit = hub.fetch(name, revision, "model", MODEL_FILES)
-    files.read_json(folder / "preprocessor_config.json", ExtractorConfig)
-    if (folder / WEIGHTS_INDEX).exists():
-        files.read_json(folder / WEIGHTS_INDEX, WeightsIndex)
-    with _loading(f"model {name!r}" + (f" (revision {revision})" if commit else "")):
-        # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
-        # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
-        # pretraining (transformers issue 45920).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
-        network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
-            attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
-            quantization_config=_nf4() if quantize else None,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
-        if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
-            raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-        if quantize:
-            _check_quantised(network)
-        else:
-            network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-        if speech_adapter == "merge" and quantize:
-            network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
-            for key, parameter in network.named_parameters():
-                if ".lora_" in key:
-                    parameter.data = parameter.data.to(getattr(torch, dtype))
-        elif speech_adapter == "merge":
-            network = _with_speech_adapter(network, folder).merge_and_unload()
-
-    for token in prompts.TURN_TOKENS:
-        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            raise cli.InputError(f"model {name!r} has no token {token}: it is not a Phi-4-multimodal checkpoint")
-    if tokenizer.eos_token_id is None:
-        raise cli.InputError(f"model {name!r} has no end-of-text token: tokenizer_config.json is missing or names none")
-    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
+    what = f"model {name!r}" + (f" (revision {revision})" if commit else "")
+    tokenizer, extractor = _load_reading(folder, what)
+    network = _load_network(folder, what, dtype, attention, quantize)
+    network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
+    if speech_adapter == "merge" and quantize:
+        network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
+        for key, parameter in network.named_parameters():
+            if ".lora_" in key:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+    elif speech_adapter == "merge":
+        network = _with_speech_adapter(network, folder).merge_and_unload()
     rows = network.get_input_embeddings().weight.shape[0]
     if max(control_token_ids(tokenizer)) >= rows:
-        raise cli.InputError(f"model {name!r} has {rows} embedding rows, none to spare for the control tokens")
+        raise cli.InputError(f"{what} has {rows} embedding rows, none to spare for the control tokens")
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.source = (folder, commit, speech_adapter)
     model.started_rows = _start_rows(network.get_input_embeddings().weight, tokenizer)
     return model
+
+
+def _load_reading(folder, what):
+    """Tokenizer, with the control tokens, and feature extractor."""
+    files.read_json(folder / "preprocessor_config.json", model_files.ExtractorConfig)
+    with model_files.loading(what):
+        # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
+        # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
+        # pretraining (transformers issue 45920).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
+    for token in prompts.TURN_TOKENS:
+        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+            raise cli.InputError(f"{what} has no token {token}: it is not a Phi-4-multimodal checkpoint")
+    if tokenizer.eos_token_id is None:
+        raise cli.InputError(f"{what} has no end-of-text token: tokenizer_config.json is missing or names none")
+    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
+    return tokenizer, extractor
+
+
+def _load_network(folder, what, dtype, attention, quantize):
+    """The bare checkpoint, without its speech adapter, where it will compute."""
+    if (folder / WEIGHTS_INDEX).exists():
+        files.read_json(folder / WEIGHTS_INDEX, model_files.WeightsIndex)
+    # Messages that no user of these scripts can act on; what is missing is checked here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with model_files.loading(what):
+        network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
+            attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
+            quantization_config=four_bits.nf4() if quantize else None,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
+        raise cli.InputError(f"{what}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
+    if quantize:
+        four_bits.check_quantised(network, LORA_TARGETS)
+        return network
+    return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _start_rows(matrix, tokenizer):
@@ -625,64 +520,34 @@ def _start_rows(matrix, tokenizer):
     return tokenizer.convert_ids_to_tokens(small)
 
 
-def _nf4():
-    """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.embed_tokens_extend", "lm_head"],
-    )
-
-
-def _check_quantised(network):
-    """All of the language model's linear layers and no others must be quantised: a skip list that looks right is not.
-
-    A name in it counts from the start of the module's name, so "embed_tokens_extend" without "model." keeps nothing.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in network.named_modules():
-        expected = bool(re.fullmatch(LORA_TARGETS, name))
-        if isinstance(module, nn.Linear) and isinstance(module, Linear4bit) != expected:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}: nf4 is for the language model's layers, all of them"
-            )
-
-
 def control_token_ids(tokenizer):
     """Ids of the control tokens, in the order of prompts.TASKS. They lie in spare rows of the embedding matrix."""
     return tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
 def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    config = _read_config(folder / SPEECH_ADAPTER)
+    folder = folder / SPEECH_ADAPTER
+    config = _read_config(folder)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
-    weights = _read_weights(folder / SPEECH_ADAPTER / ADAPTER_FILE)
-    _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
+    with model_files.loading(f"speech adapter {folder}"):
+        weights = model_files.read_weights(folder / ADAPTER_FILE)
+        _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
 
 
 def _read_config(folder):
     """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
-    files.read_json(folder / "adapter_config.json", AdapterConfig)
-    return LoraConfig.from_pretrained(folder.absolute())
-
-
-def _read_weights(path):
-    """Tensors of a safetensors file. Raises ValueError for what is no such file, or holds no weights."""
-    if not path.is_file():  # a FIFO would be waited for
-        raise ValueError(f"{path} is missing, or is not a regular file")
-    weights = load_file(path)
-    for name, weight in weights.items():
-        if not (weight.is_floating_point() and weight.isfinite().all()):
-            raise ValueError(f"{name} in {path} holds values that are not finite numbers of floating point")
-    return weights
+    files.read_json(folder / "adapter_config.json", model_files.AdapterConfig)
+    with model_files.loading(f"{folder}/adapter_config.json"):
+        return LoraConfig.from_pretrained(folder.absolute())
 
 
 def _attach(network, config):
@@ -698,47 +563,8 @@ def _load_exactly(network, weights, adapter_name="default", new=None):
     """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
     own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
     kept = {key: value for key, value in own.items() if new and re.search(new, key)}
-    _check_fit(weights, {key: value for key, value in own.items() if key not in kept})
+    model_files.check_fit(weights, {key: value for key, value in own.items() if key not in kept})
     set_peft_model_state_dict(network, weights | kept, adapter_name=adapter_name)
-
-
-def _check_fit(weights, own):
-    """Both must have the same keys with the same shapes."""
-    if difference := sorted(weights.keys() ^ own.keys()):
-        raise ValueError(f"it does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
-    for key, value in weights.items():
-        if value.shape != own[key].shape:
-            raise ValueError(f"it does not fit the model: {key} is {[*value.shape]}, not {[*own[key].shape]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: the adapter, and what of the model trains
-
-
-def memory_of_full(network):
-    """Bytes that training all weights takes, before activations: {what: bytes}. network: on any device, meta too."""
-    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES["full"]]
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    trained = sum(size for name, size in sizes.items() if any(re.search(pattern, name) for pattern in patterns))
-    return {
-        "weights, gradients and Adam's moments": 16 * trained,  # float32
-        "frozen weights": 2 * (sum(sizes.values()) - trained),  # bfloat16
-        "autocast's copies of the weights": 2 * trained,  # bfloat16, from a forward pass to its backward pass
-    }
-
-
-def check_memory(name, revision, memory):
-    """Stop before the weights are read when `--strategy full` cannot fit. memory: bytes that the GPU has."""
-    folder, _ = hub.fetch(name, revision, "model", ["config.json"])
-    with torch.device("meta"):
-        parts = memory_of_full(Phi4MultimodalForCausalLM(Phi4MultimodalConfig.from_pretrained(folder)))
-    if sum(parts.values()) > memory:
-        listed = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in parts.items())
-        raise cli.InputError(
-            f"--strategy full takes {sum(parts.values()) / 1e9:.1f} GB before activations ({listed}), "
-            f"and the GPU has {memory / 1e9:.1f}: share them with torchrun --nproc-per-node N and "
-            f"--shard, or use --strategy unfreeze"
-        )
 
 
 def add_adapter(model, rank, alpha, dropout):
@@ -766,6 +592,10 @@ def add_adapter(model, rank, alpha, dropout):
     return model.network.peft_config["default"]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What trains
+
+
 def set_trainable(model, strategy):
     """Freeze everything, then open the parameter groups of the strategy.
 
@@ -785,73 +615,23 @@ def set_trainable(model, strategy):
     return counts
 
 
-def shard(model):
-    """Spread weights, gradients and optimiser state of what trains over all processes (FSDP2); together.
-
-    A layer's weights come together only while it computes. What is frozen stays whole in each process.
-    """
-    mesh = init_device_mesh(model.device.type, (runtime.processes(),))
-    half = torch.bfloat16 if model.device.type == "cuda" else None
-    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)}
-    for layer in [*model.core.model.layers, *model.core.model.embed_tokens_extend.audio_embed.encoder.encoders]:
-        fully_shard(layer, **how)
-    fully_shard(model, **how, ignored_params={p for p in model.parameters() if not p.requires_grad})
-    register_fsdp_forward_method(model, "generate")
+def trained_parameters(model):
+    """{name: parameter} of what trains; names are those inside the Phi4MultimodalForCausalLM."""
+    return {name: parameter for name, parameter in model.core.named_parameters() if parameter.requires_grad}
 
 
-@torch.no_grad()
-def moved(model):
-    """How far training has moved the layers that the adapter sits on, and the rows of the control tokens.
-
-    Returns {"adapter_moved": median over layers of |alpha/r (BA - B0 A0)| / |W|, "control_tokens_moved": mean over the
-    tokens of |row - row0| / |row0|}; B0 A0 is the shipped adapter where that is trained on ("continue"), else 0.
-    Empty for a model without an adapter.
-    """
-    if not isinstance(model.network, PeftModel):
-        return {}
-    start = _shipped_weights(model)
-    changes = []
-    for name, layer in model.core.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = (side["default"].weight.double() for side in (layer.lora_A, layer.lora_B))  # (r, in), (out, r)
-            if start:
-                a0, b0 = (start[f"base_model.model.{name}.lora_{side}.weight"].to(a) for side in "AB")
-                a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-            change = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()  # |BA| without BA, which is as large as W
-            weight = dequantize_module_weight(layer.get_base_layer())
-            changes.append(layer.scaling["default"] * change / torch.linalg.vector_norm(weight, dtype=torch.float32))
-    tokens = model.core.get_input_embeddings().token_adapter
-    row, row0 = (rows["default"].float() for rows in (tokens.trainable_tokens_delta, tokens.trainable_tokens_original))
-    return {
-        "adapter_moved": torch.stack(changes).median().item(),
-        "control_tokens_moved": ((row - row0).norm(dim=1) / row0.norm(dim=1)).mean().item(),
-    }
-
-
-def _shipped_weights(model):
-    """The shipped adapter's weights where the adapter started from them, else None."""
-    folder, _, speech_adapter = model.source
-    return load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else None
-
-
-def describe_moved(moved):
-    """The dict of `moved` as a sentence."""
-    layers, rows = moved["adapter_moved"], moved["control_tokens_moved"]
-    warning = ": next to nothing, so it is still the model it started from" if layers < UNMOVED else ""
-    return f"the adapter has moved its layers by {layers:.2%} (median), the control tokens' rows by {rows:.2%}{warning}"
+def _outside_adapter(model, strategy):
+    """{name: parameter} of what a strategy trains besides the adapter."""
+    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES[strategy] if group not in ADAPTER_GROUPS]
+    return {name: p for name, p in model.core.named_parameters() if any(re.search(q, name) for q in patterns)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
 
-def trained_parameters(model):
-    """{name: parameter} of what trains; names are those inside the Phi4MultimodalForCausalLM."""
-    return {name: parameter for name, parameter in model.core.named_parameters() if parameter.requires_grad}
-
-
 def save_trained(model, folder, settings):
-    """Write the trained weights, with the exact settings beside them; together. The folder appears whole or not at all.
+    """Write the trained weights, with the exact settings beside them, whole or not at all; collective.
 
     The adapter is written in PEFT's format. Trained weights outside of it ("unfreeze", "full") go to
     trained.safetensors: float32, but for "full" the type they will be used in (`--dtype`), half as large on a GPU.
@@ -859,7 +639,7 @@ def save_trained(model, folder, settings):
     dtype = getattr(torch, settings["dtype"]) if settings["strategy"] == "full" else torch.float32
     weights = {}
     for name, parameter in _outside_adapter(model, settings["strategy"]).items():
-        if (weight := runtime.on_rank_0(parameter)) is not None:
+        if (weight := processes.on_rank_0(parameter)) is not None:
             weights[name] = weight.to(dtype).contiguous()
     if cli.process_rank():
         return
@@ -876,39 +656,20 @@ def save_trained(model, folder, settings):
 
 def load_trained(model, folder, strategy):
     """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
-    folder = Path(folder)
-    with _loading(f"adapter {folder}"):
-        if strategy != "full":
-            _load_adapter(model, folder)
-        if parameters := _outside_adapter(model, strategy):
-            weights = _read_weights(folder / TRAINED_FILE)
-            _check_fit(weights, parameters)
-            for name, parameter in parameters.items():
-                parameter.data = weights[name].to(parameter.device)
+    folder, what = Path(folder), f"adapter {folder}"
+    if strategy != "full":
+        config = _read_config(folder)
+        config.inference_mode = True
+        if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
+            raise cli.InputError(f"{what}: its control tokens are not this base model's")
+        model.network = _attach(model.network, config)
+        with model_files.loading(what):
+            _load_exactly(model.network, model_files.read_weights(folder / ADAPTER_FILE))
+        token_rows.merge(model)
+    if parameters := _outside_adapter(model, strategy):
+        with model_files.loading(what):
+            weights = model_files.read_weights(folder / TRAINED_FILE)
+            model_files.check_fit(weights, parameters)
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter.device)
     model.eval()
-
-
-def _load_adapter(model, folder):
-    config = _read_config(folder)
-    config.inference_mode = True
-    if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
-        raise ValueError("its control tokens are not this base model's")
-    model.network = _attach(model.network, config)
-    _load_exactly(model.network, _read_weights(folder / ADAPTER_FILE))
-    merge_rows(model)
-
-
-def merge_rows(model):
-    """Put the trained rows of the control tokens into the embedding matrix, for good.
-
-    Else PEFT would copy the whole matrix in every decoding step, twice.
-    """
-    for module in model.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            module.token_adapter.merge()
-
-
-def _outside_adapter(model, strategy):
-    """{name: parameter} of what a strategy trains besides the adapter."""
-    patterns = [PARAMETER_GROUPS[group] for group in STRATEGIES[strategy] if group not in ADAPTER_GROUPS]
-    return {name: p for name, p in model.core.named_parameters() if any(re.search(q, name) for q in patterns)}

@@ -12,23 +12,23 @@ something to learn and a right answer. It shows that the code learns; it says no
 """
 
 import argparse
+from collections import defaultdict
+from dataclasses import dataclass
 import json
 import math
 import os
-import re
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+import re
 
 from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel  # first: it quiets the libraries it imports
 
 # isort: split
 import numpy as np
-import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch
 from torch import nn
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import (
     Phi4MultimodalConfig,
@@ -395,8 +395,8 @@ class Pretraining:
             task, answer = ("words", words) if self.rng.uniform() < self.WORDS else ("phones", phones)
             rows.append(self._encode(QUESTIONS[task], " ".join(answer), audio_tokens=len(frame_labels)))
             chosen.append((features, frame_labels))
-        audio = self.model.embed_audio([features for features, _ in chosen])
-        batch = self.model.prepare.pad(rows)
+        audio = self.model.encode_audio([features for features, _ in chosen])
+        batch = data.collate(rows, self.model.pad_id, self.model.audio_id)
         loss = self.model.loss(batch, audio) / len(batch.targets)
 
         logits = self.frame_head(torch.cat(audio)).view(-1, len(PHONES) + 1)  # (2 x sum of A, phones + silence)

@@ -64,10 +64,30 @@ def _resumed(folder, utterances, settings):
             f"or choose another --output"
         )
     try:
-        records = predictions.read(path, cut_off=True)
+        return _answers(path, utterances)
     except cli.InputError as error:
         raise cli.InputError(f"--resume: {error}; leave out --resume to start again") from error
+
+
+def find(folder, utterances, settings):
+    """The records of an evaluation that answer these utterances, perhaps among others; None where one is missing.
+
+    settings: as for `Answers`; only the corpus may be another.
+    """
+    try:
+        written_with = files.read_json(folder / SETTINGS, dict)
+        lines = _answers(folder / WHOLE, utterances)
+    except cli.InputError:
+        return None
+    if written_with | {"corpus": None} != settings | {"corpus": None} or lines.keys() != _asked(utterances).keys():
+        return None
+    return [json.loads(lines[key]) for key in _asked(utterances)]
+
+
+def _answers(path, utterances):
+    """{(id, task): JSON text} of a file's answers to these utterances."""
     asked, texts = _asked(utterances), files.read_text(path).split("\n")
+    records = predictions.read(path, cut_off=True)
     return {_key(record): text for record, text in zip(records, texts) if asked.get(_key(record)) == _said(record)}
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an erro
 """
 
 import argparse
+from contextlib import redirect_stderr
 import errno
 import io
 import math
@@ -11,11 +12,10 @@ import os
 import re
 import sys
 import time
-from contextlib import redirect_stderr
 from typing import Annotated
 
-import tyro
 from pydantic import Field, TypeAdapter, ValidationError
+import tyro
 
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
@@ -50,7 +50,9 @@ def parse(settings, description):
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(settings, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(
+                settings, prog=_program(), description=description, config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except SystemExit as end:
         if not end.code:
             raise
@@ -59,6 +61,12 @@ def parse(settings, description):
         return TypeAdapter(settings).validate_python(vars(parsed))
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
+
+
+def _program():
+    """How this script was started."""
+    module = sys.modules["__main__"].__spec__
+    return f"python -m {module.name}" if module else f"python {os.path.basename(sys.argv[0])}"
 
 
 def given(name):

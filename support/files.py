@@ -4,16 +4,16 @@ What is read from outside is distrusted here: a file must be a regular one, its 
 `Shape`. Every fault is one InputError that names the file, the field, the value and the reason.
 """
 
+from contextlib import contextmanager
 import errno
 import fcntl
+from functools import cache
 import os
+from pathlib import Path
 import shutil
 import socket
 import stat
 import sys
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError

@@ -5,16 +5,81 @@ InputError.
 """
 
 import io
+import math
+from pathlib import Path
+import re
 import struct
 
+import numpy as np
+
+from support import files
 from support.cli import InputError
 
+SAMPLE_RATE = 16_000  # Hz; what speech models expect
+FRAME = 400  # samples (25 ms), one analysis window; nothing shorter is a recording
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg")
+# A flat top that went through MP3 or Ogg ripples by a percent and more around full scale.
+FULL_SCALE = 0.99
+# Our choice: speechocean762's utterances reach this share when raised 6 dB (median) above full scale; none has any.
+CLIPPED = 0.01  # share of a channel's samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz of a recording; no speech is below, no converter above
 MOST_SAMPLES = 2**28  # of a recording, over all channels, and as resampled to 16 kHz: 4.7 hours
 UNKNOWN_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)  # of a WAV's sound, as SoX, others and ffmpeg write to a pipe
 
 
-def decode(content, lowest_rate, longest):
+def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clipped=1.0):
+    """A recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
+
+    recording: callable that returns the bytes of a sound file. Returns (S,) in [-1, 1].
+    Raises InputError for what is missing, unreadable, cut off, empty, too large or longer than `longest` seconds,
+    shorter than one frame, not finite, at full scale in more than `most_clipped` of a channel, or of a rate below
+    `lowest_rate` in Hz: its upper band would be empty.
+    """
+    from scipy.signal import resample_poly
+
+    audio, rate = _decode(recording() or b"", lowest_rate, longest)  # (S, channels); the hub may have no bytes
+    clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
+    if clipped > most_clipped:  # not after resampling, which rounds flat tops
+        raise InputError(
+            f"{clipped:.1%} of the samples are at full scale (limit {most_clipped:.0%}), so the sound "
+            f"is distorted: record it again at a lower level"
+        )
+    with np.errstate(invalid="ignore", over="ignore"):  # said below
+        audio = audio.mean(axis=1)  # (S,)
+    if not np.isfinite(audio).all():
+        raise InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
+    if rate != SAMPLE_RATE:
+        common = math.gcd(rate, SAMPLE_RATE)
+        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
+    if len(audio) < FRAME:
+        raise InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
+    return audio
+
+
+def sound_files(folder):
+    """The recordings in a folder and the folders in it, by name. Raises InputError when there are none."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND_FILES and path.is_file())
+    if not found:
+        raise InputError(f"{folder} has no recordings ({', '.join(SOUND_FILES)}): give a folder with sound files")
+    for path in found:
+        if re.search("[\ud800-\udfff]", str(path)):  # so Python writes bytes that are not UTF-8
+            raise InputError(f"{ascii(str(path))} is not UTF-8: rename it")
+    return found
+
+
+def read_sound_file(path, longest=math.inf, lowest_rate=LOWEST_RATE):
+    """A sound file as `read_audio` gives it, (S,). longest: seconds.
+
+    Raises InputError, naming the file, for what `read_audio` refuses, more than CLIPPED at full scale included.
+    """
+    content = files.read_bytes(path)
+    try:
+        return read_audio(lambda: content, lowest_rate, longest, CLIPPED)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _decode(content, lowest_rate, longest):
     """A sound file's bytes as float32 samples (S, channels), at least one, and their rate in Hz.
 
     Raises InputError for what is unreadable, cut off, empty, too large, longer than `longest` seconds, or of a rate

@@ -1,0 +1,90 @@
+"""Processes: torchrun starts one for each GPU, and they share the work of a step.
+
+Everything works in a plain `python train.py` as well: one process, rank 0. Collective: every rank must call it, in the
+same order.
+"""
+
+from datetime import timedelta
+import os
+import sys
+from threading import Thread
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from support.cli import process_rank
+
+PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
+LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
+
+
+def start():
+    """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
+
+    Rank 0 alone prints: the standard output of the others is closed. Where torchrun is killed its processes end.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    if process_rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _end_with(launcher):
+    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_SEEN)
+    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(*values):
+    """Sums over all processes, a list of floats; collective."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(value):
+    """The values of all processes, in the order of ranks; collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_tensor(tensor):
+    """A tensor as it would be in one process; collective where FSDP2 holds it in pieces."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def on_rank_0(tensor):
+    """The whole tensor on the CPU of rank 0, and None elsewhere: a machine has room for one copy; collective."""
+    tensor = whole_tensor(tensor)
+    return tensor.cpu() if process_rank() == 0 else None
+
+
+def like(tensor, other):
+    """The inverse of `whole_tensor`: cut into pieces where `other` is, and on its device; collective."""
+    if not isinstance(other, DTensor):
+        return tensor.to(other.device)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
