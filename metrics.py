@@ -415,3 +415,11 @@ def _ratio(numerator, denominator):
     """numerator / denominator, nan where the denominator is zero; numbers or arrays."""
     numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
     return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
+
+
+def speaker_weights(speakers, names=None, seed=0):
+    """How often each utterance is in each of RESAMPLES draws of as many speakers, with replacement, (RESAMPLES, N)."""
+    names = sorted(set(speakers) if names is None else names)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return weights[:, [names.index(speaker) for speaker in speakers]]
