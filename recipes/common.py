@@ -100,7 +100,7 @@ def quieten():
 def loading(flag, name, kind):
     """Turns a library's failure to load the folder or hub id `name` into an InputError that says what to do."""
     remedy = f"{flag} needs a folder with {kind} in safetensors, or a hub id that can be reached"
-    if not Path(name).is_dir() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
+    if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
         # Not a hub id, which would be asked for again and again where there is no network
         raise cli.InputError(f"{flag} {name} does not exist: {remedy}")
     try:
