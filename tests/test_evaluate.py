@@ -470,7 +470,11 @@ def test_a_line_that_answers_something_else_is_generated_again_and_a_broken_one_
     file = evaluation.output / "predictions.jsonl"
     whole, part = file.read_text(), file.with_name("predictions.jsonl.part")
     lines = whole.splitlines(keepends=True)
-    for foreign in (lines[2].replace('"speaker": "', '"speaker": "x'), lines[2].replace('"total": ', '"total": 0.')):
+    for foreign in (
+        lines[2].replace('"speaker": "', '"speaker": "x'),
+        lines[2].replace('"speaker": "', '"said by": "'),
+        lines[2].replace('"total": ', '"total": 0.'),
+    ):
         assert foreign != lines[2]
         part.write_text("".join([*lines[:2], foreign, *lines[3:]]))
         answered.clear()
