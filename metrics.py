@@ -14,9 +14,9 @@ There are two F1s, because the paper's definition (4.3) and its figures (Table 3
                         and 0.77 where they gather in a third of the utterances; the paper has 0.724 at 0.114
 """
 
+from collections import Counter
 import math
 import re
-from collections import Counter
 
 import numpy as np
 from scipy import stats

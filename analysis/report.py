@@ -9,24 +9,24 @@ loads from outside and every script but its own.
 """
 
 import base64
+from collections import Counter
+from dataclasses import dataclass
 import hashlib
 import html
 import math
 import os
+from pathlib import Path
 import re
 import shlex
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
+from analysis import floors, phones
 import evaluate
 import metrics
 import prompts
-from analysis import floors, phones
 from support import cli, files, predictions
 
 # The four PCCs and the PER that others report on the same test part. Those with a dagger are given the sentence that
@@ -99,11 +99,11 @@ def check_path(path):
 
 
 def read_evaluation(run):
-    """What was evaluated in a folder. The training's settings are beside the adapter, or above an epoch or base/."""
+    """What was evaluated in a folder: a run folder, or base/ or one epoch's in it, which is named as its evaluation."""
     label = predictions.read_metrics(run / "metrics.json")["evaluated"]
-    places = [folder / "settings.json" for folder in (run / label, run, run.parent)]
-    training = next((files.read_json(path, Training) for path in places if path.is_file()), None)
-    return evaluate.Evaluation(label, run, None, training)
+    places = [run / label, run, *([run.parent] if run.name == label else [])]
+    found = [place / "settings.json" for place in places if (place / "settings.json").is_file()]
+    return evaluate.Evaluation(label, run, None, files.read_json(found[0], Training) if found else None)
 
 
 def read_utterances(evaluation, records, settings):

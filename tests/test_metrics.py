@@ -2,11 +2,11 @@ import functools
 import math
 import random
 
+from hypothesis import given
+from hypothesis import strategies as st
 import jiwer
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from records import one_hot, records
 from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
