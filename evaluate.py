@@ -53,7 +53,7 @@ PAPER = {
 }
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
 CLOSE = 0.05  # a number this near to the paper's is marked
-ERRORS = {f"{name}_mae": name for name in prompts.SCORES} | {
+OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
     "detection_f1": "found: F1",
     "apa_unparsed": "unparsed",
     "mdd_unparsed": "(MDD)",
@@ -102,7 +102,15 @@ class Evaluation:
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
-    paper_row: tuple | None = ("lora", 3)  # key of PAPER to compare with; None for what is no comparison
+
+    @property
+    def paper_row(self):
+        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
+        if self.label == "base":
+            return "base", 0
+        strategy, epoch = (self.training.strategy, self.training.epoch) if self.training else ("lora", 3)
+        strategy = "unfreeze" if strategy == "unfreeze" else "lora"
+        return strategy, epoch if (strategy, epoch) in PAPER else 3
 
 
 def evaluations(settings, output=None):
@@ -116,17 +124,11 @@ def evaluations(settings, output=None):
     chosen = []
     if settings.base:
         training = adapters[-1][1] if adapters else None
-        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training, ("base", 0)))
+        chosen.append(Evaluation("base", output / "base" if adapters else output, None, training))
     for folder, training in adapters:
         own = output / folder.name if len(adapters) > 1 else output
-        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training, paper_row(training)))
+        chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training))
     return chosen
-
-
-def paper_row(training):
-    """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
-    strategy = "unfreeze" if training.strategy == "unfreeze" else "lora"
-    return (strategy, training.epoch if (strategy, training.epoch) in PAPER else 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,13 +237,13 @@ class Row:
     intervals: dict  # key -> (low, high); empty where the file names no speakers
 
 
-def rows_of(records, evaluation):
+def rows_of(records, label, paper_row):
     """A row for each scoring that predictions hold; prints why a number is missing."""
     rows = []
     for scoring in metrics.scorings(records):
-        name = f"this run, {evaluation.label}" + (", expected" if scoring == "expected" else "")
+        name = f"this run, {label}" + (", expected" if scoring == "expected" else "")
         numbers, reasons = metrics.score(records, scoring)
-        rows.append(Row(name, evaluation.paper_row, numbers, metrics.intervals(records, scoring)))
+        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring)))
         for key, reason in reasons.items():
             print(f"{name}: no {key}: {reason}")
     return rows
@@ -364,18 +366,18 @@ def draw_figure5(records, path):
     plt.close(figure)
 
 
-def score(evaluation, records):
+def score(records, label, paper_row, folder):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
-    rows = rows_of(records, evaluation)
-    write_metrics(rows, evaluation.label, evaluation.output / "metrics.json")
-    draw_figure5(records, evaluation.output / "figure5.png")
+    rows = rows_of(records, label, paper_row)
+    write_metrics(rows, label, folder / "metrics.json")
+    draw_figure5(records, folder / "figure5.png")
     return rows
 
 
 def show(rows, floors):
     """Print the tables, and what is in them."""
     cli.show_table(*table_3(rows, floors))
-    cli.show_table("Mean error, detection", list(ERRORS.values()), with_intervals(rows, ERRORS))
+    cli.show_table("Mean error, detection", list(OUTPUTS.values()), with_intervals(rows, OUTPUTS))
     print("", *(textwrap.fill(note, 118) for note in explain(rows)), sep="\n")
     for row in rows:
         pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
@@ -412,7 +414,8 @@ def evaluate(chosen, saved, settings):
     rows = []
     for evaluation in chosen:
         records = saved or generate(evaluation, utterances, settings)
-        rows += score(evaluation, records) if records else []
+        if cli.process_rank() == 0:
+            rows += score(records, evaluation.label, evaluation.paper_row, evaluation.output)
     if rows:
         show(rows, [copying_floor(records)])
         print(f"\nwritten: {', '.join(answers.SCORED)} in {', '.join(str(e.output) for e in chosen)}")

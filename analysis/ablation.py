@@ -53,15 +53,17 @@ def silence(samples):
 def ablate(evaluation, utterances, settings):
     """Rows of the tables for the own and for the other audio; none on ranks but 0."""
     folder, how = evaluation.output, settings.how
+    other = replace(evaluation, label=f"{evaluation.label}, {how}", output=folder / how)
+    changed = other_audio(utterances, how)
     own = answers.find(folder, utterances, evaluate.made_with(evaluation, utterances, settings))
     if own is None:
         with files.lock(folder / "own", "evaluate", "--output"):
             own = evaluate.generate(replace(evaluation, output=folder / "own"), utterances, settings)
-    other = replace(evaluation, label=f"{evaluation.label}, {how}", output=folder / how, paper_row=None)
-    changed = evaluate.generate(other, other_audio(utterances, how), settings)
+    records = evaluate.generate(other, changed, settings)
     if cli.process_rank():
         return [], []
-    return evaluate.rows_of(own, evaluation), evaluate.score(other, changed)
+    own = evaluate.rows_of(own, evaluation.label, evaluation.paper_row)
+    return own, evaluate.score(records, other.label, None, other.output)  # the paper has no such row
 
 
 def show_drop(own, other, how):

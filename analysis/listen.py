@@ -18,10 +18,8 @@ import math
 import os
 from pathlib import Path
 import sys
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 from tyro.conf import Positional
 
 import data
@@ -42,7 +40,7 @@ LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 
 @dataclass(kw_only=True)
 class Settings(evaluate.ModelSettings):
-    recordings: Positional[Annotated[tuple[Path, ...], Field(min_length=1)]]  # WAV, FLAC, MP3 or Ogg, up to 30 s each
+    recordings: Positional[tuple[Path, ...]]  # WAV, FLAC, MP3 or Ogg, up to 30 s each
     text: str | None = None  # what should be said: its words are marked phone by phone
     json: bool = False  # print the results as JSON
 
@@ -178,6 +176,8 @@ def _mark(kind, canonical, heard, colour):
 
 def main():
     settings = cli.parse(Settings, __doc__)
+    if not settings.recordings:
+        raise cli.InputError("nothing to listen to: give one or more sound files")
     if settings.epochs == "all" or (settings.adapter and settings.base):
         raise cli.InputError("one model listens: leave out --epochs all, and give --adapter or --base")
     (evaluation,) = evaluate.evaluations(settings)
