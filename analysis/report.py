@@ -116,7 +116,7 @@ def read_utterances(evaluation, records, settings):
     asked = evaluate.Settings(data=settings.data, data_revision=settings.data_revision, split=settings.split)
     try:
         corpus = evaluate.read_corpus(evaluation, asked)
-        found = floors.find_utterances(records, corpus, f"{evaluation.setting('data', settings.data)}")
+        found = floors.find_utterances(records, corpus, settings.data or evaluation.training.data)
     except cli.InputError as error:
         if settings.data:
             raise
