@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+import shutil
 from types import SimpleNamespace
 import weakref
 
@@ -13,7 +14,7 @@ from records import one_hot, records, write
 from sklearn.metrics import precision_recall_fscore_support
 from test_metrics import strings
 
-from analysis import compare, floors, phones, spread
+from analysis import compare, floors, phones, report, spread
 import data
 import metrics
 import prompts
@@ -34,16 +35,38 @@ def rows(capsys):
     return {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
 
 
-@pytest.mark.parametrize("name", ["compare", "spread", "floors", "phones", "report"])
-def test_a_command_says_what_it_does_without_loading_a_model(tmp_path, name):
+def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path):
+    for name in ("a", "b"):
+        evaluated(tmp_path / name)
+        shutil.copy(copied, tmp_path / name)
+    commands = {
+        "compare": ["a/predictions.jsonl", "b/predictions.jsonl"],
+        "spread": ["a", "b"],
+        "floors": ["a/predictions.jsonl", "--data", str(corpus)],
+        "phones": ["a/predictions.jsonl"],
+        "report": ["a", "--data", str(corpus)],
+    }
     code = (
-        f"import runpy, sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"try: runpy.run_module('analysis.{name}', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code\n"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"for name, arguments in {commands}.items():\n"
+        "    sys.argv = [name, *arguments]; runpy.run_module(f'analysis.{name}', run_name='__main__')\n"
         "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
     )
     result = script("-c", code, cwd=tmp_path)
-    assert result.returncode == 0 and f"python -m analysis.{name}" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "metrics.json",
+        "phones.tsv",
+        "predictions.jsonl",
+        "report.html",
+    ]
+
+
+@pytest.mark.parametrize("command", [compare, spread, floors, phones, report])
+def test_a_command_says_how_it_is_called(monkeypatch, capsys, command):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, command, "--help")
+    assert not end.value.code and f"python -m {command.__name__} " in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,15 +334,11 @@ def test_two_pauses_are_counted_and_measured():
     assert found["pause_sum"] == pytest.approx(1.8, abs=2 * FRAME_LENGTH)
 
 
-def test_a_gap_shorter_than_the_shortest_pause_is_none_but_still_silent():
+def test_neither_a_short_gap_nor_silence_around_speech_is_a_pause():
     short = floors.SHORTEST_PAUSE - 2 * FRAME_LENGTH
-    found = features(tone(1), silence(short), tone(1))
+    found = features(silence(1), tone(1), silence(short), tone(1), silence(1))
     assert (found["pauses"], found["longest_pause"], found["pause_sum"]) == (0, 0, 0)
-    assert found["silence_share"] == pytest.approx(short / (2 + short), abs=0.03)
-
-
-def test_silence_before_and_after_speech_is_no_pause():
-    assert features(silence(1), tone(1), silence(1))["pauses"] == 0
+    assert found["silence_share"] == pytest.approx((2 + short) / (4 + short), abs=0.03)
 
 
 def test_pauses_do_not_depend_on_how_loud_the_recording_is():
