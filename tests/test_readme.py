@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import ROOT
 
-import tables
+import evaluate
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,7 +23,7 @@ def test_the_papers_rows_in_the_readme_are_those_the_code_compares_with():
     typed = {
         ("lora", int(epoch)) if epoch else ("base", 0): tuple(map(float, cells.split("|"))) for _, epoch, cells in rows
     }
-    assert len(typed) == 5 and typed == {key: tables.PAPER[key] for key in typed}
+    assert len(typed) == 5 and typed == {key: evaluate.PAPER[key] for key in typed}
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
