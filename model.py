@@ -89,8 +89,12 @@ Dtype = Literal["float32", "bfloat16"]
 Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 
 
-class SpeechModel(nn.Module):
-    """The network with its tokenizer and feature extractor: embeds audio, gives the loss, writes answers."""
+# ----------------------------------------------------------------------------------------------------------------------
+# SpeechModel, in three parts: it hears, it learns, it answers
+
+
+class HearingModel(nn.Module):
+    """The network with its tokenizer and feature extractor: recordings become embeddings (paper 3.2)."""
 
     def __init__(self, network, tokenizer, extractor):
         super().__init__()
@@ -127,14 +131,6 @@ class SpeechModel(nn.Module):
     @property
     def pad_id(self):
         return self.core.config.pad_token_id
-
-    def compile_layers(self):
-        """Compile each layer of the language model, for micro-batches of any length."""
-        for layer in self.core.model.layers:
-            layer.compile(dynamic=True)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Audio (paper 3.2)
 
     def encode_audio(self, features):
         """Audio encoder and projector, so that a recording's embeddings do not depend on what it is batched with.
@@ -205,8 +201,9 @@ class SpeechModel(nn.Module):
     def _audio_trains(self):
         return self.audio.up_proj_for_speech.weight.requires_grad
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Loss (paper 4.2)
+
+class LearningModel(HearingModel):
+    """Gives the loss (paper 4.2)."""
 
     def forward(self, batch):
         """Summed loss of a data.MicroBatch with its recordings; see `loss`."""
@@ -267,25 +264,40 @@ class SpeechModel(nn.Module):
         logits = self._logits(hidden.flatten(0, 1)[supervised])  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Answers
+    def compile_layers(self):
+        """Compile each layer of the language model, for micro-batches of any length."""
+        for layer in self.core.model.layers:
+            layer.compile(dynamic=True)
+
+    def moved(self):
+        """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
+        folder, _, speech_adapter = self.source
+        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
+
+
+class SpeechModel(LearningModel):
+    """Answers questions; what the rest of the project uses."""
 
     def question(self, utterance, task, control_token=True):
         """An example without an answer."""
         prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
         return data.Example(utterance, task, prompt, [])
 
-    def answer(self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True):
-        """The lines of predictions.jsonl for some utterances, each with its tasks, as dicts.
+    def answer(
+        self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True, tasks=None
+    ):
+        """The lines of predictions.jsonl for some utterances, as dicts.
 
         scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
         without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+        tasks: where they are not those that an utterance has labels for.
         """
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             asked = [
                 (self.question(utterance, task, control_token), embeddings)
                 for utterance, embeddings in zip(utterances, self.hear(utterances), strict=True)
-                for task in utterance.tasks
+                for task in tasks or utterance.tasks
             ]
             written = [pair for pair in asked if pair[0].task != "APA" or "greedy" in scoring]
             scored = [pair for pair in asked if pair[0].task == "APA" and "expected" in scoring]
@@ -388,12 +400,6 @@ class SpeechModel(nn.Module):
             use_cache=True,
         )
         return output.last_hidden_state[:, -1], (output.past_key_values, mask)
-
-    def moved(self):
-        """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
-        folder, _, speech_adapter = self.source
-        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
-        return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
 
 
 def _select(state, rows):

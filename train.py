@@ -59,9 +59,7 @@ class Settings:
     model: str = models.HUB_MODEL  # checkpoint folder or hub id
     revision: str | None = models.HUB_MODEL_REVISION  # of the hub id: transformers' own format
     strategy: models.Strategy = "lora"  # what trains: LoRA; encoder and projector as well; all weights, without LoRA
-    speech_adapter: models.SpeechAdapter = (
-        "merge"  # the shipped one: fold it in, train it on (the paper's words), or none
-    )
+    speech_adapter: models.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
     rank: models.Rank | None = 64  # of the fresh LoRA (not in the paper; our choice)
     alpha: cli.Count | None = 128  # of the fresh LoRA, scale alpha / rank (our choice)
     dropout: cli.Fraction | None = 0.05  # of the fresh LoRA's input (our choice)

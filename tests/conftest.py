@@ -1,9 +1,12 @@
 """A tiny model with barely trained weights and a small corpus, in the real formats, made once for all tests."""
 
+import io
+import json
 import os
+from pathlib import Path
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
@@ -12,16 +15,60 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # what processes.py starts finds the project from any folder
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
 import data
 import model as models
 import tiny
 
+torch.set_num_threads(1)  # tests run in several processes; the same numbers on every machine
 
-def script(*arguments, cwd):
+
+def script(*arguments, cwd, environment=None):
     """Run python with these arguments, as a user would."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True)
+
+
+def read_lines(path):
+    """A file with a JSON object in every line, such as log.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tone(seconds, rate=data.SAMPLE_RATE, frequency=440.0, amplitude=0.5):
+    """A sine, (S,) in float32."""
+    time = np.arange(round(seconds * rate)) / rate
+    return (amplitude * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def sound(wave, rate=data.SAMPLE_RATE, format="WAV", subtype=None):
+    """The bytes of a sound file; a WAV of 32-bit floats where nothing else is said."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format=format, subtype=subtype or ("FLOAT" if format == "WAV" else None))
+    return file.getvalue()
+
+
+def fifo(path):
+    """A file that whoever opens it would wait for."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def copy_of(folder, tmp_path):
+    """A copy of a checkpoint or a corpus that a test may spoil."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def write_large_model(folder):
+    """A checkpoint that no CPU should load; its weights are a hole, so it takes no room."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "phi4_multimodal"}')
+    with open(folder / "model-00001-of-00002.safetensors", "wb") as file:
+        file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +79,8 @@ def own_folder(monkeypatch, tmp_path):
 
 def greedy(model, utterances, task, max_new_tokens):
     """Greedy answers, as SpeechModel.generate gives them."""
-    return model.generate(utterances, model.audio_embeddings(utterances), task, max_new_tokens)
+    questions = [model.question(utterance, task) for utterance in utterances]
+    return model.generate(questions, model.hear(utterances), max_new_tokens)
 
 
 @pytest.fixture(scope="session")

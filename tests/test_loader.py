@@ -1,19 +1,19 @@
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
 from functools import partial
+import multiprocessing
+import os
 from pathlib import Path
+import signal
 
+import loader
 import numpy as np
+from processes import Process
 import psutil
 import pytest
+import runtime
 import torch
-from processes import Process
 
 import data
-import loader
-import runtime
 from support import cli, files
 
 

@@ -1,22 +1,22 @@
+from dataclasses import replace
 import io
 import json
 import os
+from pathlib import Path
 import pickle
 import shutil
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
-import pytest
-import soundfile
-import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, greedy
+import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+import pytest
 from safetensors.torch import load_file, save_file
+import soundfile
 from tokenizers import Tokenizer
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -9,19 +10,15 @@ SCORES = {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8}
 WORDS = {"word_transcript": "THAT'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}
 
 
-@pytest.mark.parametrize(
-    "task, digest",
-    [
-        ("APA", "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842"),
-        ("MDD", "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5"),
-    ],
-)
-def test_the_prompts_are_the_papers_to_the_letter(task, digest):
-    assert hashlib.sha256(prompts.PROMPTS[task].encode()).hexdigest() == digest
+DIGESTS = {
+    "APA": "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842",
+    "MDD": "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5",
+}
 
 
 @pytest.mark.parametrize("task", prompts.TASKS)
-def test_a_prompt_has_the_order_of_figure_3(task):
+def test_a_prompt_is_the_papers_to_the_letter_in_the_order_of_figure_3(task):
+    assert hashlib.sha256(prompts.PROMPTS[task].encode()).hexdigest() == DIGESTS[task]
     assert prompts.build_prompt(task) == f"<|user|><|{task}|><|audio_1|>{prompts.PROMPTS[task]}<|end|><|assistant|>"
 
 
@@ -59,20 +56,15 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
         "",
         "The pronunciation is good.",
         '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
-        '{"accuracy": 11, "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": -1, "fluency": 9, "prosodic": 9, "total": 8}',
+        *(
+            f'{{"accuracy": {value}, "fluency": 9, "prosodic": 9, "total": 8}}'
+            for value in ("11", "-1", "NaN", "true", "null", '"8/10"', '8, "accuracy": 3', '{"accuracy":')
+        ),
         "{'accuracy': -1, 'fluency': 9, 'prosodic': 9, 'total': 8}",
-        '{"accuracy": NaN, "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": true, "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": null, "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": "8/10", "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": 8, "accuracy": 3, "fluency": 9, "prosodic": 9, "total": 8}',
-        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 1',
-        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": "1',
+        *(f'{{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": {cut}' for cut in ("1", '"1', "8 ")),
         json.dumps(SCORES) + json.dumps(SCORES | {"total": 3}),
         "{'accuracy': 3, 'fluency': 9, 'prosodic': 9, 'total': 8}" + json.dumps(SCORES),
         *(str(SCORES).replace("9,", f"{value},", 1) for value in ("8 - 9", "8 or 9", "8 / 10", "8 .5", "10 %")),
-        '{"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8 ',
         prompts.APA_PROMPT,
         '{"accuracy":' * 5000,
     ],
@@ -117,11 +109,10 @@ def test_a_whole_surrogate_pair_is_a_character_and_half_of_one_is_no_transcript(
 
 
 def test_deep_nesting_is_given_up_at_once(monkeypatch):
-    tried = []
-    decode = json.JSONDecoder.raw_decode
-    monkeypatch.setattr(json.JSONDecoder, "raw_decode", lambda *args: tried.append(1) or decode(*args))
+    tried = Mock(side_effect=json.JSONDecoder().raw_decode)
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", tried)
     assert prompts.parse_output("MDD", '{"word_transcript":' * 3000) is None
-    assert len(tried) == 1
+    assert tried.call_count == 1
 
 
 @pytest.mark.parametrize("task, target", [("APA", prompts.apa_target(SCORES)), ("MDD", json.dumps(WORDS))])

@@ -1,10 +1,13 @@
 """Runs that are killed, stopped, resumed, and spread over processes."""
 
+from dataclasses import replace
 import errno
+from functools import partial
 import io
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import pickle
 import random
 import resource
@@ -13,26 +16,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
+from conftest import ROOT, script
+import loader
 import numpy as np
+from processes import Process, together
 import psutil
 import pytest
-import soundfile
-import torch
-from conftest import ROOT, script
-from processes import Process, together
+import runtime
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+import soundfile
+import torch
 
 import data
-import loader
 import model as models
-import runtime
-import train
 from support import cli, files
+import train
 
 STEPS = 12  # of the runs below: two epochs of six steps
 WEIGHTS = Path("epoch-2") / "adapter_model.safetensors"

@@ -1,17 +1,18 @@
 import importlib.machinery
 import json
+from pathlib import Path
 import re
 import sys
 import types
-from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
 from conftest import ROOT
+import numpy as np
 from peft import get_peft_model_state_dict
 from processes import Process
+import pytest
+import runtime
 from safetensors.torch import load_file
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -19,9 +20,8 @@ import data
 import evaluate
 import model as models
 import prompts
-import runtime
-import train
 from support import cli
+import train
 
 
 def settings(monkeypatch, *arguments):
