@@ -2,16 +2,16 @@ import copy
 import json
 import re
 
+from conftest import ROOT, script
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
 
 import data
 import model as models
 import prompts
-import tiny
 from support import cli
+import tiny
 
 
 @pytest.fixture(scope="module")
