@@ -121,15 +121,15 @@ def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seed", "-1"], "-1 is not a whole number from 0 to"),
-        (["--seed", "9" * 30], "is not a whole number from 0 to"),
-        (["--steps", "9" * 30], "is not a whole number from 1 to"),
+        (["--seed", "-1"], "--seed -1: "),
+        (["--seed", "9" * 30], "--seed 9{30}: "),
+        (["--steps", "9" * 30], "--steps 9{30}: "),
         (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
         (["--train-speakers", "9999"], "9,999 . 16 speakers"),
         (["--output", ""], "--output is empty"),
         (["--output=", "--steps", "1"], "--output is empty"),
-        (["--output", "a\nb"], "a.nb' is not UTF-8 or holds a control character"),
-        (["--output", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory; choose another --output"),
+        (["--output", "a\nb"], "a.nb' .* control character"),
+        (["--output", "/dev/null/x"], "/dev/null/x: .*another --output"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_nothing_is_written(monkeypatch, tmp_path, arguments, message):
