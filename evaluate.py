@@ -138,6 +138,7 @@ def evaluations(settings, output=None):
 def choose_model(evaluation, settings):
     """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
     import model as models
+    from support import pretrained
 
     chosen = {
         "model": models.HUB_MODEL,
@@ -147,7 +148,7 @@ def choose_model(evaluation, settings):
     }
     for name, default in chosen.items():
         chosen[name] = getattr(settings, name) or getattr(evaluation.training, name, None) or default
-    commit = models.check_model(chosen["model"], chosen["revision"])
+    commit = pretrained.check(chosen["model"], chosen["revision"])
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})

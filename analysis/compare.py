@@ -6,8 +6,8 @@ Prints the differences of two predictions files of the same utterances, with int
 bootstrap over speakers, and McNemar's exact test on their decisions about each phone. Needs no model.
 """
 
-import math
 from dataclasses import dataclass
+import math
 from pathlib import Path
 
 from tyro.conf import Positional

@@ -12,9 +12,9 @@ what it has above this row.
 Shapes: S samples, F features, U utterances, K scores.
 """
 
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+import textwrap
 
 import numpy as np
 from tyro.conf import Positional

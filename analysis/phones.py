@@ -6,10 +6,10 @@ Prints detection and the parts of the PER beside what copying the sentence gives
 writes each phone with its precision and recall to phones.tsv beside the predictions. Needs no model.
 """
 
-import math
-import os
 from collections import Counter
 from dataclasses import dataclass
+import math
+import os
 from pathlib import Path
 
 from tyro.conf import Positional

@@ -9,24 +9,24 @@ loads from outside and every script but its own.
 """
 
 import base64
+from collections import Counter
+from dataclasses import dataclass
 import hashlib
 import html
 import math
 import os
+from pathlib import Path
 import re
 import shlex
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
+from analysis import floors, phones
 import evaluate
 import metrics
 import prompts
-from analysis import floors, phones
 from support import cli, files, predictions
 
 # The four PCCs and the PER that others report on the same test part. Those with a dagger are given the sentence that

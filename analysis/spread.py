@@ -6,9 +6,9 @@ Prints mean, standard deviation and range of each number in the metrics.json of 
 utterances. Needs no model.
 """
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
+import statistics
 
 from tyro.conf import Positional
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import cli
+from support import cli, pretrained
 
 # strategy and --speech-adapter: "full" has no LoRA, so there is none to continue
 WAYS = [
@@ -803,7 +803,7 @@ def test_a_checkpoints_settings_of_another_shape_are_named(checkpoint, tmp_path,
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     with pytest.raises(cli.InputError, match=f"{name}: .*{message}") as error:
-        models.check_model(str(folder), None)
+        pretrained.check(str(folder), None)
         models.load_base(str(folder), None, "float32", "sdpa", "none")
     assert "\n" not in str(error.value)
 
@@ -851,7 +851,7 @@ def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
     with open(tmp_path / "model-00001-of-00002.safetensors", "wb") as file:
         file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
     with pytest.raises(cli.InputError, match="needs a CUDA GPU.*python tiny.py") as error:
-        models.check_model(tmp_path, None)
+        pretrained.check(tmp_path, None)
     assert "\n" not in str(error.value)
 
 
