@@ -19,9 +19,6 @@ import os
 from pathlib import Path
 import re
 
-from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel  # first: it quiets the libraries it imports
-
-# isort: split
 import numpy as np
 from peft import LoraConfig, get_peft_model
 import soundfile
@@ -33,8 +30,9 @@ from tqdm import tqdm
 import transformers
 
 import data
+from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel
 import prompts
-from support import cli, files
+from support import cli, files, pretrained
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Settings:
     """What to write, and how much of it."""
 
     output: Path = Path("tiny")  # folder for model/ and corpus/
-    steps: cli.Count = 900  # of pretraining, on 32 clips each
+    steps: cli.Count = 1100  # of pretraining, on 32 clips each
     train_speakers: cli.Count = 50  # 20 utterances each
     test_speakers: cli.Count = 16  # others than in training
     per_speaker: cli.Count = 20  # utterances
@@ -231,10 +229,8 @@ def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
-SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>"),  # the real names of padding, image, audio
-    *(prompts.ASSISTANT, prompts.END, prompts.USER),
-)
+# The real names; the first three are padding, image and audio
+SPECIAL_TOKENS = ("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>", prompts.ASSISTANT, prompts.END, prompts.USER)
 SPARE_ROWS = 8  # embedding rows beyond the tokenizer's, as the real model has them
 POSITIONS = 4096
 LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -316,11 +312,11 @@ class Pretraining:
     """
 
     BATCH = 32  # clips a step
-    HEARING = 0.22  # share of the steps
-    PEAK = 2e-3  # learning rate
+    HEARING = 0.2  # share of the steps
+    PEAK = 3e-3  # learning rate
     WARMUP = 0.05  # share of a part's steps
     BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
-    WORDS = 0.3  # share of the clips that are to be written as words; the others as phones
+    WORDS = 0.15  # share of the clips that are to be written as words; the others as phones
     TEXT_ONLY = 0.03  # share of examples without audio, so that JSON keys and digits have embeddings
 
     def __init__(self, model, seed, clips):
@@ -399,6 +395,7 @@ class Pretraining:
 
 def write_model(folder, steps, seed, clips=3000):
     """Pretrain a tiny model and write it as a checkpoint folder in the real format."""
+    pretrained.quieten()
     torch.manual_seed(seed)
     tokenizer, extractor = new_tokenizer(), transformers.Phi4MultimodalFeatureExtractor()
     network = new_network(tokenizer)
