@@ -158,7 +158,7 @@ def load_reading(folder, what):
 
 
 def quieten():
-    """Silence what transformers says while it loads and saves: no user can act on it, and what is missing is checked."""
+    """Silence what transformers says while it loads and saves: no user can act on it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

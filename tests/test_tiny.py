@@ -6,6 +6,7 @@ from conftest import ROOT, script
 import numpy as np
 import pytest
 import torch
+from transformers import Phi4MultimodalFeatureExtractor
 
 import data
 import model as models
@@ -82,6 +83,18 @@ def test_the_same_seed_writes_the_same_corpus_and_another_seed_another(corpus, t
     assert len(recordings) == 60
     for file in recordings:
         assert (tmp_path / "same" / file.relative_to(corpus)).read_bytes() == file.read_bytes()
+
+
+def test_pretraining_changes_the_encoder_first_and_then_leaves_it_as_each_clip_was_heard(tokenizer):
+    torch.manual_seed(0)
+    model = models.SpeechModel(tiny.new_network(tokenizer), tokenizer, Phi4MultimodalFeatureExtractor())
+    initial = copy.deepcopy(model.core.state_dict())
+    pretraining = tiny.Pretraining(model, seed=0, clips=8)
+    pretraining.run(steps=5)
+    for clip in pretraining.clips:
+        assert torch.equal(model.encode_audio([clip.features])[0], clip.audio)
+    changed = {name for name, weight in model.core.state_dict().items() if not torch.equal(weight, initial[name])}
+    assert any("audio_embed.encoder" in name for name in changed) and "model.layers.2.mlp.down_proj.weight" in changed
 
 
 def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer):
