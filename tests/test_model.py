@@ -594,14 +594,14 @@ def test_the_memory_that_full_takes_is_counted_and_refused_before_the_weights_ar
     ],
 )
 def test_what_each_strategy_trains_at_full_size(strategy, rank, counts):
-    """Rank 320 is the shipped speech adapter's, 923 MB in bfloat16; the README's table has these numbers."""
+    """Rank 320 is the shipped speech adapter's, 923 MB in bfloat16; the table in docs/running.md has these numbers."""
     model, found = full_size(strategy, rank)
     assert found == counts
     adapted = [name for name, module in model.core.named_modules() if hasattr(module, "lora_A")]
     assert len(adapted) == (0 if strategy == "full" else 32 * 4)
     assert all(name.startswith("model.layers.") for name in adapted)
-    readme = (ROOT / "README.md").read_text()
-    assert f"{sum(counts.values()):,}" in readme and f"{sum(p.numel() for p in model.core.parameters()):,}" in readme
+    page = (ROOT / "docs" / "running.md").read_text()
+    assert f"{sum(counts.values()):,}" in page and f"{sum(p.numel() for p in model.core.parameters()):,}" in page
 
 
 def test_of_the_embedding_only_the_rows_of_the_control_tokens_train(new_model, examples):
