@@ -215,10 +215,6 @@ class Recogniser:
         """Symbols of a normalised text, a list of C ids."""
         return [self.letters[character] for character in text]
 
-    def frames(self, samples):
-        """How many frames a recording of so many samples becomes."""
-        return int(self.network._get_feat_extract_output_lengths(samples))
-
     def logits(self, audio):
         """(S,) -> (F, V), float32."""
         values = self.processor(audio=audio, sampling_rate=data.SAMPLE_RATE, return_tensors="pt").input_values  # (1, S)
@@ -280,9 +276,8 @@ class Llm:
     def rewrite(self, transcripts):
         """One answer for each transcript, as written; None for one that did not end in max_new_tokens."""
         chats = [[{"role": "user", "content": PROMPT.format(transcript=transcript)}] for transcript in transcripts]
-        inputs = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(self.network.device)
+        options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+        inputs = self.tokenizer.apply_chat_template(chats, **options).to(self.network.device)
         new = self.network.generate(**inputs)[:, inputs["input_ids"].shape[1] :]  # (B, T)
         ended = [not self.ends.isdisjoint(row) for row in new.tolist()]
         answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -376,7 +371,7 @@ def choose_training(lines, samples, recogniser):
         if line["gold"] and line["gold"] != line["baseline"]:
             target, sample = recogniser.encode(line["gold"]), by_id[line["id"]]
             needed = len(target) + sum(a == b for a, b in zip(target, target[1:]))
-            if recogniser.frames(len(sample.audio())) < max(needed, span):
+            if recogniser.network._get_feat_extract_output_lengths(len(sample.audio())) < max(needed, span):
                 too_short.append(sample.id)
             else:
                 chosen.append((sample, target))
