@@ -183,7 +183,7 @@ class Recogniser:
 
     def __init__(self, name, time_mask):
         """name: folder or hub id; time_mask: mask_time_prob. Raises InputError when it cannot be loaded."""
-        with common.loading("--recogniser", name, "a Wav2Vec2ForCTC"):
+        with common.loading("--recogniser", name, f"a Wav2Vec2ForCTC {common.HUB}"):
             self.processor = transformers.Wav2Vec2Processor.from_pretrained(name)
             self.network, loaded = transformers.Wav2Vec2ForCTC.from_pretrained(
                 name, use_safetensors=True, dtype=torch.float32, mask_time_prob=time_mask, output_loading_info=True
@@ -249,7 +249,7 @@ class Llm:
         """name: folder or hub id; quantize: None or "nf4". Raises InputError when it cannot be loaded."""
         dtype = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32
         options = {"dtype": dtype, "use_safetensors": True, "quantization_config": common.nf4(quantize, dtype)}
-        with common.loading("without an LLM there is no gold: --llm", name, "a chat model"):
+        with common.loading("without an LLM there is no gold: --llm", name, f"a chat model's {common.HUB}"):
             # Left: an answer continues the last token of its row, which may not be padding
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
             self.network = transformers.AutoModelForCausalLM.from_pretrained(name, **options)

@@ -346,7 +346,7 @@ def wave_of(clip, output):
 
 def load_processor(name):
     """Tokenizer and feature extractor of a checkpoint. Raises InputError when they cannot be loaded."""
-    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
         processor = transformers.Qwen2AudioProcessor.from_pretrained(name)
     # Generating continues the last column: with padding on the right it would continue padding.
     processor.tokenizer.padding_side = "left"
@@ -363,7 +363,7 @@ def load_base(name, train, quantize=None):
     nf4 = common.nf4(quantize, torch.bfloat16 if cuda else torch.float32, UNQUANTISED)
     dtype = torch.bfloat16 if cuda and train == "lora" else torch.float32
     options = {"dtype": dtype, "use_safetensors": True, "quantization_config": nf4, "output_loading_info": True}
-    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
         network, loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(name, **options)
     common.check_weights(loaded, f"--model {name}")
     return network if quantize else network.to(common.DEVICE), processor
@@ -416,7 +416,7 @@ def load_trained(folder):
     network, processor = load_base(settings.model, settings.train, settings.quantize)
     from peft import PeftModel  # after `quieten`: what it imports complains
 
-    with common.loading("--trained", folder, "an adapter"):
+    with common.loading("--trained", folder, "the folder of a finished run, seed-N"):
         return PeftModel.from_pretrained(network, folder / "final"), processor
 
 

@@ -100,17 +100,14 @@ def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recognise
     assert recogniser.normalise(text) == (kept, Counter(lost))
 
 
-def test_a_vocabulary_of_small_letters_gets_small_letters(recogniser):
+def test_a_vocabulary_of_small_letters_gets_small_letters_and_targets_are_the_real_tokenizers(recogniser):
+    for text in ("A", "IT'S A QUIZ", "HELLO WORLD"):
+        assert (
+            recogniser.encode(recogniser.normalise(text.lower())[0]) == recogniser.processor.tokenizer(text).input_ids
+        )
     recogniser.letters = {symbol.lower(): id for symbol, id in recogniser.letters.items()}
     recogniser.capitals = False
     assert recogniser.normalise("It's ME") == ("it's me", Counter())
-
-
-def test_targets_are_those_of_the_real_tokenizer(recogniser):
-    for text in ("A", "IT'S A QUIZ", "HELLO WORLD"):
-        ids = recogniser.encode(recogniser.normalise(text.lower())[0])
-        assert ids == recogniser.processor.tokenizer(text).input_ids
-        assert recogniser.processor.tokenizer.unk_token_id not in ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_changes_no_weight(recogn
 def test_a_recogniser_that_cannot_be_used_is_an_error_that_names_it(folder, tmp_path, broken):
     shutil.copytree(folder, tmp_path / "broken")
     broken(tmp_path / "broken")
-    with pytest.raises(cli.InputError, match="^--recogniser .*broken.*cannot be loaded.*needs a folder"):
+    with pytest.raises(cli.InputError, match="^--recogniser .*broken.*cannot be loaded.*needs a Wav2Vec2ForCTC"):
         recipe.Recogniser(str(tmp_path / "broken"), 0.0)
 
 
@@ -200,19 +197,6 @@ def test_the_loss_is_the_probability_of_all_alignments(target):
     probabilities = logits.softmax(dim=-1)
     total = sum(np.prod([probabilities[t, s].item() for t, s in enumerate(path)]) for path in paths_to(target, 4, 3))
     assert recipe.ctc_loss(logits, target, 0).item() == pytest.approx(-np.log(total))
-
-
-def test_the_loss_is_the_librarys_own_for_labels_padded_with_ignored_ones(recogniser):
-    targets, audio = [recogniser.encode(text) for text in ("HELLO", "A")], sound(1.0)
-    labels = torch.full((2, 5), -100)
-    for row, target in enumerate(targets):
-        labels[row, : len(target)] = torch.tensor(target)
-    network = recogniser.network
-    network.config.ctc_loss_reduction = "sum"
-    values = recogniser.processor(audio=[audio, audio], sampling_rate=16000, return_tensors="pt").input_values
-    theirs = network(values, labels=labels).loss
-    ours = sum(recipe.ctc_loss(recogniser.logits(audio), target, recogniser.blank) for target in targets)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_the_gradient_of_a_step_is_the_mean_over_its_characters_whoever_shares_it(recogniser):
@@ -249,16 +233,13 @@ def test_what_ctc_cannot_align_is_left_out_by_name_and_nothing_else(recogniser):
             assert torch.isinf(recipe.ctc_loss(recogniser.logits(one.audio()), recogniser.encode(line["gold"]), 0))
 
 
-def test_a_clip_shorter_than_a_time_mask_is_left_out(recogniser):
-    recogniser.network.config.update({"mask_time_prob": 0.05, "mask_time_length": 100})
-    line = {"id": "a", "baseline": "", "gold": "A"}
-    assert recipe.choose_training([line], [sample("a")], recogniser) == ([], ["a"])
-
-
-def test_only_samples_whose_transcript_is_not_their_gold_are_trained_on(recogniser):
+def test_a_clip_shorter_than_a_time_mask_and_one_whose_transcript_is_its_gold_are_left_out(recogniser):
     lines = [{"id": id, "baseline": "A CAT", "gold": gold} for id, gold in zip("abc", ("A CAT", "A BAT", None))]
-    chosen, too_short = recipe.choose_training(lines, [sample(id) for id in "abc"], recogniser)
-    assert [(one.id, target) for one, target in chosen] == [("b", recogniser.encode("A BAT"))] and not too_short
+    samples = [sample(id) for id in "abc"]
+    ((one, target),), too_short = recipe.choose_training(lines, samples, recogniser)
+    assert (one.id, target, too_short) == ("b", recogniser.encode("A BAT"), [])
+    recogniser.network.config.update({"mask_time_prob": 0.05, "mask_time_length": 100})
+    assert recipe.choose_training(lines, samples, recogniser) == ([], ["b"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +260,7 @@ class FakeLlm:
 def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(recogniser, tmp_path):
     alphabet = "characters outside the alphabet"
     expected = {  # transcript: answer, gold, verdict
-        "A KAT": ("A cat.", "A CAT", "kept"),
+        "A KAT": ("A cat.", None, "too far from the transcript"),
         "ONE TWO THREE FOUR": ("One two three five!", "ONE TWO THREE FIVE", "kept"),
         "HE WENT": ("Once upon a day he went on", None, "too far from the transcript"),
         "LONG": (None, None, "answer did not end"),
@@ -289,7 +270,7 @@ def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(
         "": (None, None, "empty transcript"),
     }
     llm = FakeLlm({transcript: answer for transcript, (answer, _, _) in expected.items()})
-    given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3)
+    given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3, "--max-distance", 0.3)
     samples = [sample(str(i), human=None) for i in range(len(expected))]
     lines, lost = recipe.write_gold(samples, list(expected), recogniser, llm, given)
     assert sorted(llm.asked) == sorted(expected)[1:]
@@ -297,13 +278,6 @@ def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(
     assert [line["distance"] for line in lines[:3]] == [0.5, 0.25, 2.5]
     assert lost == {"1": 1, "2": 1}
     assert read_lines(tmp_path / "gold.jsonl") == lines
-
-
-def test_the_limit_of_the_distance_is_the_setting(recogniser, tmp_path):
-    for limit, kept in ((0.4, False), (0.5, True)):
-        given = settings("--audio-dir", "x", "--output", tmp_path, "--max-distance", limit)
-        lines, _ = recipe.write_gold([sample("a")], ["A KAT"], recogniser, FakeLlm({"A KAT": "A cat"}), given)
-        assert (lines[0]["gold"] is not None) is kept
 
 
 @pytest.mark.parametrize(
@@ -543,9 +517,8 @@ def test_settings_that_cannot_work_together_are_an_error(arguments, message):
 
 
 def test_without_an_llm_it_stops_before_anything_is_transcribed(corpus, folder, tmp_path):
-    result = script(SCRIPT, "--data", corpus, "--recogniser", folder, "--llm", tmp_path / "none", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "without an LLM there is no gold" in result.stderr
+    with pytest.raises(cli.InputError, match="without an LLM there is no gold: --llm .*none"):
+        recipe.run(settings("--data", corpus, "--recogniser", folder, "--llm", tmp_path / "none"))
     assert not list(tmp_path.glob("out-gold/*"))
 
 
