@@ -138,10 +138,6 @@ def check(settings):
         raise cli.InputError(f"--split {settings.split} is a part of --data: leave it out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recordings
-
-
 @dataclass(frozen=True)
 class Sample:
     id: str
@@ -379,7 +375,7 @@ def choose_training(lines, samples, recogniser):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training and evaluation
 
 
 def train(recogniser, chosen, settings):
@@ -409,10 +405,6 @@ def ctc_loss(logits, target, blank):
     target = torch.tensor(target, device=logits.device)
     lengths = torch.tensor(len(logits)), torch.tensor(len(target))
     return F.ctc_loss(logits.log_softmax(dim=-1), target, *lengths, blank=blank, reduction="sum")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
 
 
 def compare(lines, reference, before, after):

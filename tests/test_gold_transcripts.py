@@ -75,10 +75,6 @@ def without(folder, copy, name):
     return str(copy)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The alphabet
-
-
 def test_a_transcript_joins_runs_keeps_letters_that_a_blank_parts_and_shows_no_special_symbol(recogniser):
     symbols = ["<s>", "H", "H", "E", "<pad>", "L", "<pad>", "L", "O", "|", "|", "A", "<unk>"]
     ids = [recipe.SYMBOLS.index(symbol) for symbol in symbols]
@@ -108,10 +104,6 @@ def test_a_vocabulary_of_small_letters_gets_small_letters_and_targets_are_the_re
     recogniser.letters = {symbol.lower(): id for symbol, id in recogniser.letters.items()}
     recogniser.capitals = False
     assert recogniser.normalise("It's ME") == ("it's me", Counter())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recogniser
 
 
 @torch.no_grad()
@@ -180,10 +172,6 @@ def test_a_recogniser_that_lacks_weights_is_an_error_that_names_them(folder, tmp
         recipe.Recogniser(without(folder, tmp_path / "headless", "lm_head"), 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# CTC
-
-
 def paths_to(target, frames, symbols, blank=0):
     """All sequences of `frames` symbols that are this target once runs are joined and blanks removed."""
     for path in itertools.product(range(symbols), repeat=frames):
@@ -240,10 +228,6 @@ def test_a_clip_shorter_than_a_time_mask_and_one_whose_transcript_is_its_gold_ar
     assert (one.id, target, too_short) == ("b", recogniser.encode("A BAT"), [])
     recogniser.network.config.update({"mask_time_prob": 0.05, "mask_time_length": 100})
     assert recipe.choose_training(lines, samples, recogniser) == ([], ["b"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gold
 
 
 class FakeLlm:
@@ -362,10 +346,6 @@ def test_an_llm_without_a_chat_template_is_an_error(llm_folder, tmp_path):
         recipe.Llm(str(tmp_path / "base"), None, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
 def test_lora_on_the_real_size_trains_the_published_number_of_weights():
     with torch.device("meta"):
         plain = get_peft_model(Wav2Vec2ForCTC(Wav2Vec2Config()), LoraConfig(r=8, target_modules=recipe.ATTENTION))
@@ -418,10 +398,6 @@ def test_full_training_leaves_the_feature_encoder_and_reloads_as_a_recogniser(fo
     same = {name for name in new if torch.equal(old[name], new[name])}
     assert {name for name in old if "feature_extractor" in name} <= same
     assert not same & {name for name in old if "lm_head" in name or "encoder.layers" in name and "k_proj.b" not in name}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recordings and numbers
 
 
 @pytest.fixture
@@ -492,10 +468,6 @@ def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart()
     assert results["held_out"]["all"]["gold"]["tuned"]["wer"] == 0.0  # the same wrong word as the gold
     assert results["gold_quality"]["held_out"]["gold"]["wer"] == 1 / 4
     assert results["gold_quality"]["held_out"]["baseline"]["wer"] == 3 / 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The script
 
 
 @pytest.mark.parametrize(

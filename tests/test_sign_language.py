@@ -104,10 +104,6 @@ def results_in(folder):
     return json.loads(Path(folder, "results.json").read_text())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-
-
 def test_parameters_of_every_layer_are_those_of_the_document():
     encoders = {"pose": 13_638, "hands": 33_023, "face": 1_079_906, "temporal": 12_580_510}
     blocks = enumerate((516, 3_432, 4_888, 11_816, 50_540, 19_086))
@@ -227,10 +223,6 @@ def test_gradient_checkpointing_keeps_fewer_activations_and_takes_the_same_step(
     assert all(torch.equal(saving_state[name], value) for name, value in state.items())  # running statistics too
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Glosses and the loss
-
-
 def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank():
     glosses = ["REGEN", "WIND", "REGEN", "NORD"]
     vocabulary = sign.Vocabulary(glosses)
@@ -289,10 +281,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Searches and scores
-
-
 def spellings(log_probs):
     """{glosses: log-probability}, summed over every path one by one."""
     totals = {}
@@ -337,10 +325,6 @@ def test_intervals_are_over_signers_where_there_are_several():
     samples = [sign.Sample(str(i), "AAB"[i], ("X", "Y"), None, 9) for i in range(3)]
     result = sign.wer_with_interval([["X", "Y"]] * 3, [["X", "Y"]] * 2 + [[]], samples, 0)
     assert (result["resampled"], result["low"], result["high"]) == ("signers", 0.0, 1.0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
 
 
 def test_what_is_written_is_what_is_read(folder, capsys):
@@ -421,10 +405,6 @@ def test_batches_are_sorted_and_padded_with_their_lengths(folder):
         assert np.allclose(batch.features[row, : len(frames)], frames)
         assert not batch.features[row, len(frames) :].any()
         assert vocabulary.decode(itertools.islice(targets, batch.target_lengths[row])) == list(sample.glosses)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The script, as a user starts it
 
 
 def test_a_run_writes_what_its_docstring_says(trained):

@@ -73,10 +73,6 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Clips
-
-
 def test_classes_durations_snrs_and_kinds_are_equally_frequent_in_both_splits(clips):
     for split, each in (("train", 2), ("test", 1)):
         cells = Counter((c.label, c.duration, c.snr) for c in clips[0] if c.split == split)
@@ -170,10 +166,6 @@ def test_the_same_seed_makes_the_same_clips_and_another_one_others(clips, speech
         assert np.array_equal(recipe.wave_of(clip, tmp_path / "0"), recipe.wave_of(clip, clips[1]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-
-
 def counted(pattern):
     config = Qwen2AudioConfig(text_config={"model_type": "qwen2", "intermediate_size": 11008, "vocab_size": 156032})
     with torch.device("meta"):
@@ -236,16 +228,12 @@ def test_gradient_checkpointing_computes_again_and_changes_no_gradient(base, cli
             network.gradient_checkpointing_enable({"use_reentrant": False})
         network.train()
         layer, calls = network.get_submodule("base_model.model.model.language_model.layers.0.self_attn"), []
-        layer.register_forward_hook(lambda *call: calls.append(1))
+        layer.register_forward_hook(lambda *call, calls=calls: calls.append(1))
         recipe.answer_loss(network, processor, waves(clips, 2), ["A", "B"]).backward()
         gradients.append([p.grad for p in common.trained(network).values()])
         passes.append(len(calls))
     assert passes == [1, 2]
     torch.testing.assert_close(*gradients)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the model reads
 
 
 def test_loss_is_on_the_letter_and_the_end_token_alone(model, clips):
@@ -302,10 +290,6 @@ def test_all_ways_of_writing_a_letter_are_summed(model, clips):
     assert recipe.classify(network, processor, waves(clips, 1), 1)[0] != pytest.approx(before, abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-
-
 def test_one_threshold_on_flatness_solves_the_task_as_it_was_published(speech, tmp_path):
     clips = make(tmp_path, speech, kinds=("white",), train_clips=2 * CELL)
     train, test = ([clip for clip in clips if clip.split == split] for split in recipe.SPLITS)
@@ -325,10 +309,6 @@ def test_accuracy_counts_right_answers_and_its_interval_over_groups_is_wider_whe
     assert numbers["accuracy"] == 0.75 and numbers["clips"] == 160
     widths = {name: numbers[name][1] - numbers[name][0] for name in ("wilson", "bootstrap")}
     assert widths["bootstrap"] > 2 * widths["wilson"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# As a user starts it
 
 
 @pytest.fixture(scope="module")
