@@ -25,6 +25,7 @@ import data
 import metrics
 from support import cli, files
 
+HUB = "checkpoint in safetensors, as a folder, or as a hub id that can be reached"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -98,8 +99,8 @@ def quieten():
 
 @contextmanager
 def loading(flag, name, kind):
-    """Turns a library's failure to load the folder or hub id `name` into an InputError that says what to do."""
-    remedy = f"{flag} needs a folder with {kind} in safetensors, or a hub id that can be reached"
+    """Turns a library's failure to load the file, folder or hub id `name` into an InputError that asks for a `kind`."""
+    remedy = f"{flag} needs {kind}"
     if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
         # Not a hub id, which would be asked for again and again where there is no network
         raise cli.InputError(f"{flag} {name} does not exist: {remedy}")
