@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 import metrics
 from recipes import common
-from support import cli, files
+from support import cli, files, sound
 
 
 @dataclass
@@ -151,17 +151,17 @@ def read_samples(settings):
     """All recordings, checked. Raises InputError with one line for every one that cannot be used."""
     if settings.data:
         utterances = data.read_corpus(settings.data, settings.split, limit=settings.limit)
-        return [Sample(u.id, "all", u.speaker, partial(data.read_audio, u.recording), u.text) for u in utterances]
+        return [Sample(u.id, "all", u.speaker, partial(sound.read_audio, u.recording), u.text) for u in utterances]
     root = settings.audio_dir
     folders = {name: root / name for name in CONDITIONS if (root / name).is_dir()} or {"all": root}
-    found = [(name, path) for name, folder in folders.items() for path in data.sound_files(folder)[: settings.limit]]
+    found = [(name, path) for name, folder in folders.items() for path in sound.sound_files(folder)[: settings.limit]]
 
     def read(found):
         condition, path = found
-        data.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
+        sound.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
         # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
         name = str(path.relative_to(folders[condition]).with_suffix(""))
-        return Sample(str(path.relative_to(root)), condition, name, partial(data.read_sound_file, path, LONGEST), None)
+        return Sample(str(path.relative_to(root)), condition, name, partial(sound.read_sound_file, path, LONGEST), None)
 
     return common.every(found, read, f"recordings of {root}")
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import data
 import metrics
 from recipes import common
-from support import cli, files
+from support import cli, files, sound
 
 TINY = "tiny"
 Kind = Literal["white", "pink", "brown", "hum", "tone", "chord", "clicks", "silence", "scrambled"]
@@ -241,7 +241,7 @@ def speech_sources(corpus):
 def speech_of(utterance):
     """(S,). Raises InputError, naming the utterance, for a rate whose empty upper band would tell the class."""
     try:
-        return data.read_audio(utterance.recording, data.SAMPLE_RATE)
+        return sound.read_audio(utterance.recording, data.SAMPLE_RATE)
     except cli.InputError as error:
         raise cli.InputError(f"{utterance.id}: {error}") from error
 
@@ -250,12 +250,12 @@ def sound_sources(folder):
     """Sounds of one's own; each file is a group of its own. Raises InputError naming every file that cannot be used."""
 
     def read(path):
-        if len(data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
+        if len(sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
             raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
         name = str(path.relative_to(folder))
-        return Source(name, name, partial(data.read_sound_file, path))
+        return Source(name, name, partial(sound.read_sound_file, path))
 
-    return common.every(data.sound_files(folder), read, f"files of {folder}")
+    return common.every(sound.sound_files(folder), read, f"files of {folder}")
 
 
 def split_sources(sources, settings, rng):
@@ -337,7 +337,7 @@ def check_leaks(clips):
 
 
 def wave_of(clip, output):
-    return data.read_sound_file(output / "clips" / clip.split / f"{clip.id}.wav")
+    return sound.read_sound_file(output / "clips" / clip.split / f"{clip.id}.wav")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -647,7 +647,7 @@ def answer(run, paths):
     """Print the answer to each file, and how sure it is. Raises InputError for what no clip of a run is like."""
     waves = []
     for path in paths:
-        wave = data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
+        wave = sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
         milliseconds = len(wave) * 1000 // data.SAMPLE_RATE
         if not DURATIONS[0] <= milliseconds <= DURATIONS[-1]:
             raise cli.InputError(f"{path}: {milliseconds:,} ms; cut out {DURATIONS[0]} to {DURATIONS[-1]:,} ms of it")
