@@ -79,7 +79,8 @@ def own_folder(monkeypatch, tmp_path):
 
 def greedy(model, utterances, task, max_new_tokens):
     """Greedy answers, as SpeechModel.generate gives them."""
-    return model.generate(utterances, model.audio_embeddings(utterances), task, max_new_tokens)
+    questions = [model.question(utterance, task) for utterance in utterances]
+    return model.generate(questions, model.hear(utterances), max_new_tokens)
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +116,9 @@ def new_model(checkpoint):
     return make
 
 
-@pytest.fixture
-def examples(new_model, utterances):
-    model = new_model()
+@pytest.fixture(scope="session")
+def examples(checkpoint, utterances):
+    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "none")
     return list(data.Examples(utterances, model.tokenizer, model.audio_id))
 
 
