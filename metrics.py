@@ -1,7 +1,10 @@
-"""What each number means. Text in, numbers out; no model, no torch.
+"""What each number means, and how sure it is. Text in, numbers out; no model, no torch.
 
 Error rates are fractions (0.114, not 11.4 %). Everything that counts errors is pooled over the corpus: sums of counts
 are divided, utterances are never averaged. Correlations are over utterances.
+
+A metric takes weights over the N utterances: ones (or none) give the number, those of `speaker_weights`, (R, N), give R
+numbers, as other speakers might have given them, and their percentiles are the interval.
 
 There are two F1s, because the paper's definition (4.3) and its figures (Table 3) do not describe the same number:
 
@@ -13,18 +16,89 @@ There are two F1s, because the paper's definition (4.3) and its figures (Table 3
 
 import math
 import re
-import warnings
 from collections import Counter
 
 import numpy as np
 from scipy import stats
 
-from prompts import SCORES
+from prompts import SCORES, TASKS, parse_output
 
 RESAMPLES = 1000  # of the bootstrap
 LEVEL = 0.95  # of its intervals
+SCORINGS = ("greedy", "expected")  # of APA: the written answer (the paper's), the mean of each score's distribution
 EVENTS = ("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error")
 RIGHT = ("true_accept", "correct_diagnosis", "diagnosis_error")  # detection decided well; diagnosis is another matter
+
+
+def _sum(values, weights):
+    """The sum over utterances. values: (N, ...); weights: (N,) or (R, N), None for ones. Returns (...) or (R, ...)."""
+    return values.sum(axis=0) if weights is None else weights @ values
+
+
+def _mean(values, weights):
+    return _ratio(_sum(values, weights), _sum(np.ones(len(values)), weights))
+
+
+def _ratio(numerator, denominator):
+    """numerator / denominator, nan where the denominator is zero; numbers or arrays."""
+    numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
+    return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def correlation(predicted, human):
+    """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
+
+    Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
+    says why; otherwise it is None.
+    """
+    n, reason = len(human), None
+    pcc = float(pearson(predicted, human))
+    # how a correlation of independent normal scores is distributed
+    pvalue = 2 * stats.beta.sf(abs(pcc), n / 2 - 1, n / 2 - 1, loc=-1, scale=2)
+    if n < 3:
+        reason = f"only {n} utterances" if n else "no scores"
+    elif math.isnan(pcc):
+        name, values = ("predicted", predicted) if len(set(predicted)) == 1 else ("human", human)
+        reason = f"all {n} {name} scores are {values[0]:g}"
+    return pcc, float(pvalue), float(mean_error(predicted, human)), reason
+
+
+def pearson(predicted, human, weights=None):
+    """Pearson correlation of (N,) with (N,); nan for less than three utterances, or where either does not vary."""
+    if len(human) < 3:
+        return _mean(np.full(len(human), math.nan), weights)
+    x, y = (values - np.median(values) for values in (predicted, human))  # small, so squares keep their digits
+    n, of_x, of_y = (_sum(values, weights) for values in (np.ones(len(x)), x, y))
+
+    def spread(products, first, second):  # n squared times the covariance; exact for whole numbers
+        return n * _sum(products, weights) - first * second
+
+    variances = np.maximum(spread(x * x, of_x, of_x), 0) * np.maximum(spread(y * y, of_y, of_y), 0)
+    pcc = np.clip(_ratio(spread(x * y, of_x, of_y), np.sqrt(variances)), -1, 1)
+    return np.where(n >= 3, pcc, math.nan)
+
+
+def mean_error(predicted, human, weights=None):
+    """The mean absolute difference of (N,) and (N,)."""
+    return _mean(np.abs(np.subtract(predicted, human)), weights)
+
+
+def expectation(probabilities):
+    """The mean score of a distribution over the values 0, 1, 2, ..."""
+    return sum(value * probability for value, probability in enumerate(probabilities))
+
+
+def likeliest(probabilities):
+    """The value with the highest probability, the lowest one of several."""
+    return max(range(len(probabilities)), key=probabilities.__getitem__)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words and phones
 
 
 def normalise_words(text):
@@ -58,13 +132,18 @@ def error_counts(references, hypotheses):
     return np.array(counts, dtype=np.float64)
 
 
-def error_rate(references, hypotheses):
+def error_parts(references, hypotheses, weights=None):
+    """Substitutions, deletions and insertions, each divided by the reference length, pooled over the corpus."""
+    *errors, length = np.moveaxis(_sum(error_counts(references, hypotheses), weights), -1, 0)
+    return [_ratio(count, length) for count in errors]
+
+
+def error_rate(references, hypotheses, weights=None):
     """(substitutions + deletions + insertions) / reference length, pooled over the corpus (paper 4.3).
 
     Both are lists with one list of words or phones per utterance. nan when the references hold nothing.
     """
-    substitutions, deletions, insertions, length = error_counts(references, hypotheses).sum(axis=0)
-    return float(_ratio(substitutions + deletions + insertions, length))
+    return sum(error_parts(references, hypotheses, weights))
 
 
 def align(first, second):
@@ -103,7 +182,7 @@ def kind_of(first, second):
     return "missing" if second is None else "same" if first == second else "substituted"
 
 
-def detection_counts(canonical, heard, predicted):
+def detection_counts(canonical, heard, predicted, weights=None):
     """Mispronunciation detection and diagnosis, counted per phone and pooled over the corpus.
 
     The three arguments are lists with one list of phones per utterance: what should be said, what raters heard, what
@@ -118,8 +197,11 @@ def detection_counts(canonical, heard, predicted):
 
     Returns counts of true_accept, false_reject, false_accept, correct_diagnosis, diagnosis_error.
     """
-    events = Counter(event for utterance in detection_events(canonical, heard, predicted) for event in utterance)
-    return {name: events[name] for name in EVENTS}
+    events = detection_events(canonical, heard, predicted)
+    counts = np.array([[found.count(name) for name in EVENTS] for found in events], dtype=np.int64).reshape(
+        -1, len(EVENTS)
+    )
+    return dict(zip(EVENTS, np.moveaxis(_sum(counts, weights), -1, 0)))
 
 
 def detection_events(canonical, heard, predicted):
@@ -175,19 +257,14 @@ def detection_scores(counts):
     }
 
 
-def phone_agreement(heard, predicted):
+def phone_agreement(heard, predicted, weights=None):
     """Precision, recall and F1 of phones by position, weighted over phones by how often they were heard.
 
     Position i of one string is compared with position i of the other, without alignment; one-vs-rest scores of each
     phone are averaged with its frequency in `heard` as weight (0 for a phone that is never predicted). Not the
     field's convention: reported because the paper's Table 3 fits it.
     """
-    scores = _agreement_scores(*(counts.sum(axis=0) for counts in phone_counts(heard, predicted)))
-    return {key: float(value) for key, value in scores.items()}
-
-
-def _agreement_scores(support, written, agreed):
-    """Of counts of each phone, (..., P): heard, written by the model, and both in one position."""
+    support, written, agreed = (_sum(counts, weights) for counts in phone_counts(heard, predicted))  # (..., P)
 
     def weighted(numerator, denominator):
         return _ratio((support * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), support.sum(axis=-1))
@@ -210,110 +287,47 @@ def phone_counts(heard, predicted):
     return support, written, agreed
 
 
-def phone_report(heard, predicted):
-    """For each phone, by the alignment of `align`: how often it was heard, precision, recall, its confusions.
-
-    Returns a list of dicts with phone, support, precision, recall and confusions [(written phone or None, count)], the
-    most frequent phone first; phone None stands for what only the model wrote.
-    """
-    pairs = Counter(pair for utterance in zip(heard, predicted, strict=True) for pair in align(*utterance))
-    support, written = Counter(), Counter()
-    for (perceived, output), count in pairs.items():
-        support[perceived] += count
-        written[output] += count
-    return [
-        {
-            "phone": phone,
-            "support": count,
-            "precision": float(_ratio(pairs[phone, phone], written[phone])),
-            "recall": float(_ratio(pairs[phone, phone], count)),
-            "confusions": sorted(((b, n) for (a, b), n in pairs.items() if a == phone != b), key=lambda c: -c[1]),
-        }
-        for phone, count in support.most_common()
-    ]
-
-
-def expectation(probabilities):
-    """The mean score of a distribution over the values 0, 1, 2, ..."""
-    return sum(value * probability for value, probability in enumerate(probabilities))
-
-
-def likeliest(probabilities):
-    """The value with the highest probability, the lowest one of several."""
-    return max(range(len(probabilities)), key=probabilities.__getitem__)
-
-
-def correlation(predicted, human):
-    """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
-
-    Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
-    says why; otherwise it is None.
-    """
-    if not predicted:
-        return math.nan, math.nan, math.nan, "no scores"
-    mae = sum(abs(p - h) for p, h in zip(predicted, human, strict=True)) / len(predicted)
-    if len(predicted) < 3:
-        return math.nan, math.nan, mae, f"only {len(predicted)} utterances"
-    for name, values in (("predicted", predicted), ("human", human)):
-        if len(set(values)) == 1:
-            return math.nan, math.nan, mae, f"all {len(values)} {name} scores are {values[0]:g}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        pcc, pvalue = stats.pearsonr(predicted, human)
-    return float(pcc), float(pvalue), mae, None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# All numbers of an evaluation: what each output contributes, the sums, the numbers
+# All numbers of an evaluation
 
 
-def contributions(apa, mdd):
-    """What each output adds to the sums that all numbers are made of: two dicts of arrays, (N,) or (N, P).
-
-    See `summarise` for the arguments. Every number is a function of sums over outputs, so a resample of the corpus is
-    a matrix product.
-    """
-    parsed = np.array([scores is not None for scores, _ in apa], dtype=np.float64)
-    ours = {"apa": np.ones(len(apa)), "apa_parsed": parsed}
+def assessment(apa, weights=None):
+    """The numbers of scores, by key. apa, weights: see `summarise` and the top of this file."""
+    parsed = np.array([scores is not None for scores, _ in apa], dtype=bool)  # (N,)
+    own_weights = None if weights is None else weights[..., parsed]
+    numbers = {}
     for name in SCORES:
-        # about 5, the middle of the scale: squares of small numbers are rounded less
-        x = np.array([scores[name] - 5 if scores else 0 for scores, _ in apa], dtype=np.float64)
-        y = np.array([human[name] - 5 for _, human in apa], dtype=np.float64) * parsed
-        products = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y, "error": abs(x - y)}
-        ours |= {f"{name}_{key}": values for key, values in products.items()}
+        predicted, human = _scores(apa, name)
+        numbers[f"{name}_pcc"] = pearson(predicted, human, own_weights)
+        numbers[f"{name}_mae"] = mean_error(predicted, human, own_weights)
+    return numbers | {"apa_unparsed": _mean(~parsed, weights)}
 
-    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    phones = [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
-    canonical = [reference["canonical"] for _, reference in mdd]
-    heard = [reference["heard"] for _, reference in mdd]
-    theirs = {"mdd": np.ones(len(mdd)), "mdd_parsed": np.array([o is not None for o, _ in mdd], dtype=np.float64)}
+
+def _scores(apa, name):
+    pairs = [(scores[name], human[name]) for scores, human in apa if scores is not None]
+    return [predicted for predicted, _ in pairs], [human for _, human in pairs]
+
+
+def diagnosis(mdd, weights=None):
+    """The numbers of words and phones, by key. mdd, weights: see `summarise` and the top of this file."""
+    canonical, heard, written = phones_of(mdd)
     spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
-    for name, counts in (("word", error_counts(spoken, words)), ("phone", error_counts(heard, phones))):
-        theirs |= {f"{name}_{key}": counts[:, i] for i, key in enumerate(("sub", "del", "ins", "length"))}
-    events = [Counter(utterance) for utterance in detection_events(canonical, heard, phones)]
-    theirs |= {name: np.array([counts[name] for counts in events], dtype=np.float64) for name in EVENTS}
-    theirs |= dict(zip(("support", "written", "agreed"), phone_counts(heard, phones)))
-    return ours, theirs
+    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
+    numbers = {}
+    for name, sides in (("wer", (spoken, words)), ("per", (heard, written))):
+        parts = error_parts(*sides, weights)
+        numbers[name] = sum(parts)
+        numbers |= dict(zip((f"{name}_sub", f"{name}_del", f"{name}_ins"), parts))
+    counts = detection_counts(canonical, heard, written, weights)
+    numbers |= {f"detection_{key}": value for key, value in detection_scores(counts).items()} | counts
+    numbers |= {f"phone_agreement_{key}": v for key, v in phone_agreement(heard, written, weights).items()}
+    return numbers | {"mdd_unparsed": _mean(np.array([output is None for output, _ in mdd], dtype=bool), weights)}
 
 
-def numbers_of(sums):
-    """All numbers, from sums of `contributions`, in the order of the paper's Table 3; arrays give arrays."""
-    numbers, n = {}, sums["apa_parsed"]
-    for name in SCORES:
-        x, y, xx, yy, xy, error = (sums[f"{name}_{key}"] for key in ("x", "y", "xx", "yy", "xy", "error"))
-        spread = np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0)
-        numbers[f"{name}_pcc"] = np.where(n >= 3, _ratio(n * xy - x * y, np.sqrt(spread)), math.nan)
-        numbers[f"{name}_mae"] = _ratio(error, n)
-    for name, kind in (("wer", "word"), ("per", "phone")):
-        parts = {key: _ratio(sums[f"{kind}_{key}"], sums[f"{kind}_length"]) for key in ("sub", "del", "ins")}
-        numbers[name] = parts["sub"] + parts["del"] + parts["ins"]
-        numbers |= {f"{name}_{key}": value for key, value in parts.items()}
-    numbers |= {f"detection_{key}": value for key, value in detection_scores(sums).items()}
-    agreement = _agreement_scores(sums["support"], sums["written"], sums["agreed"])
-    numbers |= {f"phone_agreement_{key}": value for key, value in agreement.items()}
-    for task in ("apa", "mdd"):
-        numbers[f"{task}_unparsed"] = _ratio(sums[task] - sums[f"{task}_parsed"], sums[task])
-    return numbers
+def phones_of(mdd):
+    """Phones of each utterance, three lists: what should be said, what raters heard, what the model wrote."""
+    canonical, heard = ([reference[key] for _, reference in mdd] for key in ("canonical", "heard"))
+    return canonical, heard, [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
 
 
 def summarise(apa, mdd):
@@ -325,16 +339,12 @@ def summarise(apa, mdd):
         counts as an empty transcript.
     Returns (numbers, reasons); `reasons` says of each missing correlation why it is nan.
     """
-    ours, theirs = contributions(apa, mdd)
-    sums = {key: values.sum(axis=0) for key, values in (ours | theirs).items()}
-    numbers, reasons = {key: float(value) for key, value in numbers_of(sums).items()}, {}
-    numbers |= {name: int(sums[name]) for name in EVENTS}
-    parsed = [(scores, human) for scores, human in apa if scores is not None]
+    numbers, reasons = {key: value.item() for key, value in (assessment(apa) | diagnosis(mdd)).items()}, {}
     for name in SCORES:
-        pcc, pvalue, mae, reason = correlation([s[name] for s, _ in parsed], [h[name] for _, h in parsed])
-        numbers |= {f"{name}_pcc": pcc, f"{name}_pvalue": pvalue, f"{name}_mae": mae}
+        predicted, human = _scores(apa, name)
+        _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
         if reason:
-            reasons[f"{name}_pcc"] = reason if parsed or not apa else f"none of {len(apa)} outputs could be parsed"
+            reasons[f"{name}_pcc"] = reason if human or not apa else f"none of {len(apa)} outputs could be parsed"
     return numbers, reasons
 
 
@@ -345,33 +355,26 @@ def summarise(apa, mdd):
 def resample(apa, mdd, apa_speakers, mdd_speakers, seed=0):
     """All numbers on RESAMPLES corpora of as many speakers, drawn with replacement: {key: (RESAMPLES,)}.
 
-    Speakers, not utterances: those of one speaker resemble each other, and counting them as independent would make
-    intervals too narrow. apa, mdd: see `summarise`; the speakers' names are in their order. The draws depend on the
-    set of speakers and the seed alone, so two systems' numbers can be subtracted from each other.
+    apa, mdd: see `summarise`; the speakers' names are in their order. The draws depend on the set of speakers and the
+    seed alone, so two systems' numbers can be subtracted from each other.
     """
     names = {*apa_speakers, *mdd_speakers}
-    ours, theirs = contributions(apa, mdd)
-    return numbers_of(
-        resampled_sums(ours, apa_speakers, names, seed) | resampled_sums(theirs, mdd_speakers, names, seed)
-    )
+    numbers = assessment(apa, speaker_weights(apa_speakers, names, seed))
+    numbers |= diagnosis(mdd, speaker_weights(mdd_speakers, names, seed))
+    return {key: values for key, values in numbers.items() if key not in EVENTS}
 
 
-def resampled_sums(values, groups, names, seed=0):
-    """Sums over RESAMPLES draws, with replacement, of as many groups as there are: {key: (RESAMPLES, ...)}.
+def speaker_weights(speakers, names=None, seed=0):
+    """How often each utterance is in each resample of the speakers, (RESAMPLES, N).
 
-    values: {key: (N, ...)}, what each item adds; groups: each item's group, such as its speaker; names: all groups that
-    are drawn from. The draws depend on names and seed alone.
+    Speakers, not utterances, are drawn: those of one speaker resemble each other, and counting them as independent
+    would make intervals too narrow. speakers: of each utterance; names: all that are drawn from, by default these.
     """
-    names = sorted(names)
+    names = sorted(set(speakers if names is None else names))
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, groups)
-    index = [names.index(group) for group in groups]
-    sums = {}
-    for key, items in values.items():
-        by_group = np.zeros((len(names), *items.shape[1:]))
-        np.add.at(by_group, index, items)
-        sums[key] = weights @ by_group
-    return sums
+    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, names)
+    column = {name: i for i, name in enumerate(names)}
+    return draws[:, [column[speaker] for speaker in speakers]].astype(np.float64)
 
 
 def interval(samples):
@@ -403,15 +406,47 @@ def mcnemar(first, second):
     return ours, theirs, float(stats.binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
 
 
-def share_interval(count, total):
-    """Wilson's interval of a share at LEVEL, (low, high), for items that are independent; nan where there are none."""
-    if not total:
-        return math.nan, math.nan
-    low, high = stats.binomtest(count, total).proportion_ci(LEVEL, "wilson")
-    return float(low), float(high)
+# ----------------------------------------------------------------------------------------------------------------------
+# The lines of a predictions file
 
 
-def _ratio(numerator, denominator):
-    """numerator / denominator, nan where the denominator is zero; numbers or arrays."""
-    numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
+def scorings(records):
+    """Which scorings of APA a predictions file holds."""
+    apa = [record for record in records if record["task"] == "APA"]
+    expected = bool(apa) and all("scores" in record for record in apa)
+    greedy = not expected or all("tokens" in record for record in apa)
+    return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
+
+
+def paired(records, scoring="greedy"):
+    """Outputs with their references, as `summarise` takes them: apa, mdd."""
+    apa, mdd = [], []
+    for record in records:
+        if record["task"] == "APA" and scoring == "expected":
+            output = {name: expectation(probabilities) for name, probabilities in record["scores"].items()}
+        else:
+            output = parse_output(record["task"], record["output"])
+        (apa if record["task"] == "APA" else mdd).append((output, record["reference"]))
+    return apa, mdd
+
+
+def score(records, scoring="greedy"):
+    """Numbers, and the reasons of missing ones: those of `summarise`, shares of cut-off outputs, and `utterances`."""
+    numbers, reasons = summarise(*paired(records, scoring))
+    for task in TASKS:
+        cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
+        numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
+    numbers["utterances"] = len({record["id"] for record in records})
+    return numbers, reasons
+
+
+def resamples(records, scoring="greedy"):
+    """`resample` of a predictions file; empty where it does not name two speakers or more."""
+    speakers = [[record.get("speaker") for record in records if record["task"] == task] for task in TASKS]
+    named = {*speakers[0], *speakers[1]}
+    return {} if None in named or len(named) < 2 else resample(*paired(records, scoring), *speakers)
+
+
+def intervals(records, scoring="greedy"):
+    """{key: (low, high)} of a predictions file; empty where it does not name two speakers or more."""
+    return {key: interval(samples) for key, samples in resamples(records, scoring).items()}

@@ -26,9 +26,8 @@ import json
 from pathlib import Path
 import re
 from typing import Annotated, Literal
-import warnings
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 import torch
@@ -36,24 +35,14 @@ from torch import nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    Phi4MultimodalFeatureExtractor,
-    Phi4MultimodalForCausalLM,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
 
 import data
 import prompts
-from support import audio_cache, cli, files, four_bits, hub, model_files, moved, processes, token_rows, workers
+from support import audio_cache, cli, files, hub, moved, pretrained, processes, token_rows, workers
 
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
-WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
-MODEL_FILES = "config generation_config preprocessor_config tokenizer tokenizer_config special_tokens_map added_tokens"
-MODEL_FILES = [*(f"{name}.json" for name in MODEL_FILES.split()), WEIGHTS_INDEX, WEIGHTS]
-MODEL_FILES += [f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
 # A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
@@ -79,7 +68,6 @@ TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
 SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
-LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
 # Types of settings that say how a model is loaded and trained
 Strategy = Literal[tuple(STRATEGIES)]
@@ -89,8 +77,12 @@ Dtype = Literal["float32", "bfloat16"]
 Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 
 
-class SpeechModel(nn.Module):
-    """The network with its tokenizer and feature extractor: embeds audio, gives the loss, writes answers."""
+# ----------------------------------------------------------------------------------------------------------------------
+# SpeechModel, in three parts: it hears, it learns, it answers
+
+
+class HearingModel(nn.Module):
+    """The network with its tokenizer and feature extractor: recordings become embeddings (paper 3.2)."""
 
     def __init__(self, network, tokenizer, extractor):
         super().__init__()
@@ -127,14 +119,6 @@ class SpeechModel(nn.Module):
     @property
     def pad_id(self):
         return self.core.config.pad_token_id
-
-    def compile_layers(self):
-        """Compile each layer of the language model, for micro-batches of any length."""
-        for layer in self.core.model.layers:
-            layer.compile(dynamic=True)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Audio (paper 3.2)
 
     def encode_audio(self, features):
         """Audio encoder and projector, so that a recording's embeddings do not depend on what it is batched with.
@@ -205,8 +189,9 @@ class SpeechModel(nn.Module):
     def _audio_trains(self):
         return self.audio.up_proj_for_speech.weight.requires_grad
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Loss (paper 4.2)
+
+class LearningModel(HearingModel):
+    """Gives the loss (paper 4.2)."""
 
     def forward(self, batch):
         """Summed loss of a data.MicroBatch with its recordings; see `loss`."""
@@ -267,25 +252,40 @@ class SpeechModel(nn.Module):
         logits = self._logits(hidden.flatten(0, 1)[supervised])  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Answers
+    def compile_layers(self):
+        """Compile each layer of the language model, for micro-batches of any length."""
+        for layer in self.core.model.layers:
+            layer.compile(dynamic=True)
+
+    def moved(self):
+        """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
+        folder, _, speech_adapter = self.source
+        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
+
+
+class SpeechModel(LearningModel):
+    """Answers questions; what the rest of the project uses."""
 
     def question(self, utterance, task, control_token=True):
         """An example without an answer."""
         prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
         return data.Example(utterance, task, prompt, [])
 
-    def answer(self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True):
-        """The lines of predictions.jsonl for some utterances, each with its tasks, as dicts.
+    def answer(
+        self, utterances, scoring=("greedy",), max_new_tokens=data.MAX_NEW_TOKENS, control_token=True, tasks=None
+    ):
+        """The lines of predictions.jsonl for some utterances, as dicts.
 
         scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
         without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+        tasks: where they are not those that an utterance has labels for.
         """
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             asked = [
                 (self.question(utterance, task, control_token), embeddings)
                 for utterance, embeddings in zip(utterances, self.hear(utterances), strict=True)
-                for task in utterance.tasks
+                for task in tasks or utterance.tasks
             ]
             written = [pair for pair in asked if pair[0].task != "APA" or "greedy" in scoring]
             scored = [pair for pair in asked if pair[0].task == "APA" and "expected" in scoring]
@@ -389,12 +389,6 @@ class SpeechModel(nn.Module):
         )
         return output.last_hidden_state[:, -1], (output.past_key_values, mask)
 
-    def moved(self):
-        """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
-        folder, _, speech_adapter = self.source
-        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
-        return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
-
 
 def _select(state, rows):
     """The state of `_read_on` for some rows of its batch, a list of their numbers."""
@@ -405,23 +399,6 @@ def _select(state, rows):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
-
-
-def check_model(name, revision):
-    """Stop before anything slow has started: no checkpoint, or 5.6 billion parameters without a GPU.
-
-    Nothing large is fetched. Returns the commit that `revision` of a hub id names, None for a folder.
-    """
-    folder, commit = hub.fetch(name, revision, "model", ["config.json"])
-    if not (folder / "config.json").is_file():
-        raise cli.InputError(f"model {name} holds no checkpoint: there is no config.json in it")
-    files.read_json(folder / "config.json", model_files.ModelConfig)
-    if not torch.cuda.is_available() and hub.size(name, commit, "model", WEIGHTS) > LARGEST_CPU_MODEL:
-        raise cli.InputError(
-            f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
-            f"or use the tiny model: python tiny.py, then --model tiny/model --data tiny/corpus"
-        )
-    return commit
 
 
 def default_dtype():
@@ -437,10 +414,11 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    folder, commit = hub.fetch(name, revision, "model", MODEL_FILES)
+    folder, commit = hub.fetch(name, revision, "model", pretrained.FILES)
     what = f"model {name!r}" + (f" (revision {revision})" if commit else "")
-    tokenizer, extractor = _load_reading(folder, what)
-    network = _load_network(folder, what, dtype, attention, quantize)
+    tokenizer, extractor = pretrained.load_reading(folder, what)
+    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
+    network = pretrained.load_network(folder, what, dtype, attention, LORA_TARGETS if quantize else None)
     network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
     if speech_adapter == "merge" and quantize:
         network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
@@ -457,50 +435,6 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     model.source = (folder, commit, speech_adapter)
     model.started_rows = _start_rows(network.get_input_embeddings().weight, tokenizer)
     return model
-
-
-def _load_reading(folder, what):
-    """Tokenizer, with the control tokens, and feature extractor."""
-    files.read_json(folder / "preprocessor_config.json", model_files.ExtractorConfig)
-    with model_files.loading(what):
-        # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
-        # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
-        # pretraining (transformers issue 45920).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
-    for token in prompts.TURN_TOKENS:
-        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            raise cli.InputError(f"{what} has no token {token}: it is not a Phi-4-multimodal checkpoint")
-    if tokenizer.eos_token_id is None:
-        raise cli.InputError(f"{what} has no end-of-text token: tokenizer_config.json is missing or names none")
-    tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
-    return tokenizer, extractor
-
-
-def _load_network(folder, what, dtype, attention, quantize):
-    """The bare checkpoint, without its speech adapter, where it will compute."""
-    if (folder / WEIGHTS_INDEX).exists():
-        files.read_json(folder / WEIGHTS_INDEX, model_files.WeightsIndex)
-    # Messages that no user of these scripts can act on; what is missing is checked here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with model_files.loading(what):
-        network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
-            attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
-            quantization_config=four_bits.nf4() if quantize else None,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
-        raise cli.InputError(f"{what}: {len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-    if quantize:
-        four_bits.check_quantised(network, LORA_TARGETS)
-        return network
-    return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _start_rows(matrix, tokenizer):
@@ -529,22 +463,15 @@ def control_token_ids(tokenizer):
 def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
     folder = folder / SPEECH_ADAPTER
-    config = _read_config(folder)
+    config = pretrained.read_config(folder)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
-    with model_files.loading(f"speech adapter {folder}"):
-        weights = model_files.read_weights(folder / ADAPTER_FILE)
-        _load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
+    with pretrained.loading(f"speech adapter {folder}"):
+        weights = pretrained.read_weights(folder / ADAPTER_FILE)
+        pretrained.load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
     return network
-
-
-def _read_config(folder):
-    """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
-    files.read_json(folder / "adapter_config.json", model_files.AdapterConfig)
-    with model_files.loading(f"{folder}/adapter_config.json"):
-        return LoraConfig.from_pretrained(folder.absolute())
 
 
 def _attach(network, config):
@@ -554,14 +481,6 @@ def _attach(network, config):
     network.add_adapter("default", config)
     network.base_model.set_adapter([FROZEN_SPEECH, "default"])
     return network
-
-
-def _load_exactly(network, weights, adapter_name="default", new=None):
-    """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
-    own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
-    kept = {key: value for key, value in own.items() if new and re.search(new, key)}
-    model_files.check_fit(weights, {key: value for key, value in own.items() if key not in kept})
-    set_peft_model_state_dict(network, weights | kept, adapter_name=adapter_name)
 
 
 def add_adapter(model, rank, alpha, dropout):
@@ -655,18 +574,18 @@ def load_trained(model, folder, strategy):
     """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
     folder, what = Path(folder), f"adapter {folder}"
     if strategy != "full":
-        config = _read_config(folder)
+        config = pretrained.read_config(folder)
         config.inference_mode = True
         if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
             raise cli.InputError(f"{what}: its control tokens are not this base model's")
         model.network = _attach(model.network, config)
-        with model_files.loading(what):
-            _load_exactly(model.network, model_files.read_weights(folder / ADAPTER_FILE))
+        with pretrained.loading(what):
+            pretrained.load_exactly(model.network, pretrained.read_weights(folder / ADAPTER_FILE))
         token_rows.merge(model)
     if parameters := _outside_adapter(model, strategy):
-        with model_files.loading(what):
-            weights = model_files.read_weights(folder / TRAINED_FILE)
-            model_files.check_fit(weights, parameters)
+        with pretrained.loading(what):
+            weights = pretrained.read_weights(folder / TRAINED_FILE)
+            pretrained.check_fit(weights, parameters)
         for name, parameter in parameters.items():
             parameter.data = weights[name].to(parameter.device)
     model.eval()

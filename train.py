@@ -38,7 +38,7 @@ from data import (
 import metrics
 import model as models
 import prompts
-from support import checkpoints, cli, files, memory, processes, sharding
+from support import checkpoints, cli, files, memory, pretrained, processes, sharding
 from support.moved import describe as describe_moved
 from support.run import not_finite, open_run
 from support.workers import MOST, load_steps
@@ -59,9 +59,7 @@ class Settings:
     model: str = models.HUB_MODEL  # checkpoint folder or hub id
     revision: str | None = models.HUB_MODEL_REVISION  # of the hub id: transformers' own format
     strategy: models.Strategy = "lora"  # what trains: LoRA; encoder and projector as well; all weights, without LoRA
-    speech_adapter: models.SpeechAdapter = (
-        "merge"  # the shipped one: fold it in, train it on (the paper's words), or none
-    )
+    speech_adapter: models.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
     rank: models.Rank | None = 64  # of the fresh LoRA (not in the paper; our choice)
     alpha: cli.Count | None = 128  # of the fresh LoRA, scale alpha / rank (our choice)
     dropout: cli.Fraction | None = 0.05  # of the fresh LoRA's input (our choice)
@@ -216,7 +214,7 @@ def train_step(model, weights, optimiser, micro_batches, supervised, clip, numbe
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     checkpoints.choose(settings.output, settings.resume, settings.checkpoint)  # says at once what is wrong there
-    settings.revision = models.check_model(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
+    settings.revision = pretrained.check(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs

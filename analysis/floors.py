@@ -3,28 +3,27 @@
     python -m analysis.floors out/predictions.jsonl                      # speechocean762, which is fetched
     python -m analysis.floors out/predictions.jsonl --data tiny/corpus
 
-prints the tables of evaluate.py for saved predictions with two floors, and needs no model. "says everything right"
-writes what should have been said. "pauses and energy" is fitted on the train part of the corpus.
-
-The row "pauses and energy": least squares on eleven numbers of the waveform, none of which knows a phone or a
-word. On speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and
-0.59 (total); what a model hears of pronunciation is what it has above this row.
+Prints the tables of evaluate.py for saved predictions with two floors, and needs no model. "says everything right"
+writes what should have been said. "pauses and energy" is fitted on the train part of the corpus: least squares on
+eleven numbers of the waveform, none of which knows a phone or a word. On speechocean762 its correlations with the human
+scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and 0.59 (total); what a model hears of pronunciation is
+what it has above this row.
 
 Shapes: S samples, F features, U utterances, K scores.
 """
 
-import argparse
-import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+import textwrap
 
 import numpy as np
+from tyro.conf import Positional
 
 import data
 import evaluate
 import metrics
 import prompts
-import tables
-from support import cli
+from support import cli, predictions
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -45,6 +44,14 @@ FEATURES = (
     "pause_sum",  # seconds
     *(f"level_{percentile}" for percentile in LEVELS),  # dBFS
 )
+
+
+@dataclass
+class Settings:
+    predictions: Positional[Path]  # predictions.jsonl of evaluate.py
+    data: str | None = None  # corpus folder or hub id; by default speechocean762
+    data_revision: str | None = None  # of the hub id
+    split: str = "test"  # the part that was evaluated
 
 
 def waveform_features(audio):
@@ -108,20 +115,6 @@ NOTE = (
 )
 
 
-def parse_arguments():
-    parser = cli.ArgumentParser(
-        description=__doc__,
-        usage="python -m analysis.floors PREDICTIONS [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("predictions", type=Path, help="predictions.jsonl of evaluate.py")
-    add("--data", default=data.HUB_CORPUS, help=f"corpus folder or hub id (default: {data.HUB_CORPUS})")
-    add("--data-revision", default=data.HUB_CORPUS_REVISION, help="of the hub id (default: as in training)")
-    add("--split", default="test", help="the part that was evaluated (default: test)")
-    return parser.parse_args()
-
-
 def find_utterances(records, corpus, where):
     """The utterances that were evaluated. Raises InputError where the corpus has other ones, or other labels."""
     known = {utterance.id: utterance for utterance in corpus}
@@ -137,21 +130,24 @@ def find_utterances(records, corpus, where):
 
 def floor_row(records, fitted):
     """The table row of the fit; fitted: of `pauses_and_energy`."""
-    apa = [(fitted[record["id"]], record["reference"]) for record in records if record["task"] == "APA"]
-    numbers, _ = metrics.summarise(apa, [])
-    return evaluate.Row("pauses and energy", None, False, numbers, evaluate.intervals(records, apa, []))
+    apa = [record for record in records if record["task"] == "APA"]
+    answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in apa]
+    return evaluate.Row("pauses and energy", None, metrics.score(answered)[0], metrics.intervals(answered))
 
 
 def main():
-    args = parse_arguments()
-    records = evaluate.read_predictions(args.predictions)
-    test, train = (data.read_corpus(args.data, split, args.data_revision) for split in (args.split, "train"))
-    fitted = pauses_and_energy(train, find_utterances(records, test, f"{args.data} ({args.split})"))
-    rows = evaluate.rows_of(records, evaluate.Evaluation("predictions", args.predictions.parent))
-    for table in tables.result_tables(rows, [evaluate.canonical_floor(records), floor_row(records, fitted)]):
-        tables.show(table)
-    notes = [*tables.explain(rows), NOTE]
-    print("", *(textwrap.fill(note, 118) for note in notes), sep="\n")
+    settings = cli.parse(Settings, __doc__)
+    records = predictions.read(settings.predictions)
+    saved = evaluate.Evaluation("predictions", settings.predictions.parent)
+    source = {"data": settings.data, "data_revision": settings.data_revision}
+    test, train = (
+        evaluate.read_corpus(saved, evaluate.Settings(split=split, **source)) for split in (settings.split, "train")
+    )
+    test = find_utterances(records, test, f"{settings.data or data.HUB_CORPUS} ({settings.split})")
+    fitted = pauses_and_energy([utterance for utterance in train if utterance.scores], test)
+    rows = evaluate.rows_of(records, saved.label, saved.paper_row)
+    evaluate.show(rows, [evaluate.copying_floor(records), floor_row(records, fitted)])
+    print(textwrap.fill(NOTE, 118))
 
 
 if __name__ == "__main__":

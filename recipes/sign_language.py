@@ -15,9 +15,7 @@ feature statistics, vocabulary, settings and declaration. --evaluate writes resu
 Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
 """
 
-import argparse
 import csv
-import importlib.metadata
 import json
 import math
 import sys
@@ -28,23 +26,56 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import AfterValidator, Field
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-# isort: split
 import metrics
-import runtime
+from recipes import common
 from support import cli, files
+
+
+@dataclass
+class Settings:
+    """A source in brackets: the document, the first authors' public code, or our choice."""
+
+    write_synthetic: Path | None = None  # write a synthetic data folder here and stop
+    evaluate: Path | None = None  # instead of training: score a split of --data with this best.safetensors
+
+    data: Path | None = None  # folder with <split>.SI5.corpus.csv and feature files
+    glosses: Literal["filtered", "all"] = "filtered"  # without markers, pointing, letters, in all splits (public code)
+    unchecked_order: bool = False  # train although hands are not more often missing than faces
+
+    dropout: cli.Fraction = 0.3  # in encoders and before the LSTM (document)
+    gradient_checkpointing: bool = False  # compute the encoders' activations twice: the same step with less memory
+
+    epochs: cli.Count = 100  # passes over the train split (document)
+    warmup: Annotated[int, Field(ge=0)] = 5  # epochs of linear warmup (document); a cosine follows (our choice)
+    learning_rate: cli.Positive = 3e-4  # peak (document)
+    weight_decay: cli.Fraction = 1e-4  # of AdamW (document)
+    batch_size: cli.Count = 4  # sequences computed at once (document)
+    accumulation: cli.Count = 1  # batches in a step (document; public code 4)
+    clip: cli.Positive = 1.0  # largest norm of a step's gradient (document)
+    patience: cli.Count = 15  # stop after so many epochs without a lower WER on dev (document)
+
+    split: str = "test"  # that --evaluate scores (our choice)
+    beam_width: cli.Count = 10  # of the prefix beam search (our choice)
+
+    seed: cli.Seed = 42  # of weights, order, augmentation, resamples (public code)
+    output: Path = Path("out-sign")  # folder for all that is written (our choice)
+
+
+EVALUATION = ("split", "beam_width")
 
 # Columns of a frame, in this order: 33 pose, 2 x 21 hand and 468 face points with x, y, z (document), then 3 x 1629
 # values that the document calls temporal: velocity, acceleration, and by the public code the raw values once more.
@@ -78,115 +109,24 @@ SYNTHETIC = {"pose": 9, "hands": 12, "face": 30, "temporal": 153}  # temporal: 3
 SYNTHETIC_GLOSSES = ("WIND", "REGEN", "SONNE", "SCHNEE", "NORD", "SUED", "MORGEN", "HEUTE")
 SYNTHETIC_SPLITS = {"train": (400, 8), "dev": (60, 4), "test": (120, 8)}  # sequences, signers: no signer in two splits
 
-TRAINING = (
-    "epochs",
-    "warmup",
-    "learning_rate",
-    "weight_decay",
-    "accumulation",
-    "clip",
-    "dropout",
-    "patience",
-    "gradient_checkpointing",
-    "glosses",
-    "unchecked_order",
-)
-EVALUATION = ("split", "beam_width")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: each declared once
-
-
-def parse_settings():
-    """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
-    parser = cli.ArgumentParser(
-        description=__doc__.split("\n", 1)[0],
-        usage="python recipes/sign_language.py --data FOLDER [settings]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument_group("what to do: train on --data, or").add_argument
-    add("--write-synthetic", type=Path, metavar="FOLDER", help="write a synthetic data folder and stop")
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="score a split of --data with a best.safetensors")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, help="folder with <split>.SI5.corpus.csv and feature files")
-    add(
-        "--glosses",
-        choices=("filtered", "all"),
-        default="filtered",
-        help="filtered: leave out markers, pointing and "
-        "letters in every split; its WER does not compare with published ones (public code)",
-    )
-    add("--unchecked-order", action="store_true", help="train although hands are not more often missing than faces")
-
-    add = parser.add_argument_group("model: widths follow from the data folder's features.json").add_argument
-    add("--dropout", type=cli.fraction, default=0.3, help="in encoders and before the LSTM (document)")
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="compute the encoders' activations twice instead of keeping them: the same step with less memory",
-    )
-
-    add = parser.add_argument_group("optimisation: AdamW").add_argument
-    add("--epochs", type=cli.positive_int, default=100, help="passes over the train split (document)")
-    add(
-        "--warmup",
-        type=cli.whole_number,
-        default=5,
-        help="epochs of linear warmup, a cosine follows (document; the cosine is our choice)",
-    )
-    add("--learning-rate", type=cli.positive_float, default=3e-4, help="peak (document)")
-    add("--weight-decay", type=cli.fraction, default=1e-4, help="(document)")
-    add("--batch-size", type=cli.positive_int, default=4, help="sequences computed at once (document)")
-    add("--accumulation", type=cli.positive_int, default=1, help="batches in a step (document; public code 4)")
-    add("--clip", type=cli.positive_float, default=1.0, help="largest norm of a step's gradient (document)")
-    add(
-        "--patience",
-        type=cli.positive_int,
-        default=15,
-        help="stop after so many epochs without a lower WER on dev (document)",
-    )
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--split", default="test", help="that --evaluate scores (our choice)")
-    add("--beam-width", type=cli.positive_int, default=10, help="of the prefix beam search (our choice)")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=cli.seed, default=42, help="of weights, order, augmentation, resamples (public code)")
-    add("--output", type=Path, default=Path("out-sign"), help="folder for all that is written (our choice)")
-
-    settings, given = parser.parse_given()
-    parser.refuse(conflicts(settings, given))
-    return settings
-
-
-def conflicts(settings, given):
-    """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
-
-    def named(names):
-        return " ".join(f"--{name.replace('_', '-')}" for name in names if name in given)
-
-    others = given - {"write_synthetic", "seed"}
-    training, evaluation = named(TRAINING), named(EVALUATION)
-    return [
-        (settings.write_synthetic and others, f"--write-synthetic takes --seed alone: leave out {named(others)}"),
-        (
-            not (settings.write_synthetic or settings.data),
-            "--data is missing: give a data folder, or make one with --write-synthetic FOLDER",
-        ),
-        (settings.evaluate and training, f"--evaluate trains nothing: leave out {training}"),
-        (
-            not settings.evaluate and evaluation,
-            f"{evaluation} has no effect in training, which uses train and dev: "
-            f"leave it out, or add --evaluate CHECKPOINT",
-        ),
-        (
-            not (settings.evaluate or settings.write_synthetic) and settings.warmup >= settings.epochs,
-            f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup",
-        ),
-    ]
+def check(settings):
+    """Raises InputError for settings that cannot work together."""
+    if settings.write_synthetic:
+        if more := common.written_beside(settings, "write_synthetic", "seed"):
+            raise cli.InputError(f"--write-synthetic takes --seed alone: leave out {more}")
+    elif not settings.data:
+        raise cli.InputError("--data is missing: give a data folder, or make one with --write-synthetic FOLDER")
+    elif settings.evaluate:
+        used = ("evaluate", "data", "batch_size", "seed", "output", *EVALUATION)
+        if more := common.written_beside(settings, *used):
+            raise cli.InputError(f"--evaluate trains nothing: leave out {more}")
+    elif more := common.written(EVALUATION):
+        raise cli.InputError(f"{more} has no effect in training: leave it out, or add --evaluate CHECKPOINT")
+    elif settings.warmup >= settings.epochs:
+        raise cli.InputError(
+            f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,22 +165,19 @@ class Vocabulary:
         return [self.words[i] for i in ids]
 
 
+def _complete(groups):
+    if groups.keys() != ENCODED.keys():
+        raise ValueError(f"columns of {', '.join(ENCODED)} are needed, in their order, such as {json.dumps(FEATURES)}")
+    return groups
+
+
+Groups = Annotated[dict[str, Annotated[int, Field(strict=True, gt=1)]], AfterValidator(_complete)]
+
+
 def read_features_order(folder):
     """{group: columns} in the order of the columns, by features.json or FEATURES. Raises InputError."""
     path = folder / "features.json"
-    if not path.is_file():
-        return dict(FEATURES)
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise cli.InputError(f"{path} is not JSON: {cli.first_line(error)}") from error
-    named = isinstance(groups, dict) and groups.keys() == ENCODED.keys()
-    if not named or not all(type(width) is int and width > 1 for width in groups.values()):
-        raise cli.InputError(
-            f"{path} has to give {', '.join(ENCODED)} with their columns (2 or more), in the order of "
-            f"the feature files, such as {json.dumps(FEATURES)}; it has {groups}"
-        )
-    return groups
+    return files.read_json(path, Groups) if path.is_file() else dict(FEATURES)
 
 
 def slices(groups):
@@ -254,12 +191,11 @@ def read_split(folder, split, groups, which):
 
     Raises InputError with one line for every row or file that cannot be used.
     """
-    samples, problems, dropped = [], [], 0
     rows = read_annotations(folder / f"{split}.SI5.corpus.csv")
     repeated = {id for id, count in Counter(id for _, id, _, _ in rows).items() if count > 1}
-    for line, id, signer, glosses in tqdm(rows, desc=f"check {split}", leave=False, disable=None):
-        kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
-        dropped += len(glosses) - len(kept)
+
+    def read(row):
+        line, id, signer, glosses = row
         path = folder / split / f"{id}.npz"
         path = path if path.is_file() else folder / f"{id}.npy"
         try:
@@ -267,28 +203,23 @@ def read_split(folder, split, groups, which):
                 raise cli.InputError("its id stands in several lines")
             if reserved := set(glosses) & set(SPECIAL):
                 raise cli.InputError(f"{', '.join(sorted(reserved))} is no gloss, the name is taken: rename it")
-            samples.append(Sample(id, signer, kept, path, len(read_features(path, sum(groups.values())))))
+            kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
+            return Sample(id, signer, kept, path, len(read_features(path, sum(groups.values()))))
         except cli.InputError as error:
-            problems.append(f"line {line}, {id}: {error}")
-    if problems:
-        raise cli.InputError(
-            f"{len(problems)} of {len(rows)} sequences of {folder} ({split}) cannot be used; repair "
-            f"or remove them:\n  " + "\n  ".join(problems)
-        )
+            raise cli.InputError(f"line {line}, {id}: {error}") from error
+
+    samples = common.every(rows, read, f"sequences of {folder} ({split})")
     if not any(sample.glosses for sample in samples):
         raise cli.InputError(f"{folder} ({split}) has no glosses: with --glosses all markers and letters are kept")
-    describe(split, samples, dropped)
+    describe(split, samples, sum(len(row[-1]) for row in rows) - sum(len(sample.glosses) for sample in samples))
     return samples
 
 
 def read_annotations(path):
     """Rows of an SI5 corpus file: [(line number, id, signer, glosses)]. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise cli.InputError(f"{path} does not exist: --data is a folder with <split>.SI5.corpus.csv") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise cli.InputError(f"{path} cannot be read as UTF-8 text: {cli.first_line(error)}") from error
+    if not path.exists():
+        raise cli.InputError(f"{path} does not exist: --data is a folder with <split>.SI5.corpus.csv")
+    lines = files.read_text(path).removeprefix("\ufeff").splitlines()
     reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
     columns = reader.fieldnames or []
     key = "id" if "id" in columns else "name"
@@ -329,11 +260,11 @@ def read_features(path, width):
 def describe(split, samples, dropped):
     """Print what a split holds, and what of it CTC cannot learn."""
     impossible = [sample.id for sample in samples if not sample.possible]
+    signers = len({sample.signer for sample in samples})
+    frames, glosses = (sum(counts) for counts in zip(*((s.frames, len(s.glosses)) for s in samples)))
     print(
-        f"{split}: {len(samples):,} sequences of {len({sample.signer for sample in samples})} signers, "
-        f"{sum(sample.frames for sample in samples):,} frames, {sum(len(sample.glosses) for sample in samples):,} "
-        f"glosses ({dropped:,} left out by the filter), {sum(not sample.glosses for sample in samples)} sequences "
-        f"without any"
+        f"{split}: {len(samples):,} sequences of {signers} signers, {frames:,} frames, {glosses:,} glosses "
+        f"({dropped:,} left out by the filter), {sum(not s.glosses for s in samples)} sequences without any"
     )
     if impossible:
         print(
@@ -379,15 +310,13 @@ def check_order(missing, unchecked):
     Hands and face in each other's columns are seen. Not seen: left and right exchanged, an order within a group,
     pose exchanged with what is never missing, and everything about temporal.
     """
-    print(
-        "frames with a half of the group exactly zero: "
-        + ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
-    )
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
+    print(f"frames with a half of the group exactly zero: {shares}")
     if missing["hands"] <= missing["face"] and not unchecked:
         raise cli.InputError(
-            f"hands are missing in {missing['hands']:.1%} of the frames and faces in "
-            f"{missing['face']:.1%}, so these columns may not be what they are named: correct "
-            f"features.json, or add --unchecked-order if lost hands are not zeros"
+            f"hands are missing in {missing['hands']:.1%} of the frames and faces in {missing['face']:.1%}, so these "
+            f"columns may not be what they are named: correct features.json, or add --unchecked-order if lost hands "
+            f"are not zeros"
         )
 
 
@@ -412,7 +341,7 @@ class System:
 
 
 def make_batch(samples, system, rng=None):
-    """A Batch on DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
+    """A Batch on common.DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
     loaded = []
     for sample in samples:
         frames = (read_features(sample.path, len(system.mean)) - system.mean) / system.std  # (T, F)
@@ -422,7 +351,7 @@ def make_batch(samples, system, rng=None):
     targets = [torch.tensor(system.vocabulary.encode(sample.glosses), dtype=torch.long) for sample in samples]
     lengths, target_lengths = (torch.tensor([len(row) for row in rows]) for rows in (features, targets))
     features = pad_sequence(features, batch_first=True)
-    return Batch(samples, features.to(DEVICE), lengths, torch.cat(targets).to(DEVICE), target_lengths)
+    return Batch(samples, features.to(common.DEVICE), lengths, torch.cat(targets).to(common.DEVICE), target_lengths)
 
 
 def augment(frames, needed, rng):
@@ -573,9 +502,7 @@ def sizes(model):
 
 def train(settings):
     """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
-    if (settings.output / "log.jsonl").exists():
-        raise cli.InputError(f"{settings.output} holds a run already: choose another --output")
-    files.make_folder(settings.output, "--output")
+    common.new_output(settings.output, "log.jsonl")
     groups = read_features_order(settings.data)
     samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
     samples = [sample for sample in samples if sample.possible]
@@ -583,7 +510,10 @@ def train(settings):
         raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
     system = new_system(samples, groups, settings)
     compare_with_training("dev", dev, system)
-    record = record_settings(settings, system)
+    unused = (*EVALUATION, "evaluate", "write_synthetic")
+    record = {name: value for name, value in common.record(settings).items() if name not in unused}
+    record |= {"parameters": sizes(system.model)} | common.versions("torch")
+    common.write_json(settings.output / "settings.json", record)
     run_epochs(system, samples, dev, settings, record)
 
 
@@ -593,27 +523,10 @@ def new_system(samples, groups, settings):
     check_order(missing, settings.unchecked_order)
     vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
     torch.manual_seed(settings.seed)
-    model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing)
-    counts = sizes(model)
-    total = sum(counts.values())
-    print(
-        f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {DEVICE}: "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    )
-    return System(model.to(DEVICE), mean, std, vocabulary, groups, sorted({sample.signer for sample in samples}))
-
-
-def record_settings(settings, system):
-    """Write settings.json and return what it holds."""
-    record = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(settings).items()
-        if key not in (*EVALUATION, "evaluate", "write_synthetic")
-    }
-    record |= {"parameters": sizes(system.model), "versions": {"torch": importlib.metadata.version("torch")}}
-    with files.whole(settings.output / "settings.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing).to(common.DEVICE)
+    total, parts = sum(sizes(model).values()), ", ".join(f"{name} {count:,}" for name, count in sizes(model).items())
+    print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}: {parts}")
+    return System(model, mean, std, vocabulary, groups, sorted({sample.signer for sample in samples}))
 
 
 def run_epochs(system, samples, dev, settings, record):
@@ -630,13 +543,8 @@ def run_epochs(system, samples, dev, settings, record):
             line = {"epoch": epoch, **train_epoch(system, samples, optimiser, settings, epoch, bar)}
             loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
             wer = metrics.error_rate(references, read)
-            line |= {
-                "dev_loss": loss,
-                "dev_wer": wer,
-                "seconds": time.perf_counter() - epoch_started,
-                "memory_gb": runtime.peak_memory(),
-            }
-            print(json.dumps(line), file=log, flush=True)
+            line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started}
+            print(json.dumps(line | {"memory_gb": common.peak_memory()}), file=log, flush=True)
             reached = wer, math.inf if loss is None else loss
             if reached < best:
                 best, best_epoch = reached, epoch
@@ -655,43 +563,23 @@ def train_epoch(system, samples, optimiser, settings, epoch, bar):
     """One pass over the samples in an order that depends on seed and epoch alone. Returns what is logged of it."""
     rng = np.random.default_rng((settings.seed, epoch))
     order = [samples[i] for i in rng.permutation(len(samples))]
-    step_size, losses, norms = settings.batch_size * settings.accumulation, [], []
+    size, lines = settings.batch_size, []
     warmup = settings.warmup * bar.total // settings.epochs  # steps
     system.model.train()
-    for first in range(0, len(order), step_size):
-        rate = runtime.learning_rate(bar.n, bar.total, settings.learning_rate, warmup)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        step = order[first : first + step_size]
-        parts = [step[i : i + settings.batch_size] for i in range(0, len(step), settings.batch_size)]
-        batches = [make_batch(part, system, rng) for part in parts]
-        loss, norm = train_step(system.model, optimiser, batches, settings.clip, bar.n + 1)
-        losses.append(loss)
-        norms.append(norm)
+    for first in range(0, len(order), size * settings.accumulation):
+        step = order[first : first + size * settings.accumulation]
+        batches = [make_batch(step[i : i + size], system, rng) for i in range(0, len(step), size)]
+        rate = common.learning_rate(bar.n, bar.total, settings.learning_rate, warmup)
+        lines.append(common.update(optimiser, losses(system.model, batches), rate, settings.clip, bar.n + 1))
         bar.update()
-    return {"step": bar.n, "learning_rate": rate, "loss": np.mean(losses), "gradient_norm": np.mean(norms)}
+    return lines[-1] | {key: np.mean([line[key] for line in lines]) for key in ("loss", "gradient_norm")}
 
 
-def train_step(model, optimiser, batches, clip, number):
-    """One update: the mean over the step's sequences, of the loss by gloss. Returns (loss, norm of the gradient).
-
-    Raises RunError, before the update, when loss or gradient is not finite.
-    """
-    samples = [sample for batch in batches for sample in batch.samples]
-    total = 0.0
+def losses(model, batches):
+    """The (ids, loss) of a step's batches; their sum: the mean over its sequences, of the loss by gloss."""
+    count = sum(len(batch.samples) for batch in batches)
     for batch in batches:
-        loss = sequence_losses(model, batch)[0].sum() / len(samples)
-        loss.backward()
-        total += loss.item()
-
-    def not_finite(loss, norm):
-        named = ", ".join(sample.id for sample in samples)
-        return cli.RunError(
-            f"step {number}: loss {loss} or gradient norm {norm} is not finite, of the sequences "
-            f"{named}: lower --learning-rate"
-        )
-
-    return total, runtime.update(optimiser, list(model.parameters()), total, clip, not_finite)
+        yield [sample.id for sample in batch.samples], sequence_losses(model, batch)[0].sum() / count
 
 
 def sequence_losses(model, batch):
@@ -699,7 +587,7 @@ def sequence_losses(model, batch):
 
     An impossible sequence would have an infinite loss; it gets 0 and no gradient, so what is impossible is counted.
     """
-    with runtime.autocast():
+    with common.autocast():
         log_probs = model(batch.features, batch.lengths)
     ctc = nn.CTCLoss(blank=BLANK, reduction="none", zero_infinity=True)
     losses = ctc(log_probs, batch.targets, batch.lengths, batch.target_lengths)
@@ -710,36 +598,37 @@ def save(path, system, record):
     """The System and the record of its training, in one file that executes nothing."""
     weights = {f"model.{key}": value.cpu().contiguous() for key, value in system.model.state_dict().items()}
     statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
-    about = {
-        "vocabulary": system.vocabulary.words,
-        "features": system.groups,
-        "signers": system.signers,
-        "training": record,
-    }
+    about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers}
     with files.whole(path) as temporary:
-        save_file(weights | statistics, temporary, {"about": json.dumps(about)})
+        save_file(weights | statistics, temporary, {"about": json.dumps(about | {"training": record})})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
+class About(files.Shape):
+    """What best.safetensors says beside its tensors."""
+
+    vocabulary: list[str]
+    features: Groups
+    signers: list[str]
+    training: dict[str, Any]
+
+
 def load(path):
     """(System, record of its training) of a best.safetensors. Raises InputError when it is none."""
-    try:
+    if not path.is_file():
+        raise cli.InputError(f"--evaluate {path} does not exist")
+    with common.loading("--evaluate", path, "a best.safetensors of this script"):
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
+            about = files.check_json(About, file.metadata()["about"], path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         mean, std = (tensors.pop(name).numpy() for name in ("mean", "std"))
-        vocabulary = Vocabulary(about["vocabulary"][len(SPECIAL) :])
-        model = Student(about["features"], len(vocabulary.words))
+        vocabulary = Vocabulary(about.vocabulary[len(SPECIAL) :])
+        model = Student(about.features, len(vocabulary.words))
         model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
-        system = System(model.to(DEVICE), mean, std, vocabulary, about["features"], about["signers"])
-        return system, about["training"]
-    except FileNotFoundError as error:
-        raise cli.InputError(f"--evaluate {path} does not exist") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise cli.InputError(f"--evaluate {path} is no checkpoint of this script: {cli.first_line(error)}") from error
+    return System(model.to(common.DEVICE), mean, std, vocabulary, about.features, about.signers), about.training
 
 
 @torch.no_grad()
@@ -793,10 +682,7 @@ def beam_search(log_probs, width):
 
 def evaluate(settings):
     """Score one split with a checkpoint, by greedy and beam search; writes results.json. Raises InputError."""
-    path = settings.output / "results.json"
-    if path.exists():
-        raise cli.InputError(f"{path} exists already: choose another --output")
-    files.make_folder(settings.output, "--output")
+    common.new_output(settings.output, "results.json")
     system, training = load(settings.evaluate)
     groups = read_features_order(settings.data)
     if list(groups.items()) != list(system.groups.items()):
@@ -805,33 +691,22 @@ def evaluate(settings):
             f"{system.groups}: give features of the same order and widths"
         )
     samples = read_split(settings.data, settings.split, groups, training["glosses"])
-    results = {
-        "checkpoint": str(settings.evaluate),
-        "data": str(settings.data),
-        "split": settings.split,
-        "sequences": len(samples),
-        "beam_width": settings.beam_width,
-        "impossible": [sample.id for sample in samples if not sample.possible],
-        **compare_with_training(settings.split, samples, system),
-    }
+    results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split}
+    results |= {"sequences": len(samples), "beam_width": settings.beam_width}
+    results["impossible"] = [sample.id for sample in samples if not sample.possible]
+    results |= compare_with_training(settings.split, samples, system)
     searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
     results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
     for name, hypotheses in zip(searches, read):
         results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in results[name].items()
-            )
-        )
+        shown = (f"{key} {value if isinstance(value, str) else f'{value:.3f}'}" for key, value in results[name].items())
+        print(f"{name}: {', '.join(shown)}")
     results["predictions"] = [
         {"id": sample.id, "reference": reference, **dict(zip(searches, words))}
         for sample, reference, *words in zip(samples, references, *read)
     ]
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{path}: written")
+    common.write_json(settings.output / "results.json", results)
+    print(f"{settings.output / 'results.json'}: written")
 
 
 def wer_with_interval(references, hypotheses, samples, seed):
@@ -842,17 +717,10 @@ def wer_with_interval(references, hypotheses, samples, seed):
     counts = metrics.error_counts(references, hypotheses)  # (N, 4)
     over = "signer" if len({sample.signer for sample in samples}) > 1 else "id"
     names = [getattr(sample, over) for sample in samples]
-    sums = metrics.resampled_sums({"counts": counts}, names, set(names), seed)["counts"]  # (resamples, 4)
-    with np.errstate(invalid="ignore"):  # a draw of signers may have no glosses
-        low, high = metrics.interval(sums[:, :3].sum(axis=1) / sums[:, 3])
+    low, high = metrics.interval(common.resampled_ratio(counts[:, :3].sum(axis=1), counts[:, 3], names, seed))
     parts = dict(zip(("sub", "del", "ins"), (counts.sum(axis=0)[:3] / counts.sum(axis=0)[3]).tolist()))
-    return {
-        "wer": metrics.error_rate(references, hypotheses),
-        "low": low,
-        "high": high,
-        "resampled": "signers" if over == "signer" else "sequences",
-        **parts,
-    }
+    result = {"wer": metrics.error_rate(references, hypotheses), "low": low, "high": high}
+    return result | {"resampled": "signers" if over == "signer" else "sequences", **parts}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -913,13 +781,11 @@ def synthetic_frames(movements, offset, extent, rng):
 
 
 def main():
-    settings = parse_settings()
+    settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
+    check(settings)
     if settings.write_synthetic:
         write_synthetic(settings.write_synthetic, settings.seed)
-        print(
-            f"{settings.write_synthetic}: {len(SYNTHETIC_GLOSSES)} synthetic glosses, splits (sequences, signers) "
-            f"{SYNTHETIC_SPLITS}"
-        )
+        print(f"{settings.write_synthetic}: synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}")
     elif settings.evaluate:
         evaluate(settings)
     else:

@@ -13,54 +13,72 @@ of the spectrum: a model that does not beat that has learnt nothing.
 Shapes: S samples, B clips of a batch, T tokens of a row, V vocabulary, F bins of a spectrum.
 """
 
-import argparse
 import csv
 import hashlib
-import importlib.metadata
-import json
-import logging
-import math
 import sys
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-# Messages that no user of this script can act on.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import soundfile
+import tokenizers
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from peft import PeftModel
+from pydantic import Field
 from scipy import signal
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (
-    BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    WhisperFeatureExtractor,
-)
-from transformers.utils import logging as transformers_logging
 
-# isort: split
 import data
 import metrics
-import runtime
+from recipes import common
 from support import cli, files
 
-transformers_logging.set_verbosity_error()  # load_base checks for itself that no weight is missing
-transformers_logging.disable_progress_bar()
-
-HUB_MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 TINY = "tiny"
+Kind = Literal["white", "pink", "brown", "hum", "tone", "chord", "clicks", "silence", "scrambled"]
+
+
+@dataclass
+class Settings:
+    """A source in brackets: as published by the first authors, or our choice."""
+
+    data: Path | None = None  # corpus folder in speechocean762's layout, or hub id: speech is cut from it
+    sounds: Path | None = None  # folder of sounds without speech, another kind of NONSPEECH
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = get_args(Kind)  # of NONSPEECH (published: white alone)
+    train_clips: cli.Count = 480  # equally many of each class, duration and SNR (our choice)
+    test_clips: cli.Count = 240  # likewise, of other speakers and sources (our choice)
+    clip_seed: cli.Seed = 0  # of sources, cuts and noise; --compare needs runs with one
+
+    model: str = "Qwen/Qwen2-Audio-7B-Instruct"  # folder or hub id; tiny: a pocket-size one with random weights
+    train: Literal["lora", "all"] = "lora"  # all: every weight, what random weights need
+    rank: cli.Count = 16  # of LoRA (as published)
+    alpha: cli.Count = 32  # of LoRA, scale alpha / rank (as published)
+    dropout: cli.Fraction = 0.05  # of LoRA's input (as published)
+    mlp_targets: bool = False  # LoRA on the language model's MLP as well as its attention
+    audio_encoder: bool = False  # LoRA on the audio encoder's attention too, as names without their path do unasked
+    quantize: Literal["nf4"] | None = None  # keep the language model's frozen layers in 4 bits (as published)
+
+    epochs: cli.Count = 3  # passes over the clips (as published)
+    batch_size: cli.Count = 2  # clips computed at once (as published)
+    accumulation: cli.Count = 8  # batches in an update (as published)
+    learning_rate: cli.Positive = 2e-4  # peak (as published)
+    warmup: cli.Fraction = 0.1  # share of the updates (our choice: the published 100 were more than the whole run had)
+    clip: cli.Positive = 1.0  # largest norm of an update's gradient (our choice)
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    seeds: Annotated[tuple[cli.Seed, ...], Field(min_length=1)] = (0,)  # of weights, order, dropout: a run for each
+    output: Path = Path("out-speech")  # folder for clips, adapters and results
+
+    compare: tuple[Path, Path] | None = None  # instead of a run: differences of two seed-N folders, with p-values
+    trained: Path | None = None  # instead of a run: seed-N folder to answer with, for --audio
+    audio: tuple[Path, ...] = ()  # clips to be answered by --trained
+
+
 # The task in the words of the system this follows.
 SYSTEM = "You classify audio content."
 QUESTION = """Choose one:
@@ -70,6 +88,7 @@ B) NONSPEECH (music/noise/silence/animals)
 Answer with A or B ONLY."""
 LETTERS = {"SPEECH": "A", "NONSPEECH": "B"}
 END = "<|im_end|>"
+IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 LANGUAGE_MODEL = r"language_model\.layers\.\d+\."  # names alone, such as q_proj, would match the audio encoder too
 ATTENTION, MLP = LANGUAGE_MODEL + r"self_attn\.[qkvo]_proj", LANGUAGE_MODEL + r"mlp\.(gate|up|down)_proj"
 LORA = ("rank", "alpha", "dropout", "mlp_targets", "audio_encoder")  # settings of an adapter
@@ -83,109 +102,30 @@ MASKING = ("white", "pink")  # noise that is added to both classes alike; our ch
 SHORTEST = DURATIONS[-1] * data.SAMPLE_RATE // 1000  # samples that a source must have
 SPLITS = ("train", "test")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
 
-
-def parse_settings():
-    """The command line as a namespace. Raises InputError when a value is wrong or two cannot work together."""
-    parser = cli.ArgumentParser(
-        description=__doc__.split("\n", 1)[0],
-        usage="python recipes/speech_detection.py --data FOLDER [settings]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument_group("clips").add_argument
-    add("--data", type=Path, help="corpus folder in speechocean762's layout, or hub id: speech is cut from it")
-    add("--sounds", type=Path, help="folder of sounds without speech, another kind of NONSPEECH")
-    add(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="of NONSPEECH that are made; white alone is the task as it was published (the others: our choice)",
-    )
-    add("--train-clips", type=cli.positive_int, default=480, help="equally many of each class, duration and SNR (ours)")
-    add("--test-clips", type=cli.positive_int, default=240, help="likewise, of other speakers and sources (ours)")
-    add("--clip-seed", type=cli.seed, default=0, help="of sources, cuts and noise; --compare needs runs with one")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default=HUB_MODEL, help="checkpoint folder or hub id; tiny: a pocket-size one with random weights")
-    add("--train", choices=("lora", "all"), default="lora", help="all: every weight, what random weights need")
-    add("--rank", type=cli.positive_int, default=16, help="of LoRA (as published)")
-    add("--alpha", type=cli.positive_int, default=32, help="of LoRA, scale alpha / rank (as published)")
-    add("--dropout", type=cli.fraction, default=0.05, help="of LoRA's input (as published)")
-    add("--mlp-targets", action="store_true", help="LoRA on the language model's MLP as well as its attention")
-    add(
-        "--audio-encoder",
-        action="store_true",
-        help="LoRA on the audio encoder's attention too: what target names without their path do unasked",
-    )
-    add("--quantize", choices=("nf4",), help="keep the language model's frozen layers in 4 bits (as published)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=cli.positive_int, default=3, help="passes over the clips (as published)")
-    add("--batch-size", type=cli.positive_int, default=2, help="clips computed at once (as published)")
-    add("--accumulation", type=cli.positive_int, default=8, help="batches in an update (as published)")
-    add("--learning-rate", type=cli.positive_float, default=2e-4, help="peak (as published)")
-    add(
-        "--warmup",
-        type=cli.fraction,
-        default=0.1,
-        help="share of the updates that are made (our choice: the "
-        "published 100 updates were more than the whole run had)",
-    )
-    add("--clip", type=cli.positive_float, default=1.0, help="largest norm of an update's gradient (our choice)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add(
-        "--seeds",
-        type=cli.seed,
-        nargs="+",
-        default=[0],
-        help="of weights, order and dropout: a run for each (as published: 42 123 456 789 2024)",
-    )
-    add("--output", type=Path, default=Path("out-speech"), help="folder for clips, adapters and results")
-
-    add = parser.add_argument_group("instead of a run").add_argument
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="differences of two seed-N folders, with p-values")
-    add("--trained", type=Path, metavar="RUN", help="seed-N folder to answer with, for --audio")
-    add("--audio", type=Path, nargs="+", metavar="FILE", help="clips to be answered by --trained")
-    settings, given = parser.parse_given()
-    parser.refuse(conflicts(settings, given))
-    return settings
-
-
-def conflicts(settings, given):
-    """What cannot work together, as (whether it is so, message). given: names of the settings that the user wrote."""
+def check(settings):
+    """Raises InputError for settings that cannot work together."""
+    ways = common.written(("compare", "trained", "audio"))
+    beside = common.written_beside(settings, "compare", "trained", "audio")
+    if ways and (beside or ways not in ("--compare", "--trained --audio")):
+        raise cli.InputError(f"--compare, and --trained with --audio, stand alone: leave out {beside or ways}")
+    if not (ways or settings.data):
+        raise cli.InputError("give --data: a folder to cut speech from")
+    if settings.train == "all" and settings.quantize:
+        raise cli.InputError("--quantize nf4 freezes the weights that --train all would train")
+    if settings.train == "all" and (unused := common.written(LORA)):
+        raise cli.InputError(f"--train all trains everything, without LoRA: leave out {unused}")
+    if len({*settings.seeds}) < len(settings.seeds):
+        raise cli.InputError(f"--seeds {' '.join(map(str, settings.seeds))}: each is one run, so none can stand twice")
+    if settings.train == "lora" and settings.model == TINY:
+        raise cli.InputError("--model tiny has random weights, and an adapter alone cannot teach it: add --train all")
     cells = len(LETTERS) * len(DURATIONS) * len(SNRS)
-    lora = settings.train == "lora"
-    unused = " ".join(f"--{name.replace('_', '-')}" for name in LORA if name in given)
-    instead = given & {"compare", "trained", "audio"}
-    return [
-        (
-            instead and given not in ({"compare"}, {"trained", "audio"}),
-            "--compare, and --trained with --audio, stand "
-            f"alone: leave out the other settings, or {' '.join(f'--{name}' for name in sorted(instead))}",
-        ),
-        (not (settings.data or settings.compare or settings.trained), "give --data: a folder to cut speech from"),
-        (not lora and settings.quantize, "--quantize nf4 freezes the weights that --train all would train"),
-        (not lora and unused, f"--train all trains everything, without LoRA: leave out {unused}"),
-        (
-            len({*settings.seeds}) < len(settings.seeds),
-            f"--seeds {' '.join(map(str, settings.seeds))}: each is one run, so none can stand twice",
-        ),
-        (
-            lora and settings.model == TINY,
-            f"--model {TINY} has random weights, and an adapter alone cannot teach it: add --train all",
-        ),
-        *(
-            (
-                clips % cells,
-                f"{name} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
-                f"durations x {len(SNRS)} SNRs: use a multiple of {cells}",
+    for name in ("train_clips", "test_clips"):
+        if (clips := getattr(settings, name)) % cells:
+            raise cli.InputError(
+                f"{cli.flag(name)} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
+                f"durations x {len(SNRS)} SNRs: use a multiple of {cells}"
             )
-            for name, clips in (("--train-clips", settings.train_clips), ("--test-clips", settings.test_clips))
-        ),
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,19 +191,17 @@ DRAWN = {
     "clicks": _clicks,
     "silence": _silence,
 }
-KINDS = (*DRAWN, "scrambled")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clips
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(files.Shape):
     id: str
     split: str
     label: str  # SPEECH or NONSPEECH
-    kind: str  # speech, one of KINDS, or sound
+    kind: str  # speech, one of --kinds, or sound
     source: str  # recording it is made from, or the drawing of a synthetic sound
     group: str  # speaker, or source where there is none: what must not be in both splits
     duration: int  # ms
@@ -300,9 +238,9 @@ def make_clips(settings):
                 clips.append(clip)
         check_leaks(clips)
     with files.whole(settings.output / "clips.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Clip)])
+        writer = csv.DictWriter(file, list(Clip.model_fields))
         writer.writeheader()
-        writer.writerows(map(asdict, clips))
+        writer.writerows(clip.model_dump() for clip in clips)
     return clips
 
 
@@ -322,20 +260,14 @@ def speech_of(utterance):
 
 def sound_sources(folder):
     """Sounds of one's own; each file is a group of its own. Raises InputError naming every file that cannot be used."""
-    sources, problems = [], []
-    for path in data.sound_files(folder):
-        try:
-            if len(data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
-                raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
-            name = str(path.relative_to(folder))
-            sources.append(Source(name, name, partial(data.read_sound_file, path)))
-        except cli.InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise cli.InputError(
-            f"{len(problems)} files of {folder} cannot be used; repair or remove them:\n  " + "\n  ".join(problems)
-        )
-    return sources
+
+    def read(path):
+        if len(data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
+            raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
+        name = str(path.relative_to(folder))
+        return Source(name, name, partial(data.read_sound_file, path))
+
+    return common.every(data.sound_files(folder), read, f"files of {folder}")
 
 
 def split_sources(sources, settings, rng):
@@ -376,7 +308,18 @@ def one_clip(split, number, speakers, others, kinds, rng):
         wave = loudest(sound, samples)
         wave = _scrambled(wave, rng) if kind == "scrambled" else wave
     digest = hashlib.sha256(sound.tobytes()).hexdigest()[:16]
-    clip = Clip(f"{split}-{number:05d}", split, label, kind, source.name, source.group, duration, snr, masking, digest)
+    clip = Clip(
+        id=f"{split}-{number:05d}",
+        split=split,
+        label=label,
+        kind=kind,
+        source=source.name,
+        group=source.group,
+        duration=duration,
+        snr=snr,
+        masking=masking,
+        sound=digest,
+    )
     return clip, normalise(add_noise(wave, DRAWN[masking](samples, rng), snr), source.name)
 
 
@@ -433,12 +376,8 @@ def wave_of(clip, output):
 
 def load_processor(name):
     """Tokenizer and feature extractor of a checkpoint. Raises InputError when they cannot be loaded."""
-    try:
-        processor = Qwen2AudioProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise cli.InputError(
-            f"--model {name} is no Qwen2-Audio checkpoint that can be loaded: {cli.first_line(error)}"
-        ) from error
+    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+        processor = transformers.Qwen2AudioProcessor.from_pretrained(name)
     # Generating continues the last column: with padding on the right it would continue padding.
     processor.tokenizer.padding_side = "left"
     return processor
@@ -450,51 +389,19 @@ def load_base(name, train, quantize=None):
     name: folder or hub id; train: "lora" or "all"; quantize: None, or "nf4" for the language model's layers. Weights
     are read from safetensors alone. Raises InputError when the checkpoint cannot be loaded.
     """
-    processor, cuda = load_processor(name), torch.cuda.is_available()
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
-        llm_int8_skip_modules=UNQUANTISED,
-    )
-    try:
-        network, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
-            name,
-            dtype=torch.bfloat16 if cuda and train == "lora" else torch.float32,
-            quantization_config=nf4 if quantize else None,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if wrong := sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"])):
-            raise ValueError(f"{len(wrong)} weights are missing or have another shape, such as {wrong[0]}")
-    except (OSError, ValueError) as error:
-        raise cli.InputError(f"--model {name} cannot be loaded: {cli.first_line(error)}") from error
-    return network.to("cuda") if cuda and not quantize else network, processor
+    processor, cuda = load_processor(name), common.DEVICE == "cuda"
+    nf4 = common.nf4(quantize, torch.bfloat16 if cuda else torch.float32, UNQUANTISED)
+    dtype = torch.bfloat16 if cuda and train == "lora" else torch.float32
+    options = {"dtype": dtype, "use_safetensors": True, "quantization_config": nf4, "output_loading_info": True}
+    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+        network, loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(name, **options)
+    common.check_weights(loaded, f"--model {name}")
+    return network if quantize else network.to(common.DEVICE), processor
 
 
 def lora_targets(mlp_targets, audio_encoder):
     """A regular expression over full names of modules."""
     return ".*(" + "|".join([ATTENTION] + [MLP] * mlp_targets + [AUDIO_ENCODER] * audio_encoder) + ")"
-
-
-def add_lora(network, settings):
-    """The network with a fresh adapter, in float32, its base frozen."""
-    targets = lora_targets(settings.mlp_targets, settings.audio_encoder)
-    return get_peft_model(
-        network,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            target_modules=targets,
-            lora_dropout=settings.dropout,
-            task_type="CAUSAL_LM",
-        ),
-    )
-
-
-def trained(network):
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def new_model(settings, seed):
@@ -506,7 +413,8 @@ def new_model(settings, seed):
         write_tiny(name)
     network, processor = load_base(name, settings.train, settings.quantize)
     if settings.train == "lora":
-        network = add_lora(network, settings)
+        targets = lora_targets(settings.mlp_targets, settings.audio_encoder)
+        network = common.add_lora(network, settings, targets, task_type="CAUSAL_LM")
     if settings.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network, processor
@@ -514,14 +422,17 @@ def new_model(settings, seed):
 
 def save_trained(network, processor, folder, settings):
     """The adapter in PEFT's format, or the whole checkpoint; with settings.json."""
-    with files.whole(folder / "final") as temporary:
-        network.save_pretrained(temporary, **({"save_embedding_layers": False} if settings.train == "lora" else {}))
-        if settings.train == "all":
-            processor.save_pretrained(temporary)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
-    with files.whole(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps(values | {"versions": versions}, indent=2) + "\n")
+    common.save(network, folder / "final", processor if settings.train == "all" else None)
+    about = common.record(settings) | common.versions("torch", "transformers", "peft")
+    common.write_json(folder / "settings.json", about)
+
+
+class Trained(files.Shape):
+    """What of a run's settings is read again."""
+
+    train: Literal["lora", "all"]
+    model: str
+    quantize: Literal["nf4"] | None
 
 
 def load_trained(folder):
@@ -529,11 +440,12 @@ def load_trained(folder):
     path = folder / "settings.json"
     if not path.is_file():
         raise cli.InputError(f"{folder} is no finished run ({path} is missing): give a seed-N folder")
-    settings = argparse.Namespace(**json.loads(path.read_text()))
+    settings = files.read_json(path, Trained)
     if settings.train == "all":
         return load_base(folder / "final", settings.train)
     network, processor = load_base(settings.model, settings.train, settings.quantize)
-    return PeftModel.from_pretrained(network, folder / "final"), processor
+    with common.loading("--trained", folder, "an adapter"):
+        return PeftModel.from_pretrained(network, folder / "final"), processor
 
 
 def write_tiny(folder):
@@ -541,48 +453,25 @@ def write_tiny(folder):
 
     The deviation of these is our choice: with the classes' own 0.02 the signal fades in so narrow a model.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer, bytes_alone = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytes_alone(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", END, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    options = {"special_tokens": special, "show_progress": False, "initial_alphabet": bytes_alone.alphabet()}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, **options)
     tokenizer.train_from_iterator([SYSTEM, QUESTION, "system\nuser\nassistant\nAudio 1: "] * 10, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=END)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=END)
     # The real extractor pads to 30 s. A second is enough for these clips, and thirty times less work.
-    extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=1)
-    config = Qwen2AudioConfig(
-        audio_config={
-            "d_model": 64,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "num_mel_bins": 128,
-            "max_source_positions": extractor.nb_max_frames // 2,
-            "initializer_range": 0.08,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 512,
-            "initializer_range": 0.08,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128, chunk_length=1)
+    audio = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
+    audio |= {"num_mel_bins": 128, "max_source_positions": extractor.nb_max_frames // 2, "initializer_range": 0.08}
+    text = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    text |= {"vocab_size": len(tokenizer), "initializer_range": 0.08, "bos_token_id": None}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {"audio_token_index": tokenizer.convert_tokens_to_ids("<|AUDIO|>"), "pad_token_id": tokenizer.pad_token_id}
+    config = transformers.Qwen2AudioConfig(audio_config=audio, text_config=text, **ids)
+    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
+    transformers.Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,7 +499,7 @@ def read_clips(processor, waves, answers=None):
 
 def mask_labels(batch, processor, answers):
     """(B, T): the answer's tokens, the letter and <|im_end|>, and IGNORE on all before them."""
-    labels = torch.full_like(batch["input_ids"], data.IGNORE)
+    labels = torch.full_like(batch["input_ids"], IGNORE)
     for row, answer in enumerate(answers):
         ids = processor.tokenizer.encode(answer + END, add_special_tokens=False)
         if batch["input_ids"][row, -len(ids) :].tolist() != ids:
@@ -636,46 +525,24 @@ def answer_loss(network, processor, waves, answers):
     """Summed cross-entropy of the answers' tokens."""
     batch = read_clips(processor, waves, answers).to(network.device)
     labels = mask_labels(batch, processor, answers)
-    with runtime.autocast():
+    with common.autocast():
         logits = network(**batch).logits  # (B, T, V)
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
+def losses(network, processor, settings, waves, step):
+    """The (ids, loss) of a step's clips, a batch at a time; the gradient: the mean over the clips."""
+    for start in range(0, len(step), settings.batch_size):
+        part = step[start : start + settings.batch_size]
+        summed = answer_loss(network, processor, [waves[c.id] for c in part], [LETTERS[c.label] for c in part])
+        yield [clip.id for clip in part], summed / len(step)
+
+
 def train(network, processor, clips, settings, seed, log):
-    """Train on the clips of the train split. A step is --batch-size x --accumulation clips, its gradient their mean."""
-    step_size = min(settings.batch_size * settings.accumulation, len(clips))
-    per_epoch = len(clips) // step_size
-    steps, weights = per_epoch * settings.epochs, trained(network)
-    warmup = math.ceil(settings.warmup * steps)
-    optimiser = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+    """Train on the clips of the train split, --batch-size x --accumulation of them a step."""
     waves = {clip.id: wave_of(clip, settings.output) for clip in clips}
-    network.train()
-    with tqdm(total=steps, unit="step", desc=f"seed {seed}", leave=False) as bar:
-        for epoch in range(1, settings.epochs + 1):
-            for indices in data.epoch_steps(len(clips), step_size, seed, epoch):
-                chosen = [clips[i] for i in indices]
-                rate = runtime.learning_rate(bar.n, steps, settings.learning_rate, warmup)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-                loss = 0.0
-                for start in range(0, step_size, settings.batch_size):
-                    part = chosen[start : start + settings.batch_size]
-                    answers = [LETTERS[clip.label] for clip in part]
-                    summed = answer_loss(network, processor, [waves[clip.id] for clip in part], answers) / step_size
-                    summed.backward()
-                    loss += float(summed.detach())
-                norm = runtime.update(optimiser, weights, loss, settings.clip, partial(not_finite, bar.n + 1, chosen))
-                bar.update()
-                line = {"step": bar.n, "epoch": epoch, "learning_rate": rate, "loss": loss, "gradient_norm": norm}
-                print(json.dumps(line), file=log, flush=True)
-                bar.set_postfix_str(f"loss {loss:.4f}")
-
-
-def not_finite(step, clips, loss, norm):
-    return cli.RunError(
-        f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not applied. It comes "
-        f"from one of: {', '.join(clip.id for clip in clips)}"
-    )
+    parts = partial(losses, network, processor, settings, waves)
+    common.train(network, clips, settings.batch_size * settings.accumulation, parts, settings, seed, log)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -692,15 +559,10 @@ def classify(network, processor, waves, batch_size):
     probabilities = []
     for start in range(0, len(waves), batch_size):
         batch = read_clips(processor, waves[start : start + batch_size]).to(network.device)
-        with runtime.autocast():
-            answer = network.generate(
-                **batch,
-                max_new_tokens=1,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-                prefix_allowed_tokens_fn=lambda row, written: allowed,
-            )
+        kept = {"return_dict_in_generate": True, "output_logits": True}
+        kept["prefix_allowed_tokens_fn"] = lambda row, written: allowed
+        with common.autocast():
+            answer = network.generate(**batch, max_new_tokens=1, do_sample=False, **kept)
         logits = answer.logits[0][:, allowed].float().cpu()  # (B, allowed)
         probabilities += logits.softmax(-1)[:, speech].sum(-1).tolist()
     return probabilities
@@ -718,41 +580,34 @@ def flatness_baseline(train_clips, test_clips, output):
     values = np.array([flatness(wave_of(clip, output)) for clip in train_clips])
     speech = np.array([clip.label == "SPEECH" for clip in train_clips])
     order = np.sort(values)
-    found = [
-        (np.mean((values < t) == (speech == below)), t, below)
-        for t in (order[1:] + order[:-1]) / 2
-        for below in (True, False)
-    ]
-    _, threshold, below = max(found)
+    thresholds = [(t, below) for t in (order[1:] + order[:-1]) / 2 for below in (True, False)]
+    _, threshold, below = max((np.mean((values < t) == (speech == below)), t, below) for t, below in thresholds)
     return [bool((flatness(wave_of(clip, output)) < threshold) == below) for clip in test_clips]
 
 
-def write_predictions(path, clips, probabilities, baseline):
-    with files.whole(path) as temporary:
-        lines = [
-            asdict(clip)
-            | {
-                "speech": p,
-                "correct": (p > 0.5) == (clip.label == "SPEECH"),
-                "flatness_correct": by_flatness == (clip.label == "SPEECH"),
-            }
-            for clip, p, by_flatness in zip(clips, probabilities, baseline, strict=True)
-        ]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+class Prediction(Clip):
+    """A line of predictions.jsonl."""
+
+    speech: float  # probability
+    correct: bool
+    flatness_correct: bool
+
+
+def predictions(clips, probabilities, baseline):
+    """probabilities: of SPEECH; baseline: whether flatness says SPEECH."""
+    lines = []
+    for clip, speech, by_flatness in zip(clips, probabilities, baseline, strict=True):
+        right = [said == (clip.label == "SPEECH") for said in (speech > 0.5, by_flatness)]
+        lines.append(clip.model_dump() | {"speech": speech, "correct": right[0], "flatness_correct": right[1]})
     return lines
 
 
 def accuracy(lines, key="correct"):
     """Accuracy with Wilson's interval, and one that takes clips of a speaker as dependent: bootstrap over groups."""
     right = np.array([line[key] for line in lines], dtype=np.float64)
-    groups = [line["group"] for line in lines]
-    sums = metrics.resampled_sums({"right": right, "all": np.ones(len(right))}, groups, set(groups))
-    return {
-        "accuracy": right.mean(),
-        "clips": len(lines),
-        "wilson": metrics.share_interval(int(right.sum()), len(lines)),
-        "bootstrap": metrics.interval(sums["right"] / sums["all"]),
-    }
+    drawn = common.resampled_ratio(right, np.ones(len(right)), [line["group"] for line in lines])
+    intervals = {"wilson": common.wilson(int(right.sum()), len(lines)), "bootstrap": metrics.interval(drawn)}
+    return {"accuracy": right.mean(), "clips": len(lines), **intervals}
 
 
 def show_results(runs):
@@ -768,14 +623,10 @@ def show_results(runs):
         f"{'':24}accuracy   Wilson 95 %   over speakers 95 %   McNemar against flatness"
     )
     for name, of in results.items():
-        beside = (
-            f"alone right {of['alone_right']} : {of['flatness_alone_right']}, p = {of['mcnemar_pvalue']:.2g}"
-            if "alone_right" in of
-            else ""
-        )
-        print(
-            f"{name:24}{of['accuracy']:.3f}      {_range(of['wilson'])}   {_range(of['bootstrap'])}          {beside}"
-        )
+        intervals, beside = f"{_range(of['wilson'])}   {_range(of['bootstrap'])}", ""
+        if "alone_right" in of:
+            beside = f"alone right {of['alone_right']} : {of['flatness_alone_right']}, p = {of['mcnemar_pvalue']:.2g}"
+        print(f"{name:24}{of['accuracy']:.3f}      {intervals}          {beside}")
     values = [of["accuracy"] for name, of in results.items() if name.startswith("model")]
     print(f"{'model, all seeds':24}{np.mean(values):.3f}      {min(values):.3f}-{max(values):.3f}")
     return results | {"parts": show_parts(runs)}
@@ -791,7 +642,7 @@ def show_parts(runs):
             chosen = [line for line in lines if line[key] == value]
             clips, name = len(chosen) // len(runs), f"{key} {value}"
             share, by_flatness = (np.mean([line[of] for line in chosen]) for of in ("correct", "flatness_correct"))
-            wilson = metrics.share_interval(round(share * clips), clips)
+            wilson = common.wilson(round(share * clips), clips)
             parts[name] = {"accuracy": share, "wilson": wilson, "flatness": by_flatness, "clips": clips}
             print(f"{name:24}{share:.3f}      {_range(wilson)}   flatness {by_flatness:.3f}   {clips} clips")
     return parts
@@ -812,24 +663,22 @@ def compare(first, second):
         path = folder / "predictions.jsonl"
         if not path.is_file():
             raise cli.InputError(f"--compare: {path} is missing; give two seed-N folders of finished runs")
-        runs.append({line["id"]: line for line in map(json.loads, path.read_text().splitlines())})
-    ids = list(runs[0])
-    described = [[[run[id][field.name] for field in fields(Clip)] for id in ids if id in run] for run in runs]
-    if ids != list(runs[1]) or described[0] != described[1]:
+        runs.append(files.read_lines(path, Prediction))
+    described = [[line.model_dump(include=set(Clip.model_fields)) for line in run] for run in runs]
+    if described[0] != described[1]:
         raise cli.InputError(
             f"--compare: {first} and {second} were tested on other clips; use the same --data, --kinds and --clip-seed"
         )
-    right = [np.array([run[id]["correct"] for id in ids], dtype=np.float64) for run in runs]
-    groups = [runs[0][id]["group"] for id in ids]
-    sums = metrics.resampled_sums({"gain": right[0] - right[1], "all": np.ones(len(ids))}, groups, set(groups))
-    difference = sums["gain"] / sums["all"]
+    right = [np.array([line.correct for line in run], dtype=np.float64) for run in runs]
+    gain = right[0] - right[1]
+    difference = common.resampled_ratio(gain, np.ones(len(gain)), [line.group for line in runs[0]])
     alone = metrics.mcnemar(*right)
     for name, folder, values in zip("AB", (first, second), right):
         print(f"{name}  {values.mean():.3f}  {folder}")
     low, high = metrics.interval(difference)
     print(
-        f"A - B  {(right[0] - right[1]).mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = "
-        f"{metrics.sign_pvalue(difference):.2g} (paired bootstrap over speakers and sources)"
+        f"A - B  {gain.mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = {metrics.sign_pvalue(difference):.2g} "
+        f"(paired bootstrap over speakers and sources)"
     )
     print(f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}")
 
@@ -857,42 +706,33 @@ def answer(run, paths):
 
 def run(settings):
     """Clips, then a model for each seed, then the table."""
-    if (settings.output / "clips.csv").exists():
-        raise cli.InputError(f"{settings.output} holds a run already: choose another --output, or remove it")
-    files.make_folder(settings.output, "--output")
+    common.new_output(settings.output, "clips.csv")
     if settings.model != TINY:
         load_processor(settings.model)  # a wrong name is said before clips are made
     clips = make_clips(settings)
-    parts = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
-    kinds = Counter(clip.kind for clip in clips)
-    print(
-        f"clips: {len(parts['train'])} to train on, {len(parts['test'])} to test on; "
-        + ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    )
-    baseline = flatness_baseline(parts["train"], parts["test"], settings.output)
+    train_clips, test_clips = ([clip for clip in clips if clip.split == split] for split in SPLITS)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(clip.kind for clip in clips).items()))
+    print(f"clips: {len(train_clips)} to train on, {len(test_clips)} to test on; {kinds}")
+    baseline = flatness_baseline(train_clips, test_clips, settings.output)
+    waves = [wave_of(clip, settings.output) for clip in test_clips]
     runs = {}
     for seed in settings.seeds:
         folder = settings.output / f"seed-{seed}"
         folder.mkdir()
         network, processor = new_model(settings, seed)
-        print(
-            f"seed {seed}: {sum(p.numel() for p in trained(network)):,} of "
-            f"{sum(p.numel() for p in network.parameters()):,} parameters are trained"
-        )
-        with open(folder / "log.jsonl", "w") as log:
-            train(network, processor, parts["train"], settings, seed, log)
+        train(network, processor, train_clips, settings, seed, folder / "log.jsonl")
         save_trained(network, processor, folder, settings)
-        waves = [wave_of(clip, settings.output) for clip in parts["test"]]
         probabilities = classify(network, processor, waves, settings.batch_size)
-        runs[seed] = write_predictions(folder / "predictions.jsonl", parts["test"], probabilities, baseline)
-    results = show_results(runs)
-    with files.whole(settings.output / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\npeak memory {runtime.peak_memory():.1f} GB; adapters, predictions and clips in {settings.output}/")
+        runs[seed] = predictions(test_clips, probabilities, baseline)
+        common.write_lines(folder / "predictions.jsonl", runs[seed])
+    common.write_json(settings.output / "results.json", show_results(runs))
+    print(f"\npeak memory {common.peak_memory():.1f} GB; adapters, predictions and clips in {settings.output}/")
 
 
 def main():
-    settings = parse_settings()
+    settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
+    check(settings)
+    common.quieten()
     if settings.compare:
         compare(*settings.compare)
     elif settings.trained:

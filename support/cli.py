@@ -50,7 +50,9 @@ def parse(settings, description):
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(settings, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(
+                settings, prog=_program(), description=description, config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except SystemExit as end:
         if not end.code:
             raise
@@ -59,6 +61,12 @@ def parse(settings, description):
         return TypeAdapter(settings).validate_python(vars(parsed))
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
+
+
+def _program():
+    """How this script was started."""
+    module = sys.modules["__main__"].__spec__
+    return f"python -m {module.name}" if module else f"python {os.path.basename(sys.argv[0])}"
 
 
 def given(name):

@@ -18,7 +18,7 @@ from test_data import hub_table
 
 import data
 import model as models
-from support import cli, files, hub
+from support import cli, files, hub, pretrained
 
 MODEL, REVISION = models.HUB_MODEL, models.HUB_MODEL_REVISION
 CORPUS = f"datasets/{data.HUB_CORPUS}"
@@ -197,11 +197,11 @@ def reach(server, tmp_path, monkeypatch):
 
 def test_without_a_gpu_a_model_of_the_hub_is_judged_by_its_size_before_any_of_it_is_fetched(reach):
     reach()
-    assert models.check_model(MODEL, REVISION) == FIRST
+    assert pretrained.check(MODEL, REVISION) == FIRST
     for offline in (False, True):
         seen = reach(offline=offline).seen
         with pytest.raises(cli.InputError, match="^some/large needs a CUDA GPU.*tiny.py.*$"):
-            models.check_model("some/large", FIRST)
+            pretrained.check("some/large", FIRST)
         assert bool(seen) != offline and not [request for request in seen if "safetensors" in request]
 
 

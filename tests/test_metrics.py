@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import one_hot, records
 from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -16,6 +17,17 @@ import metrics
 def strings(seed, number, alphabet="ABCDE", longest=9):
     draw = random.Random(seed)
     return [[draw.choice(alphabet) for _ in range(draw.randint(0, longest))] for _ in range(number)]
+
+
+def outputs(heard, predicted, canonical=None):
+    """MDD outputs of these phones, as metrics.summarise takes them."""
+    return [
+        (
+            {"word_transcript": "", "phoneme_transcript": " ".join(p)},
+            {"word_transcript": "A", "canonical": c, "heard": h},
+        )
+        for h, p, c in zip(heard, predicted, canonical or heard)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,18 +73,25 @@ def test_error_rates_are_pooled_over_the_corpus_not_averaged():
     assert metrics.error_rate(references, hypotheses) == 1 / 4
 
 
-def test_an_empty_transcript_counts_every_reference_phone_as_an_error():
-    assert metrics.error_rate([["A", "B"], ["C"]], [[], ["C"]]) == 2 / 3
-
-
-def test_error_rate_equals_the_alignment():
+def test_error_rate_equals_the_alignment_and_jiwer():
     references, hypotheses = strings(3, 100), strings(4, 100)
     errors = sum(a != b for r, h in zip(references, hypotheses) for a, b in metrics.align(r, h))
-    assert metrics.error_rate(references, hypotheses) == pytest.approx(errors / sum(map(len, references)))
+    rate = metrics.error_rate(references, hypotheses)
+    assert rate == pytest.approx(errors / sum(map(len, references)))
 
 
-def test_error_rate_of_nothing_is_nan():
+def test_an_empty_transcript_counts_every_reference_phone_as_an_error_and_no_reference_gives_no_rate():
+    assert metrics.error_rate([["A", "B"], ["C"]], [[], ["C"]]) == 2 / 3
     assert math.isnan(metrics.error_rate([[]], [["A"]]))
+
+
+def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
+    heard, predicted = [list("ABCD"), list("AB")], [list("XBC"), list("ABE")]
+    assert metrics.error_counts(heard, predicted).tolist() == [[1, 1, 0, 4], [0, 0, 1, 2]]
+    assert metrics.error_parts(heard, predicted) == [1 / 6, 1 / 6, 1 / 6]
+    numbers, _ = metrics.summarise([], outputs(heard, predicted))
+    assert (numbers["per_sub"], numbers["per_del"], numbers["per_ins"]) == (1 / 6, 1 / 6, 1 / 6)
+    assert numbers["per"] == pytest.approx(1 / 2) and numbers["wer_del"] == 1
 
 
 @pytest.mark.parametrize(
@@ -153,12 +172,6 @@ def test_detection_follows_the_published_rules_on_random_strings():
         ("A C", "A B C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
         ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
-        (
-            "DH AH K AE T",
-            "D AH K AE",
-            "D AH G AE T",
-            {"true_accept": 2, "false_reject": 1, "correct_diagnosis": 1, "false_accept": 1},
-        ),
         ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
         ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
     ],
@@ -166,13 +179,6 @@ def test_detection_follows_the_published_rules_on_random_strings():
 def test_detection_of_worked_cases(canonical, heard, predicted, expected):
     counts = metrics.detection_counts([canonical.split()], [heard.split()], [predicted.split()])
     assert {key: value for key, value in counts.items() if value} == expected
-
-
-def test_detection_counts_are_pooled_over_utterances():
-    canonical, heard, predicted = strings(8, 20), strings(9, 20), strings(10, 20)
-    single = [metrics.detection_counts([c], [h], [p]) for c, h, p in zip(canonical, heard, predicted)]
-    pooled = metrics.detection_counts(canonical, heard, predicted)
-    assert pooled == {key: sum(count[key] for count in single) for key in pooled}
 
 
 def test_a_wrong_diagnosis_is_still_a_detection():
@@ -218,28 +224,25 @@ def test_one_inserted_phone_shifts_all_that_follows_in_agreement_but_costs_one_e
     assert metrics.error_rate(heard, predicted) == 1 / 8
 
 
-def test_agreement_of_equal_strings_is_1():
-    assert metrics.phone_agreement(strings(15, 5), strings(15, 5)) == {"precision": 1, "recall": 1, "f1": 1}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Correlation and summary
 
 
 def test_correlation_and_error_equal_scipy_and_numpy():
     rng = np.random.default_rng(0)
-    human = rng.integers(0, 11, 50).tolist()
-    predicted = (np.array(human) + rng.integers(-2, 3, 50)).tolist()
-    pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
-    assert (pcc, pvalue) == tuple(stats.pearsonr(predicted, human))
-    assert pcc == pytest.approx(np.corrcoef(predicted, human)[0, 1])
-    assert mae == np.mean(np.abs(np.subtract(predicted, human))) and reason is None
+    for scale in (1, 0.37, 1e-4):  # whole scores, expectations, and those of a model that says nearly the same of all
+        human = rng.integers(0, 11, 50).tolist()
+        predicted = (5 + scale * (np.array(human) + rng.integers(-2, 3, 50))).tolist()
+        pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
+        assert (pcc, pvalue) == pytest.approx(tuple(stats.pearsonr(predicted, human)), rel=1e-10)
+        assert mae == pytest.approx(np.mean(np.abs(np.subtract(predicted, human)))) and reason is None
 
 
 @pytest.mark.parametrize(
     "predicted, human, reason",
     [
         ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
+        ([5.3] * 7, [7, 8, 9] * 2 + [1], "all 7 predicted scores are 5.3"),
         ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
         ([7, 8], [8, 9], "only 2 utterances"),
         ([], [], "no scores"),
@@ -276,51 +279,48 @@ def test_an_unparsed_transcript_counts_as_empty():
 
 
 def test_word_error_rate_is_jiwers():
-    references = ["WE SEE NINE", "IT"]
-    outputs = ["WE NINE NINE", ""]
-    pairs = [
-        ({"word_transcript": o, "phoneme_transcript": ""}, {"word_transcript": r, "canonical": [], "heard": []})
-        for o, r in zip(outputs, references)
-    ]
-    assert metrics.summarise([], pairs)[0]["wer"] == jiwer.wer(references, outputs)
+    references, texts = ["WE SEE NINE", "IT"], ["WE NINE NINE", ""]
+    words = [[text.split() for text in side] for side in (references, texts)]
+    assert metrics.error_rate(*words) == jiwer.wer(references, texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Per phone
+# A predictions file
 
 
-def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
-    heard, predicted = [list("ABCD"), list("AB")], [list("XBC"), list("ABE")]
-    assert metrics.error_counts(heard, predicted).tolist() == [[1, 1, 0, 4], [0, 0, 1, 2]]
-    pairs = [
-        (
-            {"word_transcript": "", "phoneme_transcript": " ".join(p)},
-            {"word_transcript": "A", "canonical": h, "heard": h},
-        )
-        for h, p in zip(heard, predicted)
+def test_scoring_counts_what_was_unparsed_and_cut_off():
+    lines = records()
+    lines[0]["output"] = "no scores today"
+    lines[3]["output"] = '{"word_transcript": "WE SE'
+    numbers, reasons = metrics.score(lines)
+    assert numbers["apa_unparsed"] == numbers["mdd_unparsed"] == numbers["mdd_truncated"] == 1 / 6
+    assert numbers["apa_truncated"] == 0 and numbers["utterances"] == 6
+    assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["accuracy_mae"] == 1
+    assert numbers["fluency_pcc"] == pytest.approx(1) and numbers["fluency_mae"] == 0
+    assert math.isnan(numbers["prosodic_pcc"]) and reasons == {"prosodic_pcc": "all 5 predicted scores are 5"}
+    assert numbers["per"] == (5 * 1 + 4) / 24 and numbers["wer"] == 2 / 12
+    assert numbers["detection_recall"] == 1 and numbers["detection_precision"] == 6 / 14
+    assert all(type(value) in (float, int) for value in numbers.values())  # as json writes them
+
+
+def test_a_file_tells_which_scorings_it_holds_and_expected_scores_are_means():
+    probable = [line | ({"scores": one_hot(8, 5)} if line["task"] == "APA" else {}) for line in records()]
+    written = [line | {"tokens": 5} for line in probable]
+    assert [metrics.scorings(lines) for lines in (records(), probable, written)] == [
+        ["greedy"],
+        ["expected"],
+        ["greedy", "expected"],
     ]
-    numbers, _ = metrics.summarise([], pairs)
-    assert (numbers["per_sub"], numbers["per_del"], numbers["per_ins"]) == (1 / 6, 1 / 6, 1 / 6)
-    assert numbers["per"] == pytest.approx(1 / 2) and numbers["wer_del"] == 1
+    apa, _ = metrics.paired(written, "expected")
+    assert apa[0] == (dict.fromkeys(metrics.SCORES, 6.5), written[0]["reference"])
+    assert metrics.likeliest(probable[0]["scores"]["total"]) == 5
 
 
-def test_the_phone_report_of_a_worked_case():
-    report = metrics.phone_report([list("ABAC"), ["A"]], [list("ABXC"), ["A", "D"]])
-    assert [entry["phone"] for entry in report] == ["A", "B", "C", None]
-    assert report[0] == {"phone": "A", "support": 3, "precision": 1.0, "recall": 2 / 3, "confusions": [("X", 1)]}
-    assert report[3]["confusions"] == [("D", 1)] and report[3]["support"] == 1
-
-
-def test_the_phone_report_equals_sklearn_on_aligned_phones():
-    heard, predicted = strings(20, 50), strings(21, 50)
-    pairs = [pair for h, p in zip(heard, predicted) for pair in metrics.align(h, p)]
-    report = {entry["phone"]: entry for entry in metrics.phone_report(heard, predicted) if entry["phone"]}
-    labels = sorted(report)
-    named = [[phone or "-" for phone in side] for side in zip(*pairs)]
-    precision, recall, _, support = precision_recall_fscore_support(*named, labels=labels, zero_division=np.nan)
-    assert [report[phone]["support"] for phone in labels] == support.tolist()
-    assert np.allclose([report[phone]["precision"] for phone in labels], precision, equal_nan=True)
-    assert np.allclose([report[phone]["recall"] for phone in labels], recall)
+def test_intervals_hold_the_number_and_need_speakers():
+    low, high = metrics.intervals(records(12, speakers=4))["detection_precision"]
+    assert low <= metrics.score(records(12))[0]["detection_precision"] <= high
+    assert metrics.intervals(records(12)) == metrics.intervals(records(12, speakers=1)) == {}
+    assert not metrics.intervals(records(12, speakers=4)).keys() & {*metrics.EVENTS}  # counts, which grow with a corpus
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,26 +341,33 @@ def system(seed, number=60, speakers=12):
     return apa, mdd, [f"s{i % speakers}" for i in range(number)]
 
 
-def test_the_numbers_of_the_sums_are_those_of_scipy_and_jiwer():
-    apa, mdd, _ = system(1)
-    sums = {key: values.sum(axis=0) for rows in metrics.contributions(apa, mdd) for key, values in rows.items()}
-    numbers, (summary, _) = metrics.numbers_of(sums), metrics.summarise(apa, mdd)
-    assert all(summary[key] == pytest.approx(float(value), rel=1e-12) for key, value in numbers.items())
-    heard = [" ".join(reference["heard"]) for _, reference in mdd]
-    assert summary["per"] == pytest.approx(jiwer.wer(heard, [output["phoneme_transcript"] for output, _ in mdd]))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_number_of_weights_is_that_of_a_corpus_in_which_each_utterance_stands_so_often(seed):
+    """Ones are the corpus itself, a row of (R, N) one resample of it."""
+    apa, mdd, _ = system(seed)
+    weights = np.random.default_rng(seed).integers(0, 4, (3, len(apa)))
+    weights[0] = 1
+    many = metrics.assessment(apa, weights) | metrics.diagnosis(mdd, weights)
+    for i, counts in enumerate(weights):
+        one = metrics.assessment(apa, counts) | metrics.diagnosis(mdd, counts)
+        repeated = [[pair for pair, n in zip(pairs, counts) for _ in range(n)] for pairs in (apa, mdd)]
+        expected, _ = metrics.summarise(*repeated)
+        assert many.keys() == one.keys() <= expected.keys()
+        for key, values in many.items():
+            assert one[key] == pytest.approx(expected[key], rel=1e-12) and values[i] == one[key]
 
 
-def test_a_resample_is_the_summary_of_the_speakers_that_were_drawn(monkeypatch):
+def test_a_resample_of_speakers_draws_all_utterances_of_each_as_often(monkeypatch):
     monkeypatch.setattr(metrics, "RESAMPLES", 5)
     apa, mdd, speakers = system(2)
-    samples = metrics.resample(apa, mdd, speakers, speakers, seed=3)
     names = sorted(set(speakers))
     drawn = np.random.default_rng(3).multinomial(len(names), [1 / len(names)] * len(names), size=5)
-    for i, counts in enumerate(drawn):
-        times = [counts[names.index(speaker)] for speaker in speakers]
-        chosen = [[pair for pair, count in zip(pairs, times) for _ in range(count)] for pairs in (apa, mdd)]
-        expected, _ = metrics.summarise(*chosen)
-        assert all(values[i] == pytest.approx(expected[key], rel=1e-9, nan_ok=True) for key, values in samples.items())
+    weights = metrics.speaker_weights(speakers, seed=3)
+    assert weights.shape == (5, len(speakers))
+    assert weights.tolist() == [[counts[names.index(speaker)] for speaker in speakers] for counts in drawn]
+    samples = metrics.resample(apa, mdd[:30], speakers, speakers[:30], seed=3)
+    numbers = metrics.assessment(apa, weights) | metrics.diagnosis(mdd[:30], weights[:, :30])
+    assert all(np.array_equal(values, numbers[key], equal_nan=True) for key, values in samples.items())
 
 
 def test_the_interval_of_a_mean_like_number_is_that_of_theory():
@@ -387,9 +394,8 @@ def test_the_difference_of_a_system_to_itself_is_zero_and_to_a_better_one_is_not
     for _, reference in mdd:
         perfect.append(({"word_transcript": "WE SEE", "phoneme_transcript": " ".join(reference["heard"])}, reference))
     ours, again, best = (metrics.resample(apa, pairs, speakers, speakers) for pairs in (mdd, mdd, perfect))
-    assert (
-        metrics.interval(ours["per"] - again["per"]) == (0, 0) and metrics.sign_pvalue(ours["per"] - again["per"]) == 1
-    )
+    same = ours["per"] - again["per"]
+    assert metrics.interval(same) == (0, 0) and metrics.sign_pvalue(same) == 1
     low, _ = metrics.interval(ours["per"] - best["per"])
     assert low > 0 and metrics.sign_pvalue(ours["per"] - best["per"]) == pytest.approx(2 / metrics.RESAMPLES)
 
@@ -400,15 +406,6 @@ def test_mcnemar_counts_decisions_that_only_one_system_got_right():
     ours, theirs = ([event in metrics.RIGHT for event in events] for events in (ours, theirs))
     assert metrics.mcnemar(ours, theirs) == (7, 1, pytest.approx(2 * sum(math.comb(8, i) for i in (0, 1)) / 2**8))
     assert metrics.mcnemar(ours, ours) == (0, 0, 1.0)
-
-
-def test_the_interval_of_a_share_is_wilsons():
-    z = stats.norm.ppf(0.5 + metrics.LEVEL / 2)
-    share, n = 20 / 24, 24
-    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    expected = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
-    assert metrics.share_interval(20, 24) == pytest.approx(expected)
-    assert all(map(math.isnan, metrics.share_interval(0, 0)))
 
 
 def test_a_number_that_hardly_any_resample_has_gets_no_interval():
@@ -427,14 +424,8 @@ corpora = st.lists(st.tuples(phones, phones, phones), min_size=1, max_size=6)
 
 
 def mdd_numbers(utterances):
-    pairs = [
-        (
-            {"word_transcript": "", "phoneme_transcript": " ".join(predicted)},
-            {"word_transcript": "A", "canonical": canonical, "heard": heard},
-        )
-        for canonical, heard, predicted in utterances
-    ]
-    return metrics.summarise([], pairs)[0]
+    canonical, heard, predicted = zip(*utterances)
+    return metrics.summarise([], outputs(heard, predicted, canonical))[0]
 
 
 @given(corpora, st.randoms(use_true_random=False))

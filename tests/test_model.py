@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import cli, four_bits, memory, moved, token_rows
+from support import cli, four_bits, memory, moved, pretrained, token_rows
 from support.sound import read_audio
 
 SPEECH_ADAPTERS = ("merge", "continue", "none")
@@ -685,7 +685,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
     folder = copy_of(checkpoint, tmp_path)
     damage(folder)
     with pytest.raises(cli.InputError, match=f"^.*{message}.*$") as error:
-        models.check_model(str(folder), None)
+        pretrained.check(str(folder), None)
         load(folder, "merge")
     assert "\n" not in str(error.value) and not os.path.exists("executed")
 
@@ -693,7 +693,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
 def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
     write_large_model(tmp_path / "large")
     with pytest.raises(cli.InputError, match="^.*needs a CUDA GPU.*python tiny.py.*$"):
-        models.check_model(tmp_path / "large", None)
+        pretrained.check(tmp_path / "large", None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""What does a learner see of one recording.
+"""What does a learner see of one recording?
 
-For `python evaluate.py --audio my.wav --text "WE CALL IT BEAR"`: the recording is checked before a model scores it, the
-sentence gets its canonical phones from the CMU Pronouncing Dictionary, and the answer is shown word by word:
+    python -m analysis.listen my.wav --adapter out/ --text "WE CALL IT BEAR"
+
+The recording is checked before a model scores it, the sentence gets its canonical phones from the CMU Pronouncing
+Dictionary, and the answer is shown word by word:
 
     WE    W IY
     CALL  K AO>AA L       AO was heard as AA
@@ -9,17 +11,22 @@ sentence gets its canonical phones from the CMU Pronouncing Dictionary, and the 
     BEAR  B EH R +AH      AH was added
 """
 
+from dataclasses import dataclass
+from functools import partial
+import json
 import math
 import os
-from functools import partial
 from pathlib import Path
+import sys
 
 import numpy as np
+from tyro.conf import Positional
 
 import data
+import evaluate
 import metrics
 import prompts
-from support import cli, files
+from support import cli, files, sound
 
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
 # Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
@@ -31,6 +38,13 @@ ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # gr
 LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 
 
+@dataclass(kw_only=True)
+class Settings(evaluate.ModelSettings):
+    recordings: Positional[tuple[Path, ...]]  # WAV, FLAC, MP3 or Ogg, up to 30 s each
+    text: str | None = None  # what should be said: its words are marked phone by phone
+    json: bool = False  # print the results as JSON
+
+
 def read_recording(path):
     """One sound file as a data.Utterance without text, words and scores.
 
@@ -40,7 +54,7 @@ def read_recording(path):
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise cli.InputError(f"{path} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
-    audio = data.read_sound_file(path, LONGEST)  # (S,)
+    audio = sound.read_sound_file(path, LONGEST)  # (S,)
     level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
     if level < SILENCE:
         raise cli.InputError(
@@ -52,11 +66,9 @@ def read_recording(path):
         recording=partial(files.read_bytes, path),
         samples=len(audio),
         text="",
-        scores={},
+        scores=None,
         words=(),
         speaker="",
-        age=0,
-        gender="",
     )
 
 
@@ -160,3 +172,31 @@ def _bars(distribution):
 def _mark(kind, canonical, heard, colour):
     text = {"same": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
     return f"\x1b[{ANSI[kind]}m{text[kind]}\x1b[0m" if colour else text[kind]
+
+
+def main():
+    settings = cli.parse(Settings, __doc__)
+    if not settings.recordings:
+        raise cli.InputError("nothing to listen to: give one or more sound files")
+    if settings.epochs == "all" or (settings.adapter and settings.base):
+        raise cli.InputError("one model listens: leave out --epochs all, and give --adapter or --base")
+    (evaluation,) = evaluate.evaluations(settings)
+    words = canonical_words(settings.text) if settings.text else None
+    utterances = [read_recording(path) for path in settings.recordings]
+    settings = evaluate.choose_model(evaluation, settings)
+    model, control_token = evaluate.load(evaluation, settings), evaluation.adapter is not None
+    results = []
+    for utterance in utterances:
+        scored, written = model.answer(
+            [utterance], ("expected",), settings.max_new_tokens, control_token, tasks=prompts.TASKS
+        )
+        transcript = prompts.parse_output("MDD", written["output"])
+        results.append(result(utterance.id, scored["scores"], transcript, words))
+    if settings.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(show(result, sys.stdout.isatty()) for result in results))
+
+
+if __name__ == "__main__":
+    cli.run_script("analysis.listen", main)

@@ -1,24 +1,44 @@
 """What does somebody see who wants to look, and listen, instead of reading a table?
 
-One HTML file, without anything from elsewhere: the tables, predicted against human scores, phone confusions,
-calibration, and the utterances with the largest errors, with their recordings. Text of models, corpora and file names
-is escaped; the page's policy forbids loads from outside and every script but its own.
+    python -m analysis.report out/ --output report.html
+
+Writes one HTML file of an evaluated folder, without anything from elsewhere: the tables of evaluate.py and the other
+commands, predicted against human scores, phone confusions, calibration, and the utterances with the largest errors,
+with their recordings. Needs no model. Text of models, corpora and file names is escaped; the page's policy forbids
+loads from outside and every script but its own.
 """
 
 import base64
+from collections import Counter
+from dataclasses import dataclass
 import hashlib
 import html
 import math
 import os
-import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+import re
+import shlex
+import sys
+from typing import Literal
 
+from tyro.conf import Positional
+
+from analysis import floors, phones
+import evaluate
 import metrics
 import prompts
-from support import cli, files
+from support import cli, files, predictions
 
+# The four PCCs and the PER that others report on the same test part. Those with a dagger are given the sentence that
+# should be read, which makes scoring easier and a low PER nearly free: copying it has a PER of 0.03.
+PUBLISHED = {
+    "GOPT (2022) \u2020": (0.714, 0.753, 0.760, 0.742, None),
+    "Joint-CAPT-L1 (2023)": (0.719, 0.775, 0.773, 0.743, 0.099),
+    "MultiPA (2024)": (0.705, 0.772, 0.763, 0.730, None),
+    "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, None),
+    "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.0272),
+}
+PUBLISHED_NOTE = "Published systems: on the 2,500 utterances of speechocean762's test part; \u2020: given the sentence."
 SHOWN = 40  # utterances with the largest errors
 RAW = 400  # characters of an unparsed output
 GENERATOR = '<meta name="generator" content="pronunciation evaluation, report.py">'  # marks what may be replaced
@@ -34,69 +54,25 @@ AUDIO_TYPES = {
     rb"ID3|\xff[\xe0-\xff]": "audio/mpeg",
 }  # by what a file begins with
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --muted: #57606a; --line: #d0d7de; --ink: #003a75;
-  --cell: #000; --over: #fff; --substituted: #7a4200; --missing: #a1260d; --added: #0b5394; --panel: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171b; --text: #e6e9ed; --muted: #a3adb8; --line: #3a424c; --ink: #7aa2e3;
-    --cell: #fff; --over: #000; --substituted: #ffcf7a; --missing: #ffb3a3; --added: #a8cfff; --panel: #1d2127; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h2 { margin-top: 3rem; } h3 { margin: 1.5rem 0 .5rem; } article h3 { margin: 0; }
-.scroll { overflow-x: auto; margin: .5rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; } article th, article td { padding: .15rem .6rem; }
-.scroll th:first-child { position: sticky; left: 0; min-width: 7rem; max-width: 45vw; background: var(--back); }
-th button { font: inherit; color: inherit; background: none; border: 0; padding: .3rem 0; cursor: pointer; }
-th button::after { content: " ↕"; color: var(--muted); }
-th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descending] button::after { content: " ↓"; }
-:focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; } svg { display: block; width: 100%; max-width: 30rem; height: auto; }
-figcaption, .note { color: var(--muted); font-size: .9rem; }
-figure img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; }
-svg text { font-size: 9px; text-anchor: middle; fill: var(--text); }
-svg g text { fill: var(--cell); } svg g .over { fill: var(--over); } .under { fill: var(--back); }
-.frame { fill: none; stroke: var(--line); } .cell { fill: var(--ink); }
-.equal { fill: none; stroke: var(--muted); stroke-dasharray: 3 3; }
-article { margin: 1rem 0; padding: 1rem; background: var(--panel); border: 1px solid var(--line); }
-article p { margin: .4rem 0; } audio { display: block; width: 24rem; max-width: 100%; margin: .5rem 0; }
-pre { white-space: pre-wrap; margin: .4rem 0; padding: .5rem; border: 1px solid var(--line); }
-.phones { display: flex; flex-wrap: wrap; gap: .25rem; list-style: none; padding: 0; margin: .4rem 0; }
-.phones li { display: grid; justify-items: center; min-width: 2.2rem; padding: .1rem .3rem; line-height: 1.25;
-  border: 1px solid var(--line); border-radius: .3rem; font-size: .85rem; }
-.phones i { font-style: normal; } .phones b { font-weight: inherit; } .phones .same i { color: var(--muted); }
-.phones li:not(.same) { font-weight: 600; }
-.phones .substituted { color: var(--substituted); border: 2px solid; }
-.phones .missing { color: var(--missing); border: 2px dashed; }
-.phones .added { color: var(--added); border: 3px double; }
-"""
+STYLE, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
 
-SCRIPT = """
-"use strict";
-function sortKey(cell) {
-  const text = cell.textContent.trim().replace(/\\u2212/g, "-").replace(/(\\d),(?=\\d{3})/g, "$1");
-  const number = parseFloat(text);
-  if (text === "" || text === "-") return [2, text];
-  return Number.isNaN(number) ? [1, text] : [0, number];
-}
-function sortBy(head) {
-  const table = head.closest("table"), body = table.tBodies[0];
-  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  const rows = Array.from(body.rows, (row) => [sortKey(row.cells[head.cellIndex]), row]);
-  rows.sort(([a], [b]) => {
-    if (a[0] !== b[0]) return a[0] === 2 || b[0] === 2 ? a[0] - b[0] : sign * (a[0] - b[0]);
-    return sign * (a[0] === 0 ? a[1] - b[1] : a[1].localeCompare(b[1], "en", { numeric: true }));
-  });
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-  body.append(...rows.map(([, row]) => row));
-}
-for (const button of document.querySelectorAll("th button"))
-  button.addEventListener("click", () => sortBy(button.parentElement));
-"""
+
+@dataclass
+class Settings:
+    run: Positional[Path]  # folder with predictions.jsonl and metrics.json of evaluate.py
+    output: Path | None = None  # the .html file; default: report.html in that folder
+    data: str | None = None  # corpus folder or hub id, for the recordings; default: that of the training
+    data_revision: str | None = None  # of the hub id
+    split: str = "test"  # the part that was evaluated
+
+
+class Training(files.Shape):
+    """settings.json of train.py, in a run folder or one of its epochs."""
+
+    data: str
+    strategy: Literal["lora", "unfreeze", "full"]
+    data_revision: str | None = None
+    epoch: int | None = None  # in the folder of an epoch
 
 
 @dataclass
@@ -116,22 +92,65 @@ class Answers:
 def check_path(path):
     """Raises InputError where a report cannot be written, or would replace something else than an earlier report."""
     if path.suffix != ".html":
-        raise cli.InputError(f"--report {path} is not the name of an .html file")
+        raise cli.InputError(f"--output {path} is not the name of an .html file")
     if os.path.lexists(path) and GENERATOR not in files.read_bytes(path)[:HEAD].decode(errors="replace"):
-        raise cli.InputError(
-            f"--report {path} is not a report of evaluate.py and would be replaced: choose another "
-            f"name, or move it away"
-        )
-    files.make_folder(path.parent, "--report")
+        raise cli.InputError(f"--output {path} is not a report and would be replaced: choose another name, or move it")
+    files.make_folder(path.parent, "--output")
 
 
-def write_report(path, title, tables, notes, records, utterances, figure5=None):
-    """Write the report of one system as a single HTML file.
+def read_evaluation(run):
+    """What was evaluated in a folder. The training's settings are beside the adapter, or above an epoch or base/."""
+    label = predictions.read_metrics(run / "metrics.json")["evaluated"]
+    places = [folder / "settings.json" for folder in (run / label, run, run.parent)]
+    training = next((files.read_json(path, Training) for path in places if path.is_file()), None)
+    return evaluate.Evaluation(label, run, None, training)
+
+
+def read_utterances(evaluation, records, settings):
+    """{id: data.Utterance} for recordings and words, and a note where there are none.
+
+    Raises InputError only for a corpus that the user named: a page without recordings is better than none.
+    """
+    if not (settings.data or evaluation.training):
+        return {}, ["Without recordings: the corpus is not known, give --data."]
+    asked = evaluate.Settings(data=settings.data, data_revision=settings.data_revision, split=settings.split)
+    try:
+        corpus = evaluate.read_corpus(evaluation, asked)
+        found = floors.find_utterances(records, corpus, f"{evaluation.setting('data', settings.data)}")
+    except cli.InputError as error:
+        if settings.data:
+            raise
+        return {}, [f"Without recordings: {error}"]
+    return {utterance.id: utterance for utterance in found}, []
+
+
+def result_tables(records, evaluation):
+    """The tables of the page, (caption, columns, rows), and the notes below them."""
+    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
+    copying = evaluate.copying_floor(records)
+    keys = (*(f"{name}_pcc" for name in prompts.SCORES), "per")
+    columns = {key: evaluate.TABLE_3[key] for key in keys}
+    published = [
+        (name, evaluate.cells({key: v for key, v in zip(keys, values) if v is not None}, columns))
+        for name, values in PUBLISHED.items()
+    ]
+    tables = [
+        evaluate.table_3(rows, [copying]),
+        ("Published systems", list(columns.values()), published),
+        phones.detection_table([copying, rows[0]]),
+        ("Mean error, outputs", list(evaluate.OUTPUTS.values()), evaluate.with_intervals(rows, evaluate.OUTPUTS)),
+        *phones.phone_tables(records),
+    ]
+    return tables, [*evaluate.explain(rows), *phones.NOTES[:1], PUBLISHED_NOTE]
+
+
+def make_page(title, tables, notes, records, utterances, figure5=None, command=""):
+    """The page as HTML text.
 
     tables: list of (caption, titles of the cells' columns, rows), rows being a list of (name, cell texts).
     notes: lines of text under the tables. records: lines of predictions.jsonl.
     utterances: {id: data.Utterance} for recordings and words; ids may be missing.
-    figure5: path of a PNG, or None. Raises OSError where it cannot be read, RunError where the page cannot be written.
+    figure5: content of a PNG, or None. command: what makes the page again.
     """
     answers = read_answers(records)
     sections = {
@@ -141,13 +160,14 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
         "PER and accuracy score": embed_figure5(figure5) if figure5 else "",
         "Calibration of the expected scores": draw_calibration(answers),
         "Largest errors": show_largest(answers, utterances),
+        "This page again": f"<pre>{html.escape(command)}</pre>" if command else "",
     }
     body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
     policy = (
         f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
         f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
     )
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -161,8 +181,6 @@ def write_report(path, title, tables, notes, records, utterances, figure5=None):
 {body}</main><script>{SCRIPT}</script></body>
 </html>
 """
-    with files.whole(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
 
 
 def _digest(text):
@@ -282,8 +300,8 @@ def _cells(human, predicted):
     return cells
 
 
-def embed_figure5(path):
-    return f"""<figure><img src="{_data_uri("image/png", Path(path).read_bytes())}" alt="Two scatter plots: PER of each
+def embed_figure5(content):
+    return f"""<figure><img src="{_data_uri("image/png", content)}" alt="Two scatter plots: PER of each
 utterance against its human and its predicted accuracy score"><figcaption>The paper's Figure 5.</figcaption></figure>"""
 
 
@@ -341,7 +359,7 @@ def show_utterance(rank, answer, utterance):
     reference = answer.mdd["reference"] if answer.mdd else {"word_transcript": f"utterance {answer.id}"}
     parts = [answer.id, f"error {answer.error:.2f}", "PER -" if math.isnan(answer.per) else f"PER {answer.per:.3f}"]
     if utterance:
-        parts.append(f"speaker {utterance.speaker} ({utterance.gender}, {utterance.age} years)")
+        parts.append(f"speaker {utterance.speaker}")
     content = f"<h3>{rank}. {html.escape(utterance.text if utterance else reference['word_transcript'])}</h3>"
     content += f'<p class="note">{html.escape(", ".join(parts))}</p>' + (show_player(utterance) if utterance else "")
     if answer.apa:
@@ -394,3 +412,30 @@ def show_player(utterance):
 def audio_type(content):
     """MIME type of a sound file by its first bytes, or None."""
     return next((kind for start, kind in AUDIO_TYPES.items() if re.match(start, content, re.DOTALL)), None)
+
+
+def main():
+    settings = cli.parse(Settings, __doc__)
+    path = settings.output or settings.run / "report.html"
+    evaluation = read_evaluation(settings.run)
+    check_path(path)
+    records = predictions.read(settings.run / "predictions.jsonl")
+    utterances, missing = read_utterances(evaluation, records, settings)
+    tables, notes = result_tables(records, evaluation)
+    figure5 = settings.run / "figure5.png"
+    page = make_page(
+        f"Pronunciation evaluation: {evaluation.label}",
+        tables,
+        [*notes, *missing],
+        records,
+        utterances,
+        files.read_bytes(figure5) if figure5.exists() else None,
+        shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]]),
+    )
+    with files.whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
+    print("\n".join([*missing, f"report: {path}"]))
+
+
+if __name__ == "__main__":
+    cli.run_script("analysis.report", main)
