@@ -140,14 +140,11 @@ def choose_model(evaluation, settings):
     import model as models
     from support import pretrained
 
+    defaults = models.HUB_MODEL, models.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
-        "model": models.HUB_MODEL,
-        "revision": models.HUB_MODEL_REVISION,
-        "dtype": models.default_dtype(),
-        "attention": "sdpa",
+        name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
+        for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    for name, default in chosen.items():
-        chosen[name] = getattr(settings, name) or getattr(evaluation.training, name, None) or default
     commit = pretrained.check(chosen["model"], chosen["revision"])
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
@@ -306,9 +303,10 @@ def explain(rows):
     return [
         f"Measured on {utterances} utterances; the paper's rows are on the 2,500 of speechocean762's test part.",
         "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
-        "F1, P, R: phone agreement by position, a reading that can give the paper's figures. Detection of "
-        "mispronunciations, the field's convention, is in metrics.json.",
-        "says everything right: writing what should have been said, without listening.",
+        "F1, P, R: phone agreement by position, a reading that can give the paper's figures. found: F1: detection of "
+        "mispronunciations, the field's convention; more of it: python -m analysis.phones.",
+        "says everything right: writing what should have been said, without listening. cut off: the length limit came "
+        "before the end.",
         *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
     ]
 
@@ -337,28 +335,21 @@ def draw_figure5(records, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = {"human": ([], []), "predicted": ([], [])}
     assessed = {record["id"]: record for record in records if record["task"] == "APA"}
-    for record in records:
-        if record["task"] != "MDD" or record["id"] not in assessed or not record["reference"]["heard"]:
-            continue
-        output = prompts.parse_output("MDD", record["output"])
-        phones = metrics.normalise_phones(output["phoneme_transcript"]) if output else []
-        per = metrics.error_rate([record["reference"]["heard"]], [phones])
-        scores = assessed[record["id"]]
-        for name, values in (
-            ("human", scores["reference"]),
-            ("predicted", prompts.parse_output("APA", scores["output"])),
-        ):
-            if values:
-                points[name][0].append(values["accuracy"])
-                points[name][1].append(per)
-
+    chosen = [r for r in records if r["task"] == "MDD" and r["id"] in assessed and r["reference"]["heard"]]
+    _, heard, written = metrics.phones_of(metrics.paired(chosen)[1])
+    pers = [metrics.error_rate([phones], [output]) for phones, output in zip(heard, written)]
+    asked = [assessed[record["id"]] for record in chosen]
+    scores = {
+        "human": [answer["reference"] for answer in asked],
+        "predicted": [prompts.parse_output("APA", answer["output"]) for answer in asked],
+    }
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axis, (name, (scores, pers)) in zip(axes, points.items()):
-        pcc, pvalue, _, reason = metrics.correlation(scores, pers)
+    for axis, (name, values) in zip(axes, scores.items()):
+        x, y = [v["accuracy"] for v in values if v], [per for v, per in zip(values, pers) if v]
+        pcc, pvalue, _, reason = metrics.correlation(x, y)
         title = f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {PAPER_FIGURE_5[name]:.3f})"
-        axis.scatter(scores, pers, s=12, alpha=0.35, linewidths=0)
+        axis.scatter(x, y, s=12, alpha=0.35, linewidths=0)
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5), title=f"no PCC: {reason}" if reason else title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
@@ -419,7 +410,8 @@ def evaluate(chosen, saved, settings):
             rows += score(records, evaluation.label, evaluation.paper_row, evaluation.output)
     if rows:
         show(rows, [copying_floor(records)])
-        print(f"\nwritten: {', '.join(answers.SCORED)} in {', '.join(str(e.output) for e in chosen)}")
+        names = answers.SCORED if saved else (answers.WHOLE, *answers.SCORED)
+        print(f"\nwritten: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
     if not saved:
         processes.end()
 

@@ -14,9 +14,9 @@ There are two F1s, because the paper's definition (4.3) and its figures (Table 3
                         and 0.77 where they gather in a third of the utterances; the paper has 0.724 at 0.114
 """
 
+from collections import Counter
 import math
 import re
-from collections import Counter
 
 import numpy as np
 from scipy import stats
@@ -133,16 +133,13 @@ def error_counts(references, hypotheses):
 
 
 def error_parts(references, hypotheses, weights=None):
-    """Substitutions, deletions and insertions, each divided by the reference length, pooled over the corpus."""
+    """Substitutions, deletions and insertions, each divided by the reference length; sums of the corpus are divided."""
     *errors, length = np.moveaxis(_sum(error_counts(references, hypotheses), weights), -1, 0)
     return [_ratio(count, length) for count in errors]
 
 
 def error_rate(references, hypotheses, weights=None):
-    """(substitutions + deletions + insertions) / reference length, pooled over the corpus (paper 4.3).
-
-    Both are lists with one list of words or phones per utterance. nan when the references hold nothing.
-    """
+    """(substitutions + deletions + insertions) / reference length (paper 4.3); nan when the references hold nothing."""
     return sum(error_parts(references, hypotheses, weights))
 
 
@@ -198,10 +195,8 @@ def detection_counts(canonical, heard, predicted, weights=None):
     Returns counts of true_accept, false_reject, false_accept, correct_diagnosis, diagnosis_error.
     """
     events = detection_events(canonical, heard, predicted)
-    counts = np.array([[found.count(name) for name in EVENTS] for found in events], dtype=np.int64).reshape(
-        -1, len(EVENTS)
-    )
-    return dict(zip(EVENTS, np.moveaxis(_sum(counts, weights), -1, 0)))
+    counts = {name: np.array([found.count(name) for found in events], dtype=np.int64) for name in EVENTS}  # (N,) each
+    return {name: _sum(values, weights) for name, values in counts.items()}
 
 
 def detection_events(canonical, heard, predicted):
@@ -214,11 +209,11 @@ def detection_events(canonical, heard, predicted):
 
 def _detection_events(canonical, heard, predicted):
     said = align(canonical, heard)
-    written_for_heard = [written for phone, written in align(heard, predicted) if phone is not None]
-    written_for_canonical = [written for phone, written in align(canonical, predicted) if phone is not None]
-
-    spoken = [(phone, perceived) for phone, perceived in said if perceived is not None]
-    for (phone, perceived), written in zip(spoken, written_for_heard, strict=True):
+    spoken, required = ([pair for pair in said if pair[side] is not None] for side in (1, 0))
+    judged = list(zip(spoken, _written_for(heard, predicted), strict=True))
+    left_out = zip(required, _written_for(canonical, predicted), strict=True)
+    judged += [(pair, written) for pair, written in left_out if pair[1] is None]
+    for (phone, perceived), written in judged:
         if phone == perceived:
             yield "true_accept" if written == perceived else "false_reject"
         elif written == perceived:
@@ -226,13 +221,10 @@ def _detection_events(canonical, heard, predicted):
         else:  # writing the canonical phone, or nothing for an added one, is what a correct speaker would get
             yield "false_accept" if written == phone else "diagnosis_error"
 
-    required = [(phone, perceived) for phone, perceived in said if phone is not None]
-    for (phone, perceived), written in zip(required, written_for_canonical, strict=True):
-        if perceived is None:  # left out by the speaker
-            if written is None:
-                yield "correct_diagnosis"
-            else:
-                yield "false_accept" if written == phone else "diagnosis_error"
+
+def _written_for(phones, predicted):
+    """What the model wrote for each of the phones, None for nothing."""
+    return [written for phone, written in align(phones, predicted) if phone is not None]
 
 
 def detection_scores(counts):

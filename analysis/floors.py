@@ -23,7 +23,7 @@ import data
 import evaluate
 import metrics
 import prompts
-from support import cli, predictions
+from support import cli, predictions, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -102,7 +102,7 @@ def pauses_and_energy(train, test):
 
 def _design(utterances):
     """The features of every utterance and a 1 for the intercept: (U, F + 1)."""
-    return np.array([[*waveform_features(data.read_audio(utterance.recording)), 1.0] for utterance in utterances])
+    return np.array([[*waveform_features(sound.read_audio(utterance.recording)), 1.0] for utterance in utterances])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -99,11 +99,11 @@ def check_path(path):
 
 
 def read_evaluation(run):
-    """What was evaluated in a folder. The training's settings are beside the adapter, or above an epoch or base/."""
+    """What was evaluated in a folder: a run folder, or base/ or one epoch's in it, which is named as its evaluation."""
     label = predictions.read_metrics(run / "metrics.json")["evaluated"]
-    places = [folder / "settings.json" for folder in (run / label, run, run.parent)]
-    training = next((files.read_json(path, Training) for path in places if path.is_file()), None)
-    return evaluate.Evaluation(label, run, None, training)
+    places = [run / label, run, *([run.parent] if run.name == label else [])]
+    found = [place / "settings.json" for place in places if (place / "settings.json").is_file()]
+    return evaluate.Evaluation(label, run, None, files.read_json(found[0], Training) if found else None)
 
 
 def read_utterances(evaluation, records, settings):
@@ -116,7 +116,7 @@ def read_utterances(evaluation, records, settings):
     asked = evaluate.Settings(data=settings.data, data_revision=settings.data_revision, split=settings.split)
     try:
         corpus = evaluate.read_corpus(evaluation, asked)
-        found = floors.find_utterances(records, corpus, f"{evaluation.setting('data', settings.data)}")
+        found = floors.find_utterances(records, corpus, settings.data or evaluation.training.data)
     except cli.InputError as error:
         if settings.data:
             raise

@@ -6,15 +6,15 @@
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
 model's own forward. A trained model ends its answers itself. Random weights hardly ever write <|end|>, so an answer is
-given the length of the right one; a batch goes on until its longest answer is written, as with a trained model. The
-ways take turns.
+given the length of the right one; a batch goes on until its longest answer is written, as with a trained model. "both
+tasks, batched" is what evaluate.py does: the questions of both tasks in one batch. The ways take turns.
 """
 
-import argparse
-import json
-import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+import tempfile
 
 import workload  # first: it finds the project
 from workload import clock
@@ -25,10 +25,19 @@ import torch
 import data
 import model as models
 import prompts
-import runtime
-from support import cli
+from support import cli, memory, run_folder, token_rows
 
 ALL = 2500  # utterances of the test part
+
+
+@dataclass
+class Settings:
+    data: str | None = None  # corpus folder; default: noise of the corpus' lengths
+    full: bool = False  # the full-size model; needs a CUDA GPU
+    adapter: Path | None = None  # epoch folder of train.py; default: random weights
+    utterances: cli.Count = 32  # of the test part
+    batch_size: cli.Count = 16  # as of evaluate.py
+    runs: cli.Count = 5  # of each way
 
 
 def answer_tokens(model, utterances, task):
@@ -66,12 +75,45 @@ def batches(utterances, size):
 
 def batched(model, utterances, task, limit, size):
     for batch in batches(utterances, size):
-        model.generate(batch, model.audio_embeddings(batch), task, limit(batch, task))
+        questions = [model.question(utterance, task) for utterance in batch]
+        model.generate(questions, model.hear(batch), limit(batch, task))
+
+
+def both(model, utterances, task, limit, size):
+    for batch in batches(utterances, size):
+        questions = [model.question(utterance, task) for utterance in batch for task in prompts.TASKS]
+        audio = [embeddings for embeddings in model.hear(batch) for _ in prompts.TASKS]
+        limits = [limit(batch, task) for task in prompts.TASKS]
+        with ended(model, limits):
+            model.generate(questions, audio, max(limits))
+
+
+@contextmanager
+def ended(model, limits):
+    """End the answers of a batch of both tasks, the first task in every other row, after so many tokens of each."""
+    likeliest, step, end = model._likeliest, 0, model.tokenizer.convert_tokens_to_ids(prompts.END)
+
+    def limited(hidden):
+        nonlocal step
+        step += 1
+        tokens = likeliest(hidden)
+        for first, limit in enumerate(limits):
+            if step == limit < max(limits):
+                tokens[first :: len(limits)] = end
+            elif step == limit:
+                tokens[:] = end
+        return tokens
+
+    model._likeliest = limited
+    try:
+        yield
+    finally:
+        del model._likeliest
 
 
 def expected(model, utterances, task, limit, size):
     for batch in batches(utterances, size):
-        model.score_distributions(batch, model.audio_embeddings(batch))
+        model.score_distributions([model.question(utterance, task) for utterance in batch], model.hear(batch))
 
 
 WAYS = {
@@ -80,50 +122,42 @@ WAYS = {
     "APA, expected scores": (expected, "APA"),
     "MDD, one at a time": (one_at_a_time, "MDD"),
     "MDD, batched": (batched, "MDD"),
+    "both tasks, batched": (both, None),
 }
 
 
 def load(options, utterances):
     """What the figures are called, the model, and how long an answer may get."""
     if options.adapter:
-        settings = json.loads((options.adapter / "settings.json").read_text())
+        ((_, training),) = run_folder.adapters(options.adapter, None)
         model = models.load_base(
-            settings["model"],
-            settings["revision"],
-            settings["dtype"],
-            settings["attention"],
-            settings["speech_adapter"],
-            settings["quantize"],
+            training.model,
+            training.revision,
+            training.dtype,
+            training.attention,
+            training.speech_adapter,
+            training.quantize,
         )
-        models.load_trained(model, options.adapter, settings["strategy"])
+        models.load_trained(model, options.adapter, training.strategy)
         return "trained", model, no_limit
     shape = "full" if options.full else "scaled"
     model = workload.new_model(shape, workload.texts_of(utterances))
     models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
-    models.merge_rows(model.eval())
+    token_rows.merge(model.eval())
     return shape, model, partial(answer_tokens, model)
 
 
 def main():
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
-    parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
-    parser.add_argument("--adapter", type=Path, help="epoch folder of train.py (default: random weights)")
-    parser.add_argument("--utterances", type=cli.positive_int, default=32, help="of the test part (32)")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=16, help="as of evaluate.py (16)")
-    parser.add_argument("--runs", type=cli.positive_int, default=5, help="of each way (5)")
-    options = parser.parse_args()
+    options = cli.parse(Settings, __doc__)
     if options.full and not torch.cuda.is_available():
-        parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
-    if options.adapter and not (options.adapter / "settings.json").is_file():
-        parser.error(f"--adapter {options.adapter} is no epoch folder of train.py: it has no settings.json")
+        raise cli.InputError("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
             workload.write_corpus(Path(folder), options.utterances)
         utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
         name, model, limit = load(options, utterances)
         seconds = {name: [] for name in WAYS}
-        with runtime.autocast():
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):
             for way, task in WAYS.values():
                 way(model, utterances[:2], task, limit, options.batch_size)  # to warm up
             for number in range(options.runs):
@@ -140,7 +174,7 @@ def main():
             "utterances": len(utterances),
             "batch": options.batch_size,
             "all": ALL,
-            "peak_gb": runtime.peak_memory(),
+            "peak_gb": memory.peak(),
             "seconds": seconds,
         },
     )

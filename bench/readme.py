@@ -1,16 +1,17 @@
 """The tables of bench/README.md, made from bench/results/: python bench/readme.py"""
 
 import json
-import re
 from pathlib import Path
+import re
 from statistics import median
+import sys
 
-import workload  # first: it finds the project
+BENCH = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCH.parent))
 
-# isort: split
 from support import files
 
-README = workload.BENCH / "README.md"
+README = BENCH / "README.md"
 BASELINE = "Trainer"
 NEW = 1 / 6  # share of an example's uses, over three epochs of two tasks, in which its recording is new
 STEPS = 3 * 78  # of the paper's run
@@ -75,9 +76,13 @@ rate{skipped}."""
 
 def evaluate(result):
     """Utterances a second of each way, and how many times faster than the loop."""
-    number, rows = result["utterances"], []
-    for name, seconds in result["seconds"].items():
-        slow = result["seconds"][f"{name[:3]}, one at a time"]
+    number, rows, ways = result["utterances"], [], result["seconds"]
+    both = {
+        name: [*map(sum, zip(*(ways[f"{task}, {name}"] for task in ("APA", "MDD"))))]
+        for name in ("one at a time", "batched")
+    }
+    for name, seconds in ways.items():
+        slow = ways.get(f"{name[:3]}, one at a time", both["one at a time"])
         rows.append(
             [
                 name,
@@ -86,17 +91,14 @@ def evaluate(result):
                 f"{median(seconds) / number * result['all'] / HOUR:.2f}",
             ]
         )
-    seconds = {
-        name: [*map(sum, zip(*(result["seconds"][f"{task}, {name}"] for task in ("APA", "MDD"))))]
-        for name in ("one at a time", "batched")
-    }
-    both = [a / b for a, b in zip(seconds["one at a time"], seconds["batched"])]
+    fastest = ways.get("both tasks, batched", both["batched"])
+    times = [a / b for a, b in zip(both["one at a time"], fastest)]
     scores = [a / b for a, b in zip(result["seconds"]["APA, batched"], result["seconds"]["APA, expected scores"])]
     header = ["", "utterances/s", "times one at a time", f"hours for {result['all']:,}"]
     return f"""{table(header, rows)}
 
 {MODELS[result["model"]]}, {result["corpus"]}, {number} utterances, batches of {result["batch"]}. Both tasks: \
-batched is {spread(both, 1)} times the loop. APA: expected scores are {spread(scores, 1)} times batched greedy."""
+batched is {spread(times, 1)} times the loop. APA: expected scores are {spread(scores, 1)} times batched greedy."""
 
 
 def scaling(result):
@@ -147,14 +149,14 @@ def write_tables():
     for describe in (train_step, evaluate, scaling, full_size):
         name = describe.__name__
         parts = []
-        results = [json.loads(path.read_text()) for path in (workload.BENCH / "results").glob(f"{name}-*.json")]
+        results = [json.loads(path.read_text()) for path in (BENCH / "results").glob(f"{name}-*.json")]
         for result in sorted(results, key=lambda result: (list(MODELS).index(result["model"]), result.get("batch", 0))):
             versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
             parts.append(f"**{result['device']}** ({versions}):\n\n{describe(result)}")
         marks = f"<!-- {name} -->", f"<!-- /{name} -->"
         marked = "\n".join([marks[0], "\n\n".join(parts), marks[1]])
-        text = re.sub(f"{marks[0]}.*{marks[1]}", lambda _: marked, text, flags=re.DOTALL)
-    with files.whole(Path(README)) as temporary:
+        text = re.sub(f"{marks[0]}.*{marks[1]}", lambda _, marked=marked: marked, text, flags=re.DOTALL)
+    with files.whole(README) as temporary:
         temporary.write_text(text)
 
 

@@ -11,19 +11,18 @@ import platform
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-BENCH = Path(__file__).resolve().parent
-sys.path.insert(0, str(BENCH.parent))
+from readme import BENCH, write_tables  # first: it finds the project
 
-import model as models  # first: it quiets the libraries it imports
+# isort: split
+import model as models  # it quiets the libraries that it imports
 from support import files
 
 # isort: split
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
+import torch
 from transformers import (
     Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
@@ -196,9 +195,7 @@ def matrix_peak(dtype, size):
 
 def write_result(name, content):
     """Keep a benchmark's figures in bench/results/, and put them into the tables of bench/README.md."""
-    import readme
-
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     with files.whole(BENCH / "results" / f"{name}-{kind}.json") as temporary:
         temporary.write_text(json.dumps({"benchmark": name, **machine(), **content}, indent=1) + "\n")
-    readme.write_tables()
+    write_tables()

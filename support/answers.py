@@ -96,7 +96,7 @@ def _key(record):
 
 
 def _said(record):
-    return record["reference"], record["speaker"]
+    return record["reference"], record.get("speaker")
 
 
 def _asked(utterances):

@@ -67,7 +67,7 @@ class Run:
         print("settings: " + " ".join(f"{key}={record[key]}" for key in vars(self.settings)))
         with files.whole(self.output / "settings.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
-        self.weights, self.optimiser, self.record_of_settings = weights, optimiser, record
+        self.weights, self.optimiser = weights, optimiser
         if self._state:
             checkpoints.restore(self._state, weights, optimiser)
             saved_by, now = len(self._state["random"]), processes.count()

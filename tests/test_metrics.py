@@ -2,11 +2,10 @@ import functools
 import math
 import random
 
-import jiwer
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 from records import one_hot, records
 from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
@@ -68,21 +67,24 @@ def test_ties_are_broken_from_the_end_substitution_first_then_deletion():
 # Error rates
 
 
-def test_error_rates_are_pooled_over_the_corpus_not_averaged():
-    references, hypotheses = [["A"], ["A", "B", "C"]], [["X"], ["A", "B", "C"]]
-    assert metrics.error_rate(references, hypotheses) == 1 / 4
+@pytest.mark.parametrize(
+    "references, hypotheses, rate",
+    [
+        (["A", "ABC"], ["X", "ABC"], 1 / 4),  # pooled over the corpus, not averaged
+        (["AB", "C"], ["", "C"], 2 / 3),  # an empty transcript: each reference phone is an error
+        ([""], ["A"], math.nan),
+        ([], [], math.nan),
+    ],
+)
+def test_error_rates_of_worked_cases(references, hypotheses, rate):
+    phones = [list(map(list, side)) for side in (references, hypotheses)]
+    assert metrics.error_rate(*phones) == pytest.approx(rate, nan_ok=True)
 
 
-def test_error_rate_equals_the_alignment_and_jiwer():
+def test_the_error_rate_is_that_of_the_alignment():
     references, hypotheses = strings(3, 100), strings(4, 100)
     errors = sum(a != b for r, h in zip(references, hypotheses) for a, b in metrics.align(r, h))
-    rate = metrics.error_rate(references, hypotheses)
-    assert rate == pytest.approx(errors / sum(map(len, references)))
-
-
-def test_an_empty_transcript_counts_every_reference_phone_as_an_error_and_no_reference_gives_no_rate():
-    assert metrics.error_rate([["A", "B"], ["C"]], [[], ["C"]]) == 2 / 3
-    assert math.isnan(metrics.error_rate([[]], [["A"]]))
+    assert metrics.error_rate(references, hypotheses) == pytest.approx(errors / sum(map(len, references)))
 
 
 def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
@@ -258,13 +260,6 @@ def human(score):
     return dict.fromkeys(metrics.SCORES, score)
 
 
-def test_an_unparsed_score_leaves_the_correlation_and_is_counted():
-    apa = [(human(2), human(2)), (human(5), human(5)), (human(9), human(9)), (None, human(1))]
-    numbers, reasons = metrics.summarise(apa, [])
-    assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["apa_unparsed"] == 1 / 4
-    assert not reasons
-
-
 def test_the_reason_tells_no_outputs_from_none_that_could_be_parsed():
     assert metrics.summarise([], [])[1]["total_pcc"] == "no scores"
     assert metrics.summarise([(None, human(1))] * 4, [])[1]["total_pcc"] == "none of 4 outputs could be parsed"
@@ -276,12 +271,6 @@ def test_an_unparsed_transcript_counts_as_empty():
     numbers, _ = metrics.summarise([], [(output, reference), (None, reference)])
     assert numbers["wer"] == numbers["per"] == numbers["mdd_unparsed"] == 1 / 2
     assert numbers["true_accept"] == numbers["false_reject"] == 2
-
-
-def test_word_error_rate_is_jiwers():
-    references, texts = ["WE SEE NINE", "IT"], ["WE NINE NINE", ""]
-    words = [[text.split() for text in side] for side in (references, texts)]
-    assert metrics.error_rate(*words) == jiwer.wer(references, texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

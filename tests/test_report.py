@@ -1,19 +1,22 @@
-import io
+"""The page: what it shows, that nothing in it runs or is loaded from elsewhere, and what it may replace."""
+
+from html.parser import HTMLParser
 import json
 import os
+from pathlib import Path
 import re
 import shutil
-from html.parser import HTMLParser
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
+from conftest import sound, tone
 import pytest
+from records import one_hot, write
 
+from analysis import report
 import data
 import metrics
 import prompts
-import report
-from support import cli, files
+from support import cli, predictions
 
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&"
 TABLES = [
@@ -25,20 +28,14 @@ TABLES = [
 ]
 
 
-def clip(seconds=1.0, format="WAV"):
+def clip():
     """A tone as the content of a sound file."""
-    soundfile = pytest.importorskip("soundfile")
-    time = np.arange(int(seconds * data.SAMPLE_RATE)) / data.SAMPLE_RATE
-    file = io.BytesIO()
-    soundfile.write(file, 0.3 * np.sin(2 * np.pi * 440 * time), data.SAMPLE_RATE, format=format)
-    return file.getvalue()
+    return sound(tone(1.0))
 
 
 def utterance(id, text="WE SEE", recording=clip):
-    words = (data.Word("WE", ("W", "IY"), ("W", "IH"), 6, 1), data.Word("SEE", ("S", "IY"), ("S", "IY"), 10, 0))
-    return data.Utterance(
-        id, recording, data.SAMPLE_RATE, text, dict.fromkeys(prompts.SCORES, 5), words, "0001", 9, "f"
-    )
+    """As much of a data.Utterance as a page asks for."""
+    return SimpleNamespace(id=id, recording=recording, text=text, speaker="0001")
 
 
 def apa(id, total=5, human=5, **more):
@@ -52,19 +49,8 @@ def mdd(id, phones="W IH S IY", text="WE SEE", **more):
     return {"id": id, "task": "MDD", "output": prompts.mdd_target(text, phones.split()), "reference": reference} | more
 
 
-def one_hot(value, low=None):
-    """Probabilities of the values 0-10 of all four scores: all of it on `value`, or half of it on `low`."""
-    probabilities = [0.0] * 11
-    for chosen in (value, value if low is None else low):
-        probabilities[chosen] += 0.5
-    return dict.fromkeys(prompts.SCORES, probabilities)
-
-
-def write(tmp_path, records, utterances=None, title="Report", tables=TABLES, figure5=None):
-    path = tmp_path / "report.html"
-    report.write_report(path, title, tables, ["a note with <b>"], records, utterances or {}, figure5)
-    assert not list(tmp_path.glob(f"*{files.UNFINISHED}"))
-    return path.read_text(encoding="utf-8")
+def page_of(records, utterances=None, title="Report", tables=TABLES, figure5=None):
+    return report.make_page(title, tables, ["a note with <b>"], records, utterances or {}, figure5, "python <again>")
 
 
 class Elements(HTMLParser):
@@ -86,28 +72,28 @@ def headings(page):
     return re.findall(r"<h2>(.*?)</h2>", page)
 
 
-def test_the_sections_stand_in_their_order_and_without_probabilities_there_is_no_calibration(tmp_path):
-    png = tmp_path / "figure5.png"
-    png.write_bytes(b"\x89PNG")
-    plain = write(tmp_path, [apa("a"), mdd("a")])
-    assert headings(plain) == ["Results", "Predicted and human scores", "Largest errors"]
-    page = write(tmp_path, [apa("a", scores=one_hot(5)), mdd("a")], figure5=png)
+def test_the_sections_stand_in_their_order_and_without_probabilities_there_is_no_calibration():
+    plain = page_of([apa("a"), mdd("a")])
+    assert headings(plain) == ["Results", "Predicted and human scores", "Largest errors", "This page again"]
+    page = page_of([apa("a", scores=one_hot(5)), mdd("a")], figure5=b"\x89PNG")
     assert headings(page) == [
         "Results",
         "Predicted and human scores",
         "PER and accuracy score",
         "Calibration of the expected scores",
         "Largest errors",
+        "This page again",
     ]
     assert page.count('role="img"') == 8 and "data:image/png;base64,iVBORw==" in page
     assert "<h3>Table &lt;3&gt;</h3>" in page and "<td>1,000.5</td>" in page
+    assert "<pre>python &lt;again&gt;</pre>" in page
 
 
-def test_text_of_models_corpus_and_caller_is_text(tmp_path):
+def test_text_of_models_corpus_and_caller_is_text():
     lines = [apa(ATTACK), mdd(ATTACK, phones=ATTACK, text=ATTACK), apa("b", output=ATTACK), mdd("b", output=ATTACK)]
     lines.append(apa("c", output="half a surrogate pair: \ud83d"))
     known = {ATTACK: utterance(ATTACK, text=ATTACK)}
-    page = write(tmp_path, lines, known, title=ATTACK, tables=[(ATTACK, [ATTACK], [(ATTACK, [ATTACK])])])
+    page = page_of(lines, known, title=ATTACK, tables=[(ATTACK, [ATTACK], [(ATTACK, [ATTACK])])])
     elements = Elements(page)
     assert not elements.named("img") and len(elements.named("script")) == 1
     assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
@@ -115,8 +101,8 @@ def test_text_of_models_corpus_and_caller_is_text(tmp_path):
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&quot;&#x27;&amp;") >= 10
 
 
-def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    page = write(tmp_path, [apa("a", scores=one_hot(5)), mdd("a")], {"a": utterance("a")})
+def test_nothing_is_loaded_from_elsewhere():
+    page = page_of([apa("a", scores=one_hot(5)), mdd("a")], {"a": utterance("a")})
     elements = Elements(page)
     sources = [
         value
@@ -158,7 +144,7 @@ def test_the_largest_errors_come_first():
 
 def test_forty_utterances_are_shown_and_only_their_recordings_are_read():
     read = []
-    known = {str(i): utterance(str(i), recording=lambda i=i: read.append(i) or clip(0.1)) for i in range(45)}
+    known = {str(i): utterance(str(i), recording=lambda i=i: read.append(i) or clip()) for i in range(45)}
     lines = [apa(str(i), total=i % 5, human=0 if i else 10) for i in range(45)]
     page = report.show_largest(report.read_answers(lines), known)
     assert page.count("<article>") == page.count("<audio ") == len(read) == 40
@@ -197,9 +183,9 @@ def test_the_heat_maps_count_utterances_by_rounded_expectation():
     assert "no PCC: all 3 human scores are 5" in page
 
 
-def test_unparsed_outputs_are_named_and_cut(tmp_path):
+def test_unparsed_outputs_are_named_and_cut():
     lines = [apa("a", output="x" * 1000, truncated=True), mdd("a", output="WE <unk>")]
-    page = write(tmp_path, lines)
+    page = page_of(lines)
     assert "APA output, unparsed</b>, cut off at the length limit (the first 400 of 1,000 characters)" in page
     assert f"<pre>{'x' * 400}</pre>" in page and "x" * 401 not in page
     assert "MDD output, unparsed</b> (8 characters):</p><pre>WE &lt;unk&gt;</pre>" in page
@@ -216,8 +202,8 @@ def test_unparsed_outputs_are_named_and_cut(tmp_path):
     ],
 )
 @pytest.mark.parametrize("known", [{}, {"a": utterance("a")}])
-def test_what_is_missing_is_said_and_nothing_fails(tmp_path, records, known):
-    page = write(tmp_path, records, known, tables=[])
+def test_what_is_missing_is_said_and_nothing_fails(records, known):
+    page = page_of(records, known, tables=[])
     assert page.count("<article>") == len({record["id"] for record in records})
     assert page.count("<audio ") == (1 if records and known else 0)
     assert ("No MDD answer" in page) == (records == [apa("a")])
@@ -245,18 +231,95 @@ def test_a_recording_is_played_by_its_type_or_the_reason_is_given(recording, sho
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where it is written
+# The command
 
 
-def test_a_report_replaces_an_earlier_one(tmp_path):
-    path = tmp_path / "new" / "report.html"
-    report.check_path(path)
-    report.write_report(path, "T" * 5000, TABLES, [], [], {})
-    report.check_path(path)
+def evaluated(folder, lines, label="epoch-3"):
+    """A folder as evaluate.py leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps({"evaluated": label, "utterances": len(lines) // 2}))
+    write(folder / "predictions.jsonl", lines)
+    return folder
+
+
+def trained_on(folder, corpus, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"data": str(corpus), "strategy": "unfreeze", **settings}
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def make(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
+    report.main()
+
+
+@pytest.fixture
+def lines(corpus):
+    """What a system that writes the canonical phones answers to the test part of the corpus."""
+    return [
+        {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
+        for u in data.read_corpus(corpus, "test")[:6]
+        for task, output in zip(prompts.TASKS, (prompts.apa_target(u.scores), prompts.mdd_target(u.text, u.canonical)))
+    ]
+
+
+@pytest.mark.parametrize("folder, label, row", [(".", "epoch-2", 2), (".", "predictions", 3), ("base", "base", None)])
+def test_the_page_of_a_run_has_all_tables_its_recordings_and_how_to_make_it_again(
+    monkeypatch, corpus, lines, tmp_path, folder, label, row
+):
+    """The corpus is that of the training: of the run folder, or of the epoch in it."""
+    trained_on(tmp_path / "out", corpus)
+    trained_on(tmp_path / "out" / "epoch-2", corpus, epoch=2)
+    evaluated(tmp_path / "out" / folder, lines, label)
+    make(monkeypatch, tmp_path / "out" / folder)
+    page = (tmp_path / "out" / folder / "report.html").read_text(encoding="utf-8")
+    captions = ["Table 3", "Published systems", "Detection", "Mean error", "Phones", "Phones heard"]
+    assert [re.search(f"<h3>{caption}", page).start() for caption in captions] == sorted(
+        re.search(f"<h3>{caption}", page).start() for caption in captions
+    )
+    assert (f"&#x27;paper, unfreeze, epoch {row}&#x27;" if row else "&#x27;paper, unmodified&#x27;") in page
+    assert page.count("<audio ") == 6 and "says everything right" in page and "HMamba" in page
+    assert f"<pre>python -m analysis.report {tmp_path / 'out' / folder}</pre>" in page
+
+
+def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(
+    monkeypatch, corpus, lines, tmp_path, capsys
+):
+    run, page = evaluated(tmp_path / "out", lines), tmp_path / "page.html"
+    for settings in ({}, {"corpus": tmp_path / "gone"}):
+        if settings:
+            trained_on(run, **settings)
+        make(monkeypatch, run, "--output", page)
+        assert "<audio " not in page.read_text() and "Without recordings" in page.read_text()
+        assert "Without recordings" in capsys.readouterr().out
+    with pytest.raises(cli.InputError, match="gone"):
+        make(monkeypatch, run, "--data", tmp_path / "gone")
+    with pytest.raises(cli.InputError, match="--split"):
+        make(monkeypatch, run, "--data", corpus, "--split", "train")
+    make(monkeypatch, run, "--output", page, "--data", corpus)
+    assert page.read_text().count("<audio ") == 6
+
+
+@pytest.mark.parametrize("missing", ["metrics.json", "predictions.jsonl"])
+def test_a_folder_that_was_not_evaluated_is_refused(monkeypatch, lines, tmp_path, missing):
+    run = evaluated(tmp_path / "out", lines)
+    (run / missing).unlink()
+    with pytest.raises(cli.InputError, match=missing):
+        make(monkeypatch, run)
+    assert not (run / "report.html").exists()
+
+
+def test_half_a_surrogate_pair_and_an_earlier_page_are_no_hindrance(monkeypatch, lines, tmp_path):
+    lines[1]["output"] = r'{"word_transcript": "WE SEE", "phoneme_transcript": "W \ud800 S"}'
+    lines[3]["output"] = prompts.mdd_target("x" * 5000, ["W"])
+    run = evaluated(tmp_path / "out", lines)
+    for _ in range(2):
+        make(monkeypatch, run)
+    assert predictions.read(run / "predictions.jsonl") == lines
 
 
 @pytest.mark.parametrize(
-    "name, make, message",
+    "name, prepare, message",
     [
         ("report.txt", None, "report.txt is not the name of an .html file"),
         ("out", Path.mkdir, "out is not the name of an .html file"),
@@ -269,9 +332,9 @@ def test_a_report_replaces_an_earlier_one(tmp_path):
         ("file/report.html", lambda path: path.parent.touch(), "file"),
     ],
 )
-def test_a_report_replaces_nothing_else(tmp_path, name, make, message):
-    if make:
-        make(tmp_path / name)
+def test_a_report_replaces_nothing_else(tmp_path, name, prepare, message):
+    if prepare:
+        prepare(tmp_path / name)
     with pytest.raises(cli.InputError, match=message) as error:
         report.check_path(tmp_path / name)
     assert len(str(error.value).splitlines()) == 1
@@ -310,6 +373,7 @@ def browser(tmp_path):
     driver.quit()
 
 
+@pytest.mark.slow
 def test_a_browser_plays_sorts_and_fits_a_phone(tmp_path, browser):
     from selenium.webdriver.common.keys import Keys
 
@@ -320,7 +384,8 @@ def test_a_browser_plays_sorts_and_fits_a_phone(tmp_path, browser):
         mdd("b", output="x" * 900),
     ]
     wide = [("A wide table", [f"column {i}" for i in range(20)], [("row" * 20, ["0.5"] * 20)])]
-    write(tmp_path, lines, {"a": utterance("a")}, title="A" * 80, tables=TABLES + wide)
+    page = page_of(lines, {"a": utterance("a")}, title="A" * 80, tables=TABLES + wide)
+    (tmp_path / "report.html").write_text(page, encoding="utf-8", errors="replace")
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     browser.get((tmp_path / "report.html").as_uri())
