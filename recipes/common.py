@@ -3,22 +3,22 @@
 Adapters, quantisation and transformers are imported where they are used: sign_language.py does without.
 """
 
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
+from pathlib import Path
 import resource
 import sys
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import asdict, fields
-from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
+import torch
 from tqdm import tqdm
 
 import data

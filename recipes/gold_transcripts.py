@@ -19,16 +19,16 @@ Shapes: S samples, F frames, V symbols of the recogniser (its blank included), C
 batch, T tokens of the longest prompt and its answer.
 """
 
-import json
-import math
-import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+import json
+import math
 from pathlib import Path
+import re
+import sys
+import time
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tqdm import tqdm
+import transformers
 
 import data
 import metrics

@@ -15,26 +15,26 @@ feature statistics, vocabulary, settings and declaration. --evaluate writes resu
 Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
 """
 
-import csv
-import json
-import math
-import sys
-import time
-import zipfile
-import zlib
 from collections import Counter, defaultdict
+import csv
 from dataclasses import dataclass
 from functools import partial
+import json
+import math
 from pathlib import Path
+import sys
+import time
 from typing import Annotated, Any, Literal, NamedTuple
+import zipfile
+import zlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
+import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint

@@ -13,26 +13,26 @@ of the spectrum: a model that does not beat that has learnt nothing.
 Shapes: S samples, B clips of a batch, T tokens of a row, V vocabulary, F bins of a spectrum.
 """
 
-import csv
-import hashlib
-import sys
 from collections import Counter
+import csv
 from dataclasses import dataclass
 from functools import partial
+import hashlib
 from pathlib import Path
+import sys
 from typing import Annotated, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from pydantic import Field
+from scipy import signal
 import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
-from pydantic import Field
-from scipy import signal
 from tqdm import tqdm
+import transformers
 
 import data
 import metrics

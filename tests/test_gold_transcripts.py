@@ -1,22 +1,22 @@
 """recipes/gold_transcripts.py: what could silently be wrong. Real transformers classes, tiny and random."""
 
+from collections import Counter
 import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections import Counter
 
+from conftest import ROOT, script
 import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
 import pytest
+from safetensors.torch import load_file, save_file
 import soundfile
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, script
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import data

@@ -3,15 +3,15 @@
 import itertools
 import json
 import math
+from pathlib import Path
 import re
 import shutil
 import sys
-from pathlib import Path
 
+from conftest import ROOT, script
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
 from torch import nn
 
 import metrics

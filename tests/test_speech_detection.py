@@ -1,26 +1,26 @@
 """recipes/speech_detection.py: clips that give nothing away, one prompt, results beside a baseline."""
 
+from collections import Counter
+from dataclasses import replace
 import json
 import math
 import re
 import sys
-from collections import Counter
-from dataclasses import replace
 
+from conftest import ROOT, script
 import numpy as np
+from peft import LoraConfig, get_peft_model
 import pytest
+from scipy import stats
 import soundfile
 import torch
-from conftest import ROOT, script
-from peft import LoraConfig, get_peft_model
-from scipy import stats
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 import data
-import tiny
 from recipes import common
 from recipes import speech_detection as recipe
 from support import cli
+import tiny
 
 RECIPE = ROOT / "recipes" / "speech_detection.py"
 CELL = len(recipe.LETTERS) * len(recipe.DURATIONS) * len(recipe.SNRS)
