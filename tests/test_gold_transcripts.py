@@ -254,7 +254,7 @@ def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(
         "": (None, None, "empty transcript"),
     }
     llm = FakeLlm({transcript: answer for transcript, (answer, _, _) in expected.items()})
-    given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3, "--max-distance", 0.3)
+    given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3, "--max-distance", 0.25)
     samples = [sample(str(i), human=None) for i in range(len(expected))]
     lines, lost = recipe.write_gold(samples, list(expected), recogniser, llm, given)
     assert sorted(llm.asked) == sorted(expected)[1:]
