@@ -1,6 +1,6 @@
 """A model and a corpus for a laptop without a network, both in the real formats.
 
-    python tiny.py                      # about three minutes on two cores
+    python tiny.py                      # a minute and a half on two cores
     python train.py --model tiny/model --data tiny/corpus ...
     python evaluate.py --adapter out/
 
@@ -11,7 +11,6 @@ in it is a language: a phone is a short chord, and the scores follow from what w
 something to learn and a right answer. It shows that the code learns; it says nothing about real speech.
 """
 
-import argparse
 from collections import defaultdict
 from dataclasses import dataclass
 import json
@@ -20,42 +19,38 @@ import os
 from pathlib import Path
 import re
 
-from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel  # first: it quiets the libraries it imports
-
-# isort: split
 import numpy as np
 from peft import LoraConfig, get_peft_model
+import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 from torch import nn
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import (
-    Phi4MultimodalConfig,
-    Phi4MultimodalFeatureExtractor,
-    Phi4MultimodalForCausalLM,
-    PreTrainedTokenizerFast,
-)
+import transformers
 
 import data
+from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel
 import prompts
-from support import cli, files
+from support import cli, files, pretrained
+
+
+@dataclass
+class Settings:
+    """What to write, and how much of it."""
+
+    output: Path = Path("tiny")  # folder for model/ and corpus/
+    steps: cli.Count = 1100  # of pretraining, on 32 clips each
+    train_speakers: cli.Count = 50  # 20 utterances each
+    test_speakers: cli.Count = 16  # others than in training
+    per_speaker: cli.Count = 20  # utterances
+    seed: cli.Seed = 0  # of corpus, weights and pretraining
+
 
 MOST_SPEAKERS, MOST_UTTERANCES = 9_999, 99_999  # four digits of an id name the speaker, five the utterance
-LEXICON = {
-    "WE": "W IY",
-    "SEE": "S IY",
-    "IT": "IH T",
-    "NINE": "N AY N",
-    "FIVE": "F AY V",
-    "BEAR": "B EH R",
-    "CALL": "K AO L",
-    "MARK": "M AA R K",
-    "THREE": "TH R IY",
-    "ZERO": "Z IY R OW",
-    "SEVEN": "S EH V AH N",
-    "CHINA": "CH AY N AH",
-}
+ENTRIES = """WE W IY, SEE S IY, IT IH T, NINE N AY N, FIVE F AY V, BEAR B EH R, CALL K AO L, MARK M AA R K,
+THREE TH R IY, ZERO Z IY R OW, SEVEN S EH V AH N, CHINA CH AY N AH"""
+LEXICON = dict(entry.strip().split(" ", 1) for entry in ENTRIES.split(","))
 PHONES = sorted({phone for phones in LEXICON.values() for phone in phones.split()})
 LOW_TONES = (250, 400, 620, 900, 1250)  # Hz; a phone is one low and one high tone, all pairs distinct
 HIGH_TONES = (1700, 2200, 2800, 3500, 4300)  # Hz
@@ -93,8 +88,8 @@ def synthesise(sounds, voice, rng):
         samples = int(sound.seconds * data.SAMPLE_RATE)
         time = np.arange(samples) / data.SAMPLE_RATE
         wave = np.zeros(samples)
+        index = -1 if sound.phone is None else PHONES.index(sound.phone)
         if sound.phone is not None:
-            index = PHONES.index(sound.phone)
             shift = voice.tract * sound.shift * rng.uniform(0.99, 1.01)
             low, high = LOW_TONES[index % 5] * shift, HIGH_TONES[index // 5] * shift
             wave = np.sin(2 * np.pi * low * time) + 0.7 * np.sin(2 * np.pi * high * time)
@@ -103,35 +98,36 @@ def synthesise(sounds, voice, rng):
             edge = np.minimum(1, np.minimum(time, time[::-1]) / 0.008)  # 8 ms fade, so that joints do not click
             wave *= 0.1 * sound.gain * edge
         pieces.append(wave)
-        labels.append(np.full(samples, -1 if sound.phone is None else PHONES.index(sound.phone)))
+        labels.append(np.full(samples, index))
     wave = np.concatenate(pieces)
     return (wave + 0.001 * rng.standard_normal(len(wave))).astype(np.float32), np.concatenate(labels)
 
 
-def clean_speech(rng, most_words):
+def clean_speech(rng):
     """One utterance of clear speech for pretraining: (words, phones, waveform, sample labels).
 
     In most utterances half of the phones are replaced at random and sound as clear as the rest, so that the model
     learns to listen instead of recalling the words.
     """
     voice = new_voice(rng)
-    words = list(rng.choice(list(LEXICON), rng.integers(1, most_words + 1)))
+    words = list(rng.choice(list(LEXICON), rng.integers(1, 5)))
     replaced = 0.5 if rng.uniform() < 0.7 else 0.0
     sounds, phones = [_silence(rng)], []
     for word in words:
         for phone in LEXICON[word].split():
             phone = str(rng.choice(PHONES)) if rng.uniform() < replaced else phone
             phones.append(phone)
-            breath = rng.uniform(0.0, 0.15)
-            sounds.append(Sound(phone, rng.uniform(0.06, 0.16) * voice.rate, rng.uniform(0.5, 1.2), breath))
+            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.25)}
+            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.98, 1.02)}
+            sounds.append(Sound(phone, seconds, **quality))
         if rng.uniform() < 0.3:
             sounds.append(_silence(rng))
     sounds.append(_silence(rng))
     return words, phones, *synthesise(sounds, voice, rng)
 
 
-def _silence(rng, shortest=0.03, longest=0.12):
-    return Sound(None, rng.uniform(shortest, longest))
+def _silence(rng):
+    return Sound(None, rng.uniform(0.03, 0.12))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,24 +181,15 @@ def learner_speech(rng, voice):
 
 
 def _score(value):
-    low, high = prompts.SCORE_RANGE
-    return int(np.clip(round(value), low, high))
+    return int(np.clip(round(value), *prompts.SCORE_RANGE))
 
 
 def _word_record(word, canonical, mispronunciations):
-    accuracies = [2.0] * len(canonical)
-    for label in mispronunciations:
-        accuracies[label["index"]] = 0.0
-    accuracy = round(10 * sum(accuracies) / (2 * len(canonical)))
-    return {
-        "text": word,
-        "phones": canonical,
-        "phones-accuracy": accuracies,
-        "accuracy": accuracy,
-        "stress": 10,
-        "total": accuracy,
-        "mispronunciations": mispronunciations,
-    }
+    wrong = {label["index"] for label in mispronunciations}
+    accuracies = [0.0 if index in wrong else 2.0 for index in range(len(canonical))]
+    accuracy = round(10 * (1 - len(wrong) / len(canonical)))
+    scores = {"accuracy": accuracy, "stress": 10, "total": accuracy, "phones-accuracy": accuracies}
+    return {"text": word, "phones": canonical, **scores, "mispronunciations": mispronunciations}
 
 
 def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
@@ -210,8 +197,6 @@ def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
 
     speech: makes one utterance, as learner_speech does.
     """
-    import soundfile
-
     rng = np.random.default_rng((seed, 1))
     records, number = {}, 0
     for split, count in speakers.items():
@@ -241,14 +226,19 @@ def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
-
-SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>"),  # the real names of padding, image, audio
-    *(prompts.ASSISTANT, prompts.END, prompts.USER),
-)
+# The real names; the first three are padding, image and audio
+SPECIAL_TOKENS = ("<|endoftext|>", "<|endoftext10|>", "<|endoftext11|>", prompts.ASSISTANT, prompts.END, prompts.USER)
 SPARE_ROWS = 8  # embedding rows beyond the tokenizer's, as the real model has them
-
-
+POSITIONS = 4096
+LAYERS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.04}
+ROTARY = [1.0] * 12  # of 32 dimensions a head, three quarters rotate, as in the real model
+ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+BLOCKS = {"hidden_size": 96, "intermediate_size": 128, "num_blocks": 2, "num_attention_heads": 4}
+CONVOLUTIONS = {"ext_pw_out_channel": 96, "depthwise_separable_out_channel": 96, "nemo_conv_channels": 24}
+POSITION_BIAS = {"bias_max_distance": 100, "initializer_range": 0.04}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}  # sees nothing
+IMAGE = {"image_size": 28, "crop_size": 28, "patch_size": 14}
 QUESTIONS = {"words": "Transcribe the words.", "phones": "Transcribe the phones.", "JSON": "Return as JSON:"}
 
 
@@ -264,73 +254,32 @@ def new_tokenizer():
     answers = [prompts.mdd_target(*lists) for lists in (("", PHONES), (" ".join(LEXICON), reversed(PHONES)))]
     answers += [prompts.apa_target(dict.fromkeys(prompts.SCORES, score)) for score in range(11)]
     answers += [*LEXICON, *PHONES, *(f" {word}" for word in (*LEXICON, *PHONES))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    settings = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, **settings)
     tokenizer.train_from_iterator(answers * 10, trainer)
     lines = {line for prompt in prompts.PROMPTS.values() for line in re.findall(r"[^\n]+\n*", prompt)}
     tokenizer.add_tokens(sorted(lines | set(QUESTIONS.values()), key=len, reverse=True))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        bos_token="<|endoftext|>",
-        model_max_length=4096,
-    )
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **ends)
 
 
 def new_network(tokenizer):
     """A Phi4Multimodal of about a million parameters with random weights."""
     end_of_text, image, audio = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS[:3])
-    rotary = 12  # of 32 dimensions a head, three quarters rotate, as in the real model
-    config = Phi4MultimodalConfig(
+    config = transformers.Phi4MultimodalConfig(
+        **LAYERS,
+        **HEADS,
         vocab_size=len(tokenizer) + SPARE_ROWS,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        original_max_position_embeddings=4096,
-        initializer_range=0.04,
-        tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.75,
-            "short_factor": [1.0] * rotary,
-            "long_factor": [1.0] * rotary,
-        },
+        max_position_embeddings=POSITIONS,
+        original_max_position_embeddings=POSITIONS,
+        rope_parameters={**ROPE, "short_factor": ROTARY, "long_factor": ROTARY},
         bos_token_id=end_of_text,
         eos_token_id=[end_of_text, tokenizer.convert_tokens_to_ids(prompts.END)],
         pad_token_id=end_of_text,
-        audio_config={
-            "hidden_size": 96,
-            "intermediate_size": 128,
-            "num_blocks": 2,
-            "num_attention_heads": 4,
-            "ext_pw_out_channel": 96,
-            "depthwise_separable_out_channel": 96,
-            "nemo_conv_channels": 24,
-            "bias_max_distance": 100,
-            "initializer_range": 0.04,
-            "audio_token_id": audio,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 1,
-            "image_size": 28,
-            "crop_size": 28,
-            "patch_size": 14,
-            "image_token_id": image,
-        },
+        audio_config={**BLOCKS, **CONVOLUTIONS, **POSITION_BIAS, "audio_token_id": audio},
+        vision_config={**VISION, **IMAGE, "image_token_id": image},
     )
-    network = Phi4MultimodalForCausalLM(config)
+    network = transformers.Phi4MultimodalForCausalLM(config)
     # With transformers' small normal weights the signal fades in three ReLU layers, and some seeds never learn to hear.
     for module in network.model.embed_tokens_extend.audio_embed.encoder.embed.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -342,108 +291,115 @@ def new_network(tokenizer):
 # Pretraining
 
 
+@dataclass
+class Clip:
+    words: list[str]
+    phones: list[str]
+    features: torch.Tensor  # (F, 80)
+    labels: np.ndarray  # (A, 2), a phone's index at 20 and 60 of the 80 ms of every embedding; -1 is silence
+    audio: torch.Tensor | None = None  # (A, D), its embeddings, once the encoder has been trained
+
+
 class Pretraining:
-    """Clean synthetic speech to text: the words or the phones, and a little text to JSON."""
+    """Clean synthetic speech to text, in two parts of about the same cost.
+
+    Hearing: audio encoder and projector learn which phone sounds in each frame. Without a loss on each frame no
+    alignment of audio and text appears in so few steps. Writing: the language model learns to write what was heard, the
+    words or the phones, and a little text to JSON. The encoder stays as it is then, so each clip is embedded once.
+    """
 
     BATCH = 32  # clips a step
-    PEAK = 2e-3  # learning rate
-    WARMUP = 0.05  # share of the steps
+    HEARING = 0.2  # share of the steps
+    PEAK = 3e-3  # learning rate
+    WARMUP = 0.05  # share of a part's steps
     BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
-    SINGLE_WORDS = 0.15  # share of the steps, the first ones, on clips of one word
-    WORDS = 0.3  # share of the clips that are to be written as words; the others as phones
+    WORDS = 0.15  # share of the clips that are to be written as words; the others as phones
     TEXT_ONLY = 0.03  # share of examples without audio, so that JSON keys and digits have embeddings
 
     def __init__(self, model, seed, clips):
         self.model = model
         self.rng = np.random.default_rng((seed, 2))
-        # Without a loss on each frame no alignment of audio and text appears in this many steps. Two labels an
-        # embedding, at 20 and 60 of its 80 ms; the head is thrown away.
-        self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 1))
-        self.words, self.clips = self._clips(clips // 4, most_words=1), self._clips(clips, most_words=4)
-
-    def set_normalisation(self):
-        """Mean and deviation of the features, as the real encoder carries them."""
-        features = torch.cat([features for _, _, features, _ in self.clips])  # (sum of F, 80)
-        norm = self.model.core.model.embed_tokens_extend.audio_embed.encoder.encoder_embedding
-        norm.global_mean.copy_(features.mean(0))
-        norm.global_invstd.copy_(1 / features.std(0))
+        self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 1))  # thrown away afterwards
+        self.clips = sorted((self._clip() for _ in range(clips)), key=lambda clip: len(clip.features))
+        features = torch.cat([clip.features for clip in self.clips])  # (sum of F, 80)
+        normalisation = model.audio.encoder.encoder_embedding  # carried by the real encoder, too
+        normalisation.global_mean.copy_(features.mean(0))
+        normalisation.global_invstd.copy_(1 / features.std(0))
 
     def run(self, steps):
-        """Train all weights: the answers, and a phone for every frame."""
-        parameters = [*self.model.parameters(), *self.frame_head.parameters()]
+        """Train all weights, those of the audio first."""
+        hearing = math.ceil(self.HEARING * steps)
+        self._train("hearing", hearing, self._hearing_loss, self.model.audio, self.frame_head)
+        with torch.no_grad():
+            for clip in self.clips:
+                (clip.audio,) = self.model.encode_audio([clip.features])
+        self.model.audio.requires_grad_(False)
+        self._train("writing", steps - hearing, self._writing_loss, self.model)
+
+    def _train(self, name, steps, loss_of, *modules):
+        parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY)
-        bar = tqdm(range(steps), desc="pretraining", unit="step")
+        bar = tqdm(range(steps), desc=name, unit="step")
         for step in bar:
-            progress = step / steps
-            rate = self.PEAK * min((step + 1) / (self.WARMUP * steps), 0.5 * (1 + math.cos(math.pi * progress)))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
-                group["lr"] = rate
-            loss, frame_loss = self._losses(self.words if progress < self.SINGLE_WORDS else self.clips)
-            (loss + frame_loss).backward()
+                group["lr"] = self.PEAK * min((step + 1) / (self.WARMUP * steps), cosine)
+            within = int(len(self.clips) * min(1, 0.25 + 1.5 * step / steps))  # short clips first
+            start = self.rng.integers(max(1, within - self.BATCH + 1))  # neighbours are of one length: little padding
+            loss = loss_of(self.clips[start : start + self.BATCH])
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, self.CLIP)
             optimiser.step()
             optimiser.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}", frames=f"{frame_loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    def _losses(self, clips):
-        rows, chosen = [], []
-        for index in self.rng.integers(len(clips), size=self.BATCH):
-            words, phones, features, frame_labels = clips[index]
-            if self.rng.uniform() < self.TEXT_ONLY:
-                rows.append(self._encode(*self._json_task(words, phones), audio_tokens=0))
-                continue
-            task, answer = ("words", words) if self.rng.uniform() < self.WORDS else ("phones", phones)
-            rows.append(self._encode(QUESTIONS[task], " ".join(answer), audio_tokens=len(frame_labels)))
-            chosen.append((features, frame_labels))
-        audio = self.model.encode_audio([features for features, _ in chosen])
-        batch = data.collate(rows, self.model.pad_id, self.model.audio_id)
-        loss = self.model.loss(batch, audio) / len(batch.targets)
-
+    def _hearing_loss(self, clips):
+        audio = self.model.encode_audio([clip.features for clip in clips])
         logits = self.frame_head(torch.cat(audio)).view(-1, len(PHONES) + 1)  # (2 x sum of A, phones + silence)
-        targets = torch.as_tensor(np.concatenate([labels for _, labels in chosen]).reshape(-1) + 1)
-        return loss, F.cross_entropy(logits, targets)
+        return F.cross_entropy(logits, torch.as_tensor(np.concatenate([clip.labels for clip in clips])).flatten() + 1)
 
-    def _json_task(self, words, phones):
+    def _writing_loss(self, clips):
+        rows, audio = [], []
+        for clip in clips:
+            if self.rng.uniform() < self.TEXT_ONLY:
+                rows.append(self._example(*self._json_task(clip), audio_tokens=0))
+                continue
+            task, answer = ("words", clip.words) if self.rng.uniform() < self.WORDS else ("phones", clip.phones)
+            rows.append(self._example(QUESTIONS[task], " ".join(answer), audio_tokens=len(clip.audio)))
+            audio.append(clip.audio)
+        batch = data.collate(rows, self.model.pad_id, self.model.audio_id)
+        return self.model.loss(batch, audio) / len(batch.targets)
+
+    def _json_task(self, clip):
         if self.rng.uniform() < 0.5:
             scores = {name: int(self.rng.integers(0, 11)) for name in prompts.SCORES}
             return f"{QUESTIONS['JSON']} {' '.join(map(str, scores.values()))}", prompts.apa_target(scores)
-        return f"{QUESTIONS['JSON']} {' '.join(words + phones)}", prompts.mdd_target(" ".join(words), phones)
+        question = f"{QUESTIONS['JSON']} {' '.join(clip.words + clip.phones)}"
+        return question, prompts.mdd_target(" ".join(clip.words), clip.phones)
 
-    def _clips(self, number, most_words):
-        clips = []
-        for _ in range(number):
-            words, phones, wave, labels = clean_speech(self.rng, most_words)
-            clips.append((words, phones, self._features(wave), self._frame_labels(labels)))
-        return clips
+    def _clip(self):
+        words, phones, wave, labels = clean_speech(self.rng)
+        features = self.model.extractor(wave, sampling_rate=data.SAMPLE_RATE)["audio_input_features"][0]
+        starts = np.arange(0, len(features), data.FRAMES_PER_TOKEN) * data.HOP  # (A,)
+        at = starts[:, None] + np.array([20, 60]) * data.SAMPLE_RATE // 1000  # (A, 2)
+        return Clip(words, phones, features, labels[np.minimum(at, len(labels) - 1)])
 
-    def _features(self, wave):
-        return self.model.extractor(wave, sampling_rate=data.SAMPLE_RATE)["audio_input_features"][0]
-
-    def _frame_labels(self, sample_labels):
-        """Phone indices (A, 2) at 20 and 60 ms of every embedding."""
-        frames = (len(sample_labels) - data.FRAME) // data.HOP + 1
-        starts = np.arange(-(-frames // data.FRAMES_PER_TOKEN)) * data.FRAMES_PER_TOKEN * data.HOP
-        at = starts[:, None] + np.array([20, 60]) * data.SAMPLE_RATE // 1000
-        return sample_labels[np.minimum(at, len(sample_labels) - 1)]
-
-    def _encode(self, question, answer, audio_tokens):
+    def _example(self, question, answer, audio_tokens):
         encode = self.model.tokenizer.encode
         prompt = encode(prompts.USER) + [self.model.audio_id] * audio_tokens
         prompt += encode(f"{question}{prompts.END}{prompts.ASSISTANT}")
         return data.Example(None, "pretraining", prompt, encode(answer + prompts.END))
 
 
-def write_model(folder, steps, seed, clips=6000):
+def write_model(folder, steps, seed, clips=3000):
     """Pretrain a tiny model and write it as a checkpoint folder in the real format."""
+    pretrained.quieten()
     torch.manual_seed(seed)
-    tokenizer, extractor = new_tokenizer(), Phi4MultimodalFeatureExtractor()
+    tokenizer, extractor = new_tokenizer(), transformers.Phi4MultimodalFeatureExtractor()
     network = new_network(tokenizer)
     targets = [name for name, _ in network.named_modules() if re.fullmatch(LORA_TARGETS, name)]
     initial = {name: network.get_submodule(name).weight.detach().clone() for name in targets}
-    pretraining = Pretraining(SpeechModel(network, tokenizer, extractor), seed, clips)
-    pretraining.set_normalisation()
-    pretraining.run(steps)
-
+    Pretraining(SpeechModel(network, tokenizer, extractor), seed, clips).run(steps)
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
     speech = split_off_adapter(network, initial)
@@ -472,31 +428,22 @@ def split_off_adapter(network, initial, rank=8):
 
 def main():
     """Write tiny/corpus and tiny/model."""
-    parser = cli.ArgumentParser(
-        description=__doc__, usage="python tiny.py [options]", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("tiny"), help="folder for model/ and corpus/ (tiny)")
-    add = parser.add_argument
-    add("--steps", type=cli.positive_int, default=1000, help="pretraining steps of 32 clips (1000)")
-    add("--train-speakers", type=cli.positive_int, default=50, help="20 utterances each (50)")
-    add("--test-speakers", type=cli.positive_int, default=16, help="others than in training (16)")
-    add("--per-speaker", type=cli.positive_int, default=20, help="utterances (20)")
-    add("--seed", type=cli.seed, default=0, help="of corpus, weights and pretraining (0)")
-    args = parser.parse_args()
-    if args.train_speakers + args.test_speakers > MOST_SPEAKERS or args.per_speaker > MOST_UTTERANCES:
-        parser.error(
-            f"{args.train_speakers:,} + {args.test_speakers:,} speakers of {args.per_speaker:,} utterances "
-            f"are above what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}"
+    settings = cli.parse(Settings, __doc__)
+    speakers = {"train": settings.train_speakers, "test": settings.test_speakers}
+    if sum(speakers.values()) > MOST_SPEAKERS or settings.per_speaker > MOST_UTTERANCES:
+        raise cli.InputError(
+            f"{speakers['train']:,} + {speakers['test']:,} speakers of {settings.per_speaker:,} utterances are above "
+            f"what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}"
         )
-    for folder in (args.output / "corpus", args.output / "model"):
+    corpus, model = settings.output / "corpus", settings.output / "model"
+    for folder in (corpus, model):
         if os.path.lexists(folder):
-            parser.error(f"{folder} exists already: remove it or choose another --output")
-    files.make_folder(args.output, "--output")
-    speakers = {"train": args.train_speakers, "test": args.test_speakers}
-    write_corpus(args.output / "corpus", speakers, args.per_speaker, args.seed)
-    print(f"{args.output}/corpus: {data.describe(data.read_corpus(args.output / 'corpus', 'train'))}")
-    write_model(args.output / "model", args.steps, args.seed)
-    print(f"{args.output}/model: written")
+            raise cli.InputError(f"{folder} exists already: remove it or choose another --output")
+    files.make_folder(settings.output, "--output")
+    write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
+    print(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
+    write_model(model, settings.steps, settings.seed)
+    print(f"{model}: written")
 
 
 if __name__ == "__main__":

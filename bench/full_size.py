@@ -9,33 +9,35 @@ Then every case trains and evaluates in processes of their own, and the peak mem
 defaults, and says how many hours its three epochs would take.
 """
 
-import argparse
+from dataclasses import dataclass
 import json
 import os
+from pathlib import Path
 import re
 import shutil
 import signal
+from statistics import mean
 import subprocess
 import sys
 import time
-from pathlib import Path
-from statistics import mean
+from typing import Literal
 
 import workload  # first: it finds the project
 
 # isort: split
-import readme
-import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+import readme
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+import torch
 from transformers import (
     Phi4MultimodalConfig,
     Phi4MultimodalFeatureExtractor,
     Phi4MultimodalForCausalLM,
     PreTrainedTokenizerFast,
 )
+import tyro
 
 import data
 import model as models
@@ -64,20 +66,7 @@ CASES = {
 }
 UTTERANCES = 320  # in each part of the corpus: 640 examples, ten of the paper's steps
 TRAINING = {
-    "cpu": [
-        "--dtype",
-        "bfloat16",
-        "--limit",
-        "1",
-        "--batch-size",
-        "2",
-        "--accumulation",
-        "1",
-        "--micro-batch",
-        "1",
-        "--epochs",
-        "1",
-    ],
+    "cpu": "--dtype bfloat16 --limit 1 --batch-size 2 --accumulation 1 --micro-batch 1 --epochs 1".split(),
     "cuda": f"--limit {UTTERANCES} --epochs 1".split(),
 }
 EVALUATION = {"cpu": ["--limit", "1", "--max-new-tokens", "8"], "cuda": ["--limit", "16"]}
@@ -85,8 +74,8 @@ WARM = 3  # steps after which the others take equally long
 # The scripts refuse a model of this size where there is no GPU, since nobody would wait for it. What it takes is the
 # question here, so their limit is raised; all else is as typed.
 LAUNCHER = (
-    "import runpy, sys, model; model.LARGEST_CPU_MODEL *= 10; del sys.argv[0]; runpy.run_path(sys.argv[0], "
-    "run_name='__main__')"
+    "import runpy, sys; from support import pretrained; pretrained.LARGEST_CPU_MODEL *= 10; del sys.argv[0]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,16 +205,8 @@ def own_memory(process):
 
 def train(case, folder, output, *more, stop_at=None):
     """Figures of train.py in a case; `step`: mean seconds of the steps after the first ones."""
-    where = [
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "corpus",
-        "--output",
-        output,
-        "--audio-cache",
-        output / "audio-cache",
-    ]
+    where = ["--model", folder / "model", "--data", folder / "corpus"]
+    where += ["--output", output, "--audio-cache", output / "audio-cache"]
     figures = run("train.py", [*where, *TRAINING[kind()], *CASES[case], *more], stop_at)
     steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     if kind() == "cuda":
@@ -254,17 +235,20 @@ def kind():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass
+class Settings:
+    folder: tyro.conf.Positional[Path]  # for checkpoint, corpus and runs
+    only: tuple[Literal[tuple(CASES)], ...] = tuple(CASES)  # these cases
+
+
 def main():
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="for checkpoint, corpus and runs")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="these cases (default: all)")
-    options = parser.parse_args()
-    folder = options.folder.resolve()
+    settings = cli.parse(Settings, __doc__)
+    folder = settings.folder.resolve()
     with files.lock(folder, "full_size", "DIR"):
         write_inputs(folder, workload.FULL, UTTERANCES)
         path = folder / f"figures-{kind()}.json"
         figures = json.loads(path.read_text()) if path.exists() else {}
-        for case in options.only:
+        for case in settings.only:
             figures[case] = measure(case, folder)
             with files.whole(path) as temporary:
                 temporary.write_text(json.dumps(figures, indent=1))

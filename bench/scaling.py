@@ -8,16 +8,15 @@ own. "held" is memory of the process' own before the step and after all that; pa
 not in it. Linux only.
 """
 
-import argparse
 import ctypes
+from dataclasses import dataclass
 import gc
 import json
+from pathlib import Path
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import workload  # first: it finds the project
 from workload import clock
@@ -25,16 +24,17 @@ from workload import clock
 # isort: split
 import numpy as np
 import torch
+import tyro
 
 import data
-import loader
 import model as models
-import runtime
+from support import cli, files, memory
+from support.workers import load_steps
 import train
-from support import cli, files
 
 SIZES = (250, 1_000, 5_000, 50_000)
-STEP, MICRO_BATCH, WORKERS, SEED = 64, 8, models.default_workers(), 0  # as in train.py
+STEP, MICRO_BATCH, SEED = 64, 8, 0  # as in train.py
+WORKERS = 2 if torch.cuda.is_available() else 0
 MOST_TOKENS = 2048  # of an example, train.py's --max-tokens
 
 
@@ -56,8 +56,6 @@ def repeat(source, folder, utterances):
     (folder / "resource" / "scores.json").write_text(json.dumps(records))
     for name, lines in (("wav.scp", recordings), ("utt2spk", speakers)):
         (folder / "train" / name).write_text("\n".join(lines) + "\n")
-    for name in ("spk2age", "spk2gender"):
-        (folder / "train" / name).write_text(files.read_text(source / "train" / name))
 
 
 def held():
@@ -82,14 +80,13 @@ def measure(folder):
     checked, started_gb = clock(), held()
     with tempfile.TemporaryDirectory() as cache:
         model.keep_audio(cache)
-        settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=1.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0)
         weights = models.trained_parameters(model)
-        optimiser = train.new_optimiser(weights, settings)
+        optimiser = torch.optim.AdamW(weights.values(), fused=True)
         # the same step for every size: the recordings that are repeated
         order = data.epoch_steps(min(len(examples), SIZES[0]), STEP, SEED, epoch=1)
-        with loader.load_steps(examples, order, MICRO_BATCH, model.prepare, WORKERS) as prepared:
-            supervised, share = next(prepared)
-        train.train_step(model, weights, optimiser, supervised, share, 1, settings)
+        with load_steps(examples, order, MICRO_BATCH, model.prepare, WORKERS) as prepared:
+            supervised, micro_batches = next(prepared)
+        train.train_step(model, weights, optimiser, micro_batches, supervised, clip=1.0, number=1)
         stepped = clock()
         embed(model, utterances)
     return {
@@ -98,7 +95,7 @@ def measure(folder):
         "first_step": stepped - checked,
         "started_gb": started_gb,
         "held_gb": held(),
-        "peak_gb": runtime.peak_memory(),
+        "peak_gb": memory.peak(),
     }
 
 
@@ -113,27 +110,30 @@ def embed(model, utterances):
         assert embeddings.shape == (utterances[index].audio_tokens, width)
 
 
+@dataclass
+class Settings:
+    data: str | None = None  # corpus folder to repeat; not given: noise of the corpus' lengths
+    sizes: tuple[cli.Count, ...] = SIZES  # utterances
+    alone: tyro.conf.Suppress[str | None] = None  # a corpus, for a process of its own
+
+
 def main():
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="corpus folder to repeat (default: noise of the corpus' lengths)")
-    parser.add_argument("--sizes", type=cli.positive_int, nargs="+", default=SIZES, help="utterances (250 to 50,000)")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.alone:
-        print(json.dumps(measure(options.alone)))
+    settings = cli.parse(Settings, __doc__)
+    if settings.alone:
+        print(json.dumps(measure(settings.alone)))
         return
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        if options.data is None:
+        if settings.data is None:
             workload.write_corpus(Path(folder) / "source", SIZES[0])
-        for size in options.sizes:
+        for size in settings.sizes:
             corpus = Path(folder) / str(size)
-            repeat(Path(options.data or Path(folder) / "source").resolve(), corpus, size)
+            repeat(Path(settings.data or Path(folder) / "source").resolve(), corpus, size)
             command = [sys.executable, __file__, "--alone", str(corpus)]
             result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             figures[size] = json.loads(result.stdout.splitlines()[-1])
             print(f"{size:,} utterances: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[size].items()))
-    corpus = "speechocean762" if options.data else "noise"
+    corpus = "speechocean762" if settings.data else "noise"
     workload.write_result("scaling-scaled", {"model": "scaled", "corpus": corpus, "sizes": figures})
 
 

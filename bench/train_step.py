@@ -11,14 +11,14 @@ recordings have not been embedded before, "known" ones have, which makes a diffe
 paper's three epochs an example's recording is new once in six times.
 """
 
-import argparse
+from dataclasses import dataclass
 import importlib.metadata
 import json
+from pathlib import Path
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import workload  # first: it finds the project
 from workload import clock
@@ -29,17 +29,17 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
+import tyro
 
 import data
-import loader
 import model as models
-import runtime
+from support import cli, memory
+from support.workers import load_steps
 import train
-from support import cli
 
 STEP = 64  # examples, each of another utterance; paper 4.2
 MICRO_BATCH, RATE, CLIP = 8, 2e-5, 1.0  # paper 4.2; clipping as in train.py
-WORKERS = models.default_workers()
+WORKERS = 2 if torch.cuda.is_available() else 0
 SEED = 0
 
 
@@ -53,20 +53,18 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
         model.compile_layers()
-    settings = SimpleNamespace(micro_batch=MICRO_BATCH, clip=CLIP, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
     weights = models.trained_parameters(model)
-    optimiser = train.new_optimiser(weights, settings)
-    optimiser.param_groups[0]["lr"] = RATE
+    optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, fused=True)
     model.keep_audio(folder)
     model.train()
     examples = [example for step in steps for example in step]
     indices = np.arange(len(examples)).reshape(len(steps), -1)
     measured, ended = [], clock()
-    with loader.load_steps(examples, indices, MICRO_BATCH, model.prepare, WORKERS) as prepared:
-        for number, (supervised, share) in enumerate(prepared, 1):
-            line = train.train_step(model, weights, optimiser, supervised, share, number, settings)
+    with load_steps(examples, indices, MICRO_BATCH, model.prepare, WORKERS) as prepared:
+        for number, (supervised, micro_batches) in enumerate(prepared, 1):
+            line = train.train_step(model, weights, optimiser, micro_batches, supervised, CLIP, number)
             started, ended = ended, clock()
-            line["work"] = sum(operations(model, micro_batch) for micro_batch in share)
+            line["work"] = sum(operations(model, micro_batch) for micro_batch in micro_batches)
             measured.append(line | {"seconds": ended - started})
     return measured
 
@@ -131,7 +129,7 @@ class Unpadded(nn.Module):
     def forward(self, input_ids, audio_input_features, audio_attention_mask, audio_embed_sizes, **rest):
         frames = audio_attention_mask.sum(dim=1).tolist()
         with torch.no_grad():
-            audio = self.model.embed_audio([f[:length] for f, length in zip(audio_input_features, frames)])
+            audio = self.model.encode_audio([f[:length] for f, length in zip(audio_input_features, frames)])
         embeds = self.model.core.get_input_embeddings()(input_ids)
         placeholders = (input_ids == self.model.audio_id)[..., None]
         return self.model.core(inputs_embeds=embeds.masked_scatter(placeholders, torch.cat(audio).to(embeds)), **rest)
@@ -211,13 +209,15 @@ def run_trainer(
 
 def plain_batch(examples, model):
     """What the model's own forward takes: padded ids, labels and features."""
-    batch = {key: torch.as_tensor(value) for key, value in data.collate(examples, model.pad_id).items()}
-    lengths = torch.tensor([len(example) for example in examples])
+    ids = [torch.tensor(example.prompt_ids + example.answer_ids) for example in examples]
+    labels = [torch.tensor([data.IGNORE] * len(e.prompt_ids) + e.answer_ids) for e in examples]
     # One at a time: the extractor fails on some sets of lengths
     features = [torch.as_tensor(data.log_mel(example.utterance, model.extractor)) for example in examples]
     frames = torch.tensor([len(feature) for feature in features])
-    return batch | {
-        "attention_mask": (torch.arange(max(lengths)) < lengths[:, None]).long(),
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=model.pad_id),  # (B, T)
+        "labels": pad_sequence(labels, batch_first=True, padding_value=data.IGNORE),  # (B, T)
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),  # (B, T)
         "audio_input_features": pad_sequence(features, batch_first=True),  # (B, longest F, 80)
         "audio_attention_mask": torch.arange(max(frames)) < frames[:, None],  # (B, longest F)
         "audio_embed_sizes": torch.tensor([example.utterance.audio_tokens for example in examples]),
@@ -236,7 +236,7 @@ def operations(model, batch):
     """
     rows, longest = batch.input_ids.shape
     per_token = 0
-    for name, parameter in model.core.model.layers.named_parameters():
+    for parameter in model.core.model.layers.parameters():
         if parameter.ndim == 2:  # stored as bytes of two values each where quantised
             count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
             per_token += count * (3 if parameter.requires_grad else 2)
@@ -271,7 +271,7 @@ def measure(name, corpus, full):
     contestant, how = CONTESTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
         steps = contestant(model, [examples[:STEP], examples[STEP:], examples[STEP:]], folder, **how)
-    return {"steps": steps, "peak_gb": runtime.peak_memory()}
+    return {"steps": steps, "peak_gb": memory.peak()}
 
 
 def compare(names, runs, corpus, full):
@@ -293,44 +293,40 @@ def compare(names, runs, corpus, full):
     return found
 
 
+@dataclass
+class Settings:
+    data: str | None = None  # corpus folder; not given: noise of the corpus' lengths
+    full: bool = False  # the full-size model; needs a CUDA GPU
+    runs: cli.Count = 5  # of each contestant
+    contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = tuple(CONTESTANTS)
+    alone: tyro.conf.Suppress[str | None] = None  # a contestant, for a process of its own
+    result: tyro.conf.Suppress[Path | None] = None  # where that one writes its figures
+
+
 def main():
-    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="corpus folder (default: noise of the corpus' lengths)")
-    parser.add_argument("--full", action="store_true", help="the full-size model; needs a CUDA GPU")
-    parser.add_argument("--runs", type=cli.positive_int, default=5, help="of each contestant (5)")
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=CONTESTANTS,
-        default=list(CONTESTANTS),
-        metavar="NAME",
-        help=", ".join(CONTESTANTS),
-    )
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.full and not torch.cuda.is_available():
-        parser.error("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
-    if options.data:
-        data.find_corpus(options.data, None)
-    if options.alone:
-        options.result.write_text(json.dumps(measure(options.alone, options.data, options.full)))
+    settings = cli.parse(Settings, __doc__)
+    if settings.full and not torch.cuda.is_available():
+        raise cli.InputError("--full needs a CUDA GPU and this machine has none: leave it out for the scaled model")
+    if settings.data:
+        data.find_corpus(settings.data, None)
+    if settings.alone:
+        settings.result.write_text(json.dumps(measure(settings.alone, settings.data, settings.full)))
         return
-    skipped = {name: reason for name in options.contestants if (reason := why_not(name))}
+    skipped = {name: reason for name in settings.contestants if (reason := why_not(name))}
     for name, reason in skipped.items():
         print(f"skipped: {name}: {reason}")
     with tempfile.TemporaryDirectory() as folder:
-        if options.data is None:
+        if settings.data is None:
             workload.write_corpus(Path(folder), 2 * STEP)
-        names = [name for name in options.contestants if name not in skipped]
-        runs = compare(names, options.runs, options.data or folder, options.full)
+        names = [name for name in settings.contestants if name not in skipped]
+        runs = compare(names, settings.runs, settings.data or folder, settings.full)
     dtype, size = (torch.bfloat16, 8192) if torch.cuda.is_available() else (torch.float32, 2048)
-    name = "full" if options.full else "scaled"
+    name = "full" if settings.full else "scaled"
     workload.write_result(
         f"train_step-{name}",
         {
             "model": name,
-            "corpus": "speechocean762" if options.data else "noise",
+            "corpus": "speechocean762" if settings.data else "noise",
             "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
             "matrix_peak": workload.matrix_peak(dtype, size),
             "skipped": skipped,

@@ -157,6 +157,13 @@ def load_reading(folder, what):
     return tokenizer, extractor
 
 
+def quieten():
+    """Silence what transformers says while it loads and saves: no user can act on it."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def load_network(folder, what, dtype, attention, four_bit_layers=None):
     """The bare checkpoint, without its speech adapter, where it will compute.
 
@@ -164,10 +171,7 @@ def load_network(folder, what, dtype, attention, four_bit_layers=None):
     """
     if (folder / WEIGHTS_INDEX).exists():
         files.read_json(folder / WEIGHTS_INDEX, WeightsIndex)
-    # Messages that no user of these scripts can act on; what is missing is checked here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten()
     with loading(what):
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
             folder,

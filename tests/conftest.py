@@ -22,7 +22,9 @@ import torch
 
 import data
 import model as models
+from support import cli, pretrained
 import tiny
+import train
 
 torch.set_num_threads(1)  # tests run in several processes; the same numbers on every machine
 
@@ -68,7 +70,7 @@ def write_large_model(folder):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "phi4_multimodal"}')
     with open(folder / "model-00001-of-00002.safetensors", "wb") as file:
-        file.truncate(int(models.LARGEST_CPU_MODEL) + 1)
+        file.truncate(int(pretrained.LARGEST_CPU_MODEL) + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -116,18 +118,44 @@ def new_model(checkpoint):
     return make
 
 
-@pytest.fixture
-def examples(new_model, utterances):
-    model = new_model()
+@pytest.fixture(scope="session")
+def examples(checkpoint, utterances):
+    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "none")
     return list(data.Examples(utterances, model.tokenizer, model.audio_id))
 
 
+def settings(patch, *arguments):
+    """Settings of train.py, as its main function takes them from the command line."""
+    patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    chosen = cli.parse(train.Settings, train.__doc__)
+    train.check(chosen)
+    train.resolve(chosen)
+    return chosen
+
+
 @pytest.fixture(scope="session")
-def run(checkpoint, corpus, tmp_path_factory):
+def where(checkpoint, corpus):
+    """Arguments that name the tiny model and corpus."""
+    return ["--model", checkpoint, "--data", corpus]
+
+
+@pytest.fixture(scope="session")
+def short_run(where):
+    """Trains two epochs of two steps into out/, in this process, with a checkpoint after each step."""
+    sizes = "--limit 8 --epochs 2 --batch-size 4 --accumulation 2 --learning-rate 3e-3 --save-minutes 1e-6".split()
+
+    def start(patch, *arguments):
+        rank = [] if {"full", "continue"} & {*arguments} else ["--rank", 4, "--alpha", 8]
+        train.train(settings(patch, *where, *sizes, *rank, *arguments))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(where, tmp_path_factory):
     """A finished run of train.py, as a user starts it: the folder it was started in, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    sizes = ["--limit", 10, "--epochs", 2, "--rank", 4, "--alpha", 8, "--batch-size", 4, "--accumulation", 2]
-    where = ["--model", checkpoint, "--data", corpus]
-    result = script(ROOT / "train.py", *where, *sizes, "--learning-rate", 1e-2, cwd=folder)
+    sizes = "--limit 10 --epochs 2 --rank 4 --alpha 8 --batch-size 4 --accumulation 2 --learning-rate 1e-2".split()
+    result = script(ROOT / "train.py", *where, *sizes, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder, result

@@ -2,8 +2,8 @@
 
 import ast
 
-import pytest
 from conftest import ROOT
+import pytest
 
 METHOD = ("prompts", "data", "model", "train", "metrics", "evaluate", "tiny")  # the files of the root
 HEAVY = {"torch", "transformers", "peft"}

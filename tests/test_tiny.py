@@ -2,16 +2,17 @@ import copy
 import json
 import re
 
+from conftest import ROOT, script
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from transformers import Phi4MultimodalFeatureExtractor
 
 import data
 import model as models
 import prompts
-import tiny
 from support import cli
+import tiny
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,18 @@ def test_the_same_seed_writes_the_same_corpus_and_another_seed_another(corpus, t
         assert (tmp_path / "same" / file.relative_to(corpus)).read_bytes() == file.read_bytes()
 
 
+def test_pretraining_changes_the_encoder_first_and_then_leaves_it_as_each_clip_was_heard(tokenizer):
+    torch.manual_seed(0)
+    model = models.SpeechModel(tiny.new_network(tokenizer), tokenizer, Phi4MultimodalFeatureExtractor())
+    initial = copy.deepcopy(model.core.state_dict())
+    pretraining = tiny.Pretraining(model, seed=0, clips=8)
+    pretraining.run(steps=5)
+    for clip in pretraining.clips:
+        assert torch.equal(model.encode_audio([clip.features])[0], clip.audio)
+    changed = {name for name, weight in model.core.state_dict().items() if not torch.equal(weight, initial[name])}
+    assert any("audio_embed.encoder" in name for name in changed) and "model.layers.2.mlp.down_proj.weight" in changed
+
+
 def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer):
     torch.manual_seed(0)
     network = tiny.new_network(tokenizer).eval()
@@ -121,15 +134,15 @@ def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seed", "-1"], "-1 is not a whole number from 0 to"),
-        (["--seed", "9" * 30], "is not a whole number from 0 to"),
-        (["--steps", "9" * 30], "is not a whole number from 1 to"),
+        (["--seed", "-1"], "--seed -1: "),
+        (["--seed", "9" * 30], "--seed 9{30}: "),
+        (["--steps", "9" * 30], "--steps 9{30}: "),
         (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
         (["--train-speakers", "9999"], "9,999 . 16 speakers"),
         (["--output", ""], "--output is empty"),
         (["--output=", "--steps", "1"], "--output is empty"),
-        (["--output", "a\nb"], "a.nb' is not UTF-8 or holds a control character"),
-        (["--output", "/dev/null/x"], "cannot write into /dev/null/x: Not a directory; choose another --output"),
+        (["--output", "a\nb"], "a.nb' .* control character"),
+        (["--output", "/dev/null/x"], "/dev/null/x: .*another --output"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_nothing_is_written(monkeypatch, tmp_path, arguments, message):
