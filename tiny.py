@@ -40,7 +40,7 @@ class Settings:
     """What to write, and how much of it."""
 
     output: Path = Path("tiny")  # folder for model/ and corpus/
-    steps: cli.Count = 1100  # of pretraining, on 32 clips each
+    steps: cli.Count = 1000  # of pretraining, on 32 clips each
     train_speakers: cli.Count = 50  # 20 utterances each
     test_speakers: cli.Count = 16  # others than in training
     per_speaker: cli.Count = 20  # utterances
@@ -117,8 +117,8 @@ def clean_speech(rng):
         for phone in LEXICON[word].split():
             phone = str(rng.choice(PHONES)) if rng.uniform() < replaced else phone
             phones.append(phone)
-            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.25)}
-            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.98, 1.02)}
+            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.35)}
+            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.97, 1.03)}
             sounds.append(Sound(phone, seconds, **quality))
         if rng.uniform() < 0.3:
             sounds.append(_silence(rng))
@@ -344,8 +344,7 @@ class Pretraining:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
                 group["lr"] = self.PEAK * min((step + 1) / (self.WARMUP * steps), cosine)
-            within = int(len(self.clips) * min(1, 0.25 + 1.5 * step / steps))  # short clips first
-            start = self.rng.integers(max(1, within - self.BATCH + 1))  # neighbours are of one length: little padding
+            start = self.rng.integers(max(1, len(self.clips) - self.BATCH + 1))  # of similar length: little padding
             loss = loss_of(self.clips[start : start + self.BATCH])
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, self.CLIP)
