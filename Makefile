@@ -7,7 +7,7 @@ PYTHON ?= python3
 SEED ?= 0
 PRETRAINING_STEPS ?= 1100
 TRAIN_SPEAKERS ?= 50
-EPOCHS ?= 3
+EPOCHS ?= 4
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
 
 .PHONY: demo test check
@@ -19,7 +19,7 @@ demo: .venv/installed
 	.venv/bin/python tiny.py --steps $(PRETRAINING_STEPS) --train-speakers $(TRAIN_SPEAKERS) --seed $(SEED)
 	rm -rf out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl out/curves.png \
 		out/predictions.jsonl.part out/report.html out/settings.json
-	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3 \
+	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 4e-3 \
 		--batch-size 8 --accumulation 1 --epochs $(EPOCHS) --seed $(SEED)
 	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected
 	.venv/bin/python -m analysis.report out/

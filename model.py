@@ -315,13 +315,16 @@ class SpeechModel(LearningModel):
     def generate(self, examples, audio, max_new_tokens):
         """Greedy answers to a batch of questions. In one of both tasks the shorter answers take no steps of their own.
 
+        Each task's prompts are read apart: APA's are three times as long as MDD's, and padding takes as long as text.
         audio: list of (A, D), one for each example. Returns a list of (text, number of tokens, truncated); truncated:
         the limit came before <|end|>.
         """
         stop = {self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id}
         written = [[] for _ in examples]  # token ids
-        rows = list(range(len(examples)))  # of the batch: which example each is
-        hidden, state = self._read_prompts(examples, audio)
+        by_task = [[i for i, example in enumerate(examples) if example.task == task] for task in prompts.TASKS]
+        read = [self._read_prompts([examples[i] for i in part], [audio[i] for i in part]) for part in by_task if part]
+        rows = sum(by_task, [])  # of the batch: which example each is
+        hidden, state = torch.cat([ends for ends, _ in read]), _join([state for _, state in read])
         for step in range(max_new_tokens):
             tokens = self._likeliest(hidden)  # (B,)
             for row, token in zip(rows, tokens.tolist()):
@@ -388,6 +391,19 @@ class SpeechModel(LearningModel):
             use_cache=True,
         )
         return output.last_hidden_state[:, -1], (output.past_key_values, mask)
+
+
+def _join(states):
+    """One state of several: their rows one after the other, the shorter ones padded on the right."""
+    cache, mask = max(states, key=lambda state: state[1].shape[1])  # its layers take the others in
+    missing = [mask.shape[1] - shorter.shape[1] for _, shorter in states]
+    for number, layer in enumerate(cache.layers):
+        layers = [joined.layers[number] for joined, _ in states]
+        layer.keys, layer.values = (
+            torch.cat([F.pad(getattr(part, name), (0, 0, 0, pad)) for part, pad in zip(layers, missing)])
+            for name in ("keys", "values")
+        )
+    return cache, torch.cat([F.pad(shorter, (0, pad)) for (_, shorter), pad in zip(states, missing)])
 
 
 def _select(state, rows):

@@ -48,10 +48,8 @@ class Settings:
 
 
 MOST_SPEAKERS, MOST_UTTERANCES = 9_999, 99_999  # four digits of an id name the speaker, five the utterance
-ENTRIES = """
-WE W IY, SEE S IY, IT IH T, NINE N AY N, FIVE F AY V, BEAR B EH R, CALL K AO L, MARK M AA R K, THREE TH R IY,
-ZERO Z IY R OW, SEVEN S EH V AH N, CHINA CH AY N AH
-"""
+ENTRIES = """WE W IY, SEE S IY, IT IH T, NINE N AY N, FIVE F AY V, BEAR B EH R, CALL K AO L, MARK M AA R K,
+THREE TH R IY, ZERO Z IY R OW, SEVEN S EH V AH N, CHINA CH AY N AH"""
 LEXICON = dict(entry.strip().split(" ", 1) for entry in ENTRIES.split(","))
 PHONES = sorted({phone for phones in LEXICON.values() for phone in phones.split()})
 LOW_TONES = (250, 400, 620, 900, 1250)  # Hz; a phone is one low and one high tone, all pairs distinct
@@ -119,8 +117,8 @@ def clean_speech(rng):
         for phone in LEXICON[word].split():
             phone = str(rng.choice(PHONES)) if rng.uniform() < replaced else phone
             phones.append(phone)
-            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.35)}
-            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.97, 1.03)}
+            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.25)}
+            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.98, 1.02)}
             sounds.append(Sound(phone, seconds, **quality))
         if rng.uniform() < 0.3:
             sounds.append(_silence(rng))
@@ -183,8 +181,7 @@ def learner_speech(rng, voice):
 
 
 def _score(value):
-    low, high = prompts.SCORE_RANGE
-    return int(np.clip(round(value), low, high))
+    return int(np.clip(round(value), *prompts.SCORE_RANGE))
 
 
 def _word_record(word, canonical, mispronunciations):
@@ -347,7 +344,8 @@ class Pretraining:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
                 group["lr"] = self.PEAK * min((step + 1) / (self.WARMUP * steps), cosine)
-            start = self.rng.integers(max(1, len(self.clips) - self.BATCH + 1))  # of similar length: little padding
+            within = int(len(self.clips) * min(1, 0.25 + 1.5 * step / steps))  # short clips first
+            start = self.rng.integers(max(1, within - self.BATCH + 1))  # neighbours are of one length: little padding
             loss = loss_of(self.clips[start : start + self.BATCH])
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, self.CLIP)
@@ -402,7 +400,6 @@ def write_model(folder, steps, seed, clips=3000):
     targets = [name for name, _ in network.named_modules() if re.fullmatch(LORA_TARGETS, name)]
     initial = {name: network.get_submodule(name).weight.detach().clone() for name in targets}
     Pretraining(SpeechModel(network, tokenizer, extractor), seed, clips).run(steps)
-
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
     speech = split_off_adapter(network, initial)

@@ -90,7 +90,7 @@ def both(model, utterances, task, limit, size):
 
 @contextmanager
 def ended(model, limits):
-    """End the answers of a batch of both tasks, the first task in every other row, after so many tokens of each."""
+    """End the answers of a batch of both tasks, which stand one after the other, after so many tokens of each."""
     likeliest, step, end = model._likeliest, 0, model.tokenizer.convert_tokens_to_ids(prompts.END)
 
     def limited(hidden):
@@ -99,7 +99,8 @@ def ended(model, limits):
         tokens = likeliest(hidden)
         for first, limit in enumerate(limits):
             if step == limit < max(limits):
-                tokens[first :: len(limits)] = end
+                part = len(tokens) // len(limits)
+                tokens[first * part : (first + 1) * part] = end
             elif step == limit:
                 tokens[:] = end
         return tokens

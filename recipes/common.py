@@ -3,28 +3,29 @@
 Adapters, quantisation and transformers are imported where they are used: sign_language.py does without.
 """
 
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
+from pathlib import Path
 import resource
 import sys
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import asdict, fields
-from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
+import torch
 from tqdm import tqdm
 
 import data
 import metrics
 from support import cli, files
 
+HUB = "checkpoint in safetensors, as a folder, or as a hub id that can be reached"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -98,8 +99,8 @@ def quieten():
 
 @contextmanager
 def loading(flag, name, kind):
-    """Turns a library's failure to load the folder or hub id `name` into an InputError that says what to do."""
-    remedy = f"{flag} needs a folder with {kind} in safetensors, or a hub id that can be reached"
+    """Turns a library's failure to load the file, folder or hub id `name` into an InputError that asks for a `kind`."""
+    remedy = f"{flag} needs {kind}"
     if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
         # Not a hub id, which would be asked for again and again where there is no network
         raise cli.InputError(f"{flag} {name} does not exist: {remedy}")

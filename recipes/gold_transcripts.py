@@ -19,16 +19,16 @@ Shapes: S samples, F frames, V symbols of the recogniser (its blank included), C
 batch, T tokens of the longest prompt and its answer.
 """
 
-import json
-import math
-import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+import json
+import math
 from pathlib import Path
+import re
+import sys
+import time
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tqdm import tqdm
+import transformers
 
 import data
 import metrics
 from recipes import common
-from support import cli, files
+from support import cli, files, sound
 
 
 @dataclass
@@ -138,10 +138,6 @@ def check(settings):
         raise cli.InputError(f"--split {settings.split} is a part of --data: leave it out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Recordings
-
-
 @dataclass(frozen=True)
 class Sample:
     id: str
@@ -155,17 +151,17 @@ def read_samples(settings):
     """All recordings, checked. Raises InputError with one line for every one that cannot be used."""
     if settings.data:
         utterances = data.read_corpus(settings.data, settings.split, limit=settings.limit)
-        return [Sample(u.id, "all", u.speaker, partial(data.read_audio, u.recording), u.text) for u in utterances]
+        return [Sample(u.id, "all", u.speaker, partial(sound.read_audio, u.recording), u.text) for u in utterances]
     root = settings.audio_dir
     folders = {name: root / name for name in CONDITIONS if (root / name).is_dir()} or {"all": root}
-    found = [(name, path) for name, folder in folders.items() for path in data.sound_files(folder)[: settings.limit]]
+    found = [(name, path) for name, folder in folders.items() for path in sound.sound_files(folder)[: settings.limit]]
 
     def read(found):
         condition, path = found
-        data.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
+        sound.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
         # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
         name = str(path.relative_to(folders[condition]).with_suffix(""))
-        return Sample(str(path.relative_to(root)), condition, name, partial(data.read_sound_file, path, LONGEST), None)
+        return Sample(str(path.relative_to(root)), condition, name, partial(sound.read_sound_file, path, LONGEST), None)
 
     return common.every(found, read, f"recordings of {root}")
 
@@ -183,7 +179,7 @@ class Recogniser:
 
     def __init__(self, name, time_mask):
         """name: folder or hub id; time_mask: mask_time_prob. Raises InputError when it cannot be loaded."""
-        with common.loading("--recogniser", name, "a Wav2Vec2ForCTC"):
+        with common.loading("--recogniser", name, f"a Wav2Vec2ForCTC {common.HUB}"):
             self.processor = transformers.Wav2Vec2Processor.from_pretrained(name)
             self.network, loaded = transformers.Wav2Vec2ForCTC.from_pretrained(
                 name, use_safetensors=True, dtype=torch.float32, mask_time_prob=time_mask, output_loading_info=True
@@ -214,10 +210,6 @@ class Recogniser:
     def encode(self, text):
         """Symbols of a normalised text, a list of C ids."""
         return [self.letters[character] for character in text]
-
-    def frames(self, samples):
-        """How many frames a recording of so many samples becomes."""
-        return int(self.network._get_feat_extract_output_lengths(samples))
 
     def logits(self, audio):
         """(S,) -> (F, V), float32."""
@@ -253,7 +245,7 @@ class Llm:
         """name: folder or hub id; quantize: None or "nf4". Raises InputError when it cannot be loaded."""
         dtype = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32
         options = {"dtype": dtype, "use_safetensors": True, "quantization_config": common.nf4(quantize, dtype)}
-        with common.loading("without an LLM there is no gold: --llm", name, "a chat model"):
+        with common.loading("without an LLM there is no gold: --llm", name, f"a chat model's {common.HUB}"):
             # Left: an answer continues the last token of its row, which may not be padding
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
             self.network = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
@@ -280,9 +272,8 @@ class Llm:
     def rewrite(self, transcripts):
         """One answer for each transcript, as written; None for one that did not end in max_new_tokens."""
         chats = [[{"role": "user", "content": PROMPT.format(transcript=transcript)}] for transcript in transcripts]
-        inputs = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(self.network.device)
+        options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+        inputs = self.tokenizer.apply_chat_template(chats, **options).to(self.network.device)
         new = self.network.generate(**inputs)[:, inputs["input_ids"].shape[1] :]  # (B, T)
         ended = [not self.ends.isdisjoint(row) for row in new.tolist()]
         answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -376,7 +367,7 @@ def choose_training(lines, samples, recogniser):
         if line["gold"] and line["gold"] != line["baseline"]:
             target, sample = recogniser.encode(line["gold"]), by_id[line["id"]]
             needed = len(target) + sum(a == b for a, b in zip(target, target[1:]))
-            if recogniser.frames(len(sample.audio())) < max(needed, span):
+            if recogniser.network._get_feat_extract_output_lengths(len(sample.audio())) < max(needed, span):
                 too_short.append(sample.id)
             else:
                 chosen.append((sample, target))
@@ -384,7 +375,7 @@ def choose_training(lines, samples, recogniser):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training and evaluation
 
 
 def train(recogniser, chosen, settings):
@@ -414,10 +405,6 @@ def ctc_loss(logits, target, blank):
     target = torch.tensor(target, device=logits.device)
     lengths = torch.tensor(len(logits)), torch.tensor(len(target))
     return F.ctc_loss(logits.log_softmax(dim=-1), target, *lengths, blank=blank, reduction="sum")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
 
 
 def compare(lines, reference, before, after):

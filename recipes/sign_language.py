@@ -15,26 +15,26 @@ feature statistics, vocabulary, settings and declaration. --evaluate writes resu
 Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
 """
 
-import csv
-import json
-import math
-import sys
-import time
-import zipfile
-import zlib
 from collections import Counter, defaultdict
+import csv
 from dataclasses import dataclass
 from functools import partial
+import json
+import math
 from pathlib import Path
+import sys
+import time
 from typing import Annotated, Any, Literal, NamedTuple
+import zipfile
+import zlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, Field
 from safetensors import safe_open
 from safetensors.torch import save_file
+import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -433,14 +433,8 @@ class Block(nn.Module):
 
 def new_encoder(inputs, outputs, dropout):
     hidden = (inputs + outputs) // 2
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, outputs),
-        nn.LayerNorm(outputs),
-    )
+    narrow, widen = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+    return nn.Sequential(narrow, nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout), widen, nn.LayerNorm(outputs))
 
 
 class Student(nn.Module):
@@ -508,25 +502,20 @@ def train(settings):
     samples = [sample for sample in samples if sample.possible]
     if not samples:
         raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
-    system = new_system(samples, groups, settings)
-    compare_with_training("dev", dev, system)
-    unused = (*EVALUATION, "evaluate", "write_synthetic")
-    record = {name: value for name, value in common.record(settings).items() if name not in unused}
-    record |= {"parameters": sizes(system.model)} | common.versions("torch")
-    common.write_json(settings.output / "settings.json", record)
-    run_epochs(system, samples, dev, settings, record)
-
-
-def new_system(samples, groups, settings):
-    """An untrained System; prints its size. Raises InputError when the groups do not look like what they are named."""
     mean, std, missing = feature_statistics(samples, groups)
     check_order(missing, settings.unchecked_order)
-    vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
+    vocabulary, signers = Vocabulary(g for sample in samples for g in sample.glosses), {s.signer for s in samples}
     torch.manual_seed(settings.seed)
     model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing).to(common.DEVICE)
     total, parts = sum(sizes(model).values()), ", ".join(f"{name} {count:,}" for name, count in sizes(model).items())
     print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}: {parts}")
-    return System(model, mean, std, vocabulary, groups, sorted({sample.signer for sample in samples}))
+    system = System(model, mean, std, vocabulary, groups, sorted(signers))
+    compare_with_training("dev", dev, system)
+    unused = (*EVALUATION, "evaluate", "write_synthetic")
+    record = {name: value for name, value in common.record(settings).items() if name not in unused}
+    record |= {"parameters": sizes(model)} | common.versions("torch")
+    common.write_json(settings.output / "settings.json", record)
+    run_epochs(system, samples, dev, settings, record)
 
 
 def run_epochs(system, samples, dev, settings, record):
@@ -686,10 +675,7 @@ def evaluate(settings):
     system, training = load(settings.evaluate)
     groups = read_features_order(settings.data)
     if list(groups.items()) != list(system.groups.items()):
-        raise cli.InputError(
-            f"{settings.data} has the features {groups} and {settings.evaluate} was trained on "
-            f"{system.groups}: give features of the same order and widths"
-        )
+        raise cli.InputError(f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}")
     samples = read_split(settings.data, settings.split, groups, training["glosses"])
     results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split}
     results |= {"sequences": len(samples), "beam_width": settings.beam_width}
@@ -701,10 +687,8 @@ def evaluate(settings):
         results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
         shown = (f"{key} {value if isinstance(value, str) else f'{value:.3f}'}" for key, value in results[name].items())
         print(f"{name}: {', '.join(shown)}")
-    results["predictions"] = [
-        {"id": sample.id, "reference": reference, **dict(zip(searches, words))}
-        for sample, reference, *words in zip(samples, references, *read)
-    ]
+    lines = zip([sample.id for sample in samples], references, *read)
+    results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
     common.write_json(settings.output / "results.json", results)
     print(f"{settings.output / 'results.json'}: written")
 
@@ -746,14 +730,12 @@ def write_synthetic(folder, seed, splits=None):
         (temporary / "features.json").write_text(json.dumps(SYNTHETIC) + "\n")
         for split, (sequences, split_signers) in (splits or SYNTHETIC_SPLITS).items():
             (temporary / split).mkdir()
-            bodies = {
-                f"Signer{signers + i:02d}": (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2))
-                for i in range(1, split_signers + 1)
-            }
+            names = [f"Signer{signers + i:02d}" for i in range(1, split_signers + 1)]
+            bodies = {name: (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2)) for name in names}
             signers += split_signers
             lines = ["id|folder|signer|annotation"]
             for i in range(sequences):
-                id, signer = f"{split}-{i:04d}", list(bodies)[i % split_signers]
+                id, signer = f"{split}-{i:04d}", names[i % split_signers]
                 chosen = rng.integers(len(movements), size=rng.integers(3, 8))
                 frames = synthetic_frames([movements[gloss] for gloss in chosen], *bodies[signer], rng)
                 np.savez(temporary / split / f"{id}.npz", features=frames)

@@ -13,32 +13,31 @@ of the spectrum: a model that does not beat that has learnt nothing.
 Shapes: S samples, B clips of a batch, T tokens of a row, V vocabulary, F bins of a spectrum.
 """
 
-import csv
-import hashlib
-import sys
 from collections import Counter
+import csv
 from dataclasses import dataclass
 from functools import partial
+import hashlib
 from pathlib import Path
+import sys
 from typing import Annotated, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from pydantic import Field
+from scipy import signal
 import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
-from peft import PeftModel
-from pydantic import Field
-from scipy import signal
 from tqdm import tqdm
+import transformers
 
 import data
 import metrics
 from recipes import common
-from support import cli, files
+from support import cli, files, sound
 
 TINY = "tiny"
 Kind = Literal["white", "pink", "brown", "hum", "tone", "chord", "clicks", "silence", "scrambled"]
@@ -145,19 +144,8 @@ def _partials(frequencies, samples, rng):
     return sum(a * np.sin(2 * np.pi * f * time + p) for a, f, p in zip(amplitudes, frequencies, phases))
 
 
-def _hum(samples, rng):
-    """Of mains, 50 or 60 Hz, with its harmonics."""
-    return _partials(rng.choice((50, 60)) * np.arange(1, rng.integers(4, 20)), samples, rng)
-
-
-def _tone(samples, rng):
-    return _partials([rng.uniform(80, 6000)], samples, rng)
-
-
-def _chord(samples, rng):
-    """Three notes, each with four harmonics, in the range of a voice."""
-    notes = rng.uniform(80, 400) * np.array([1, rng.choice((1.2, 1.25)), 1.5])  # minor or major
-    return _partials(np.outer(notes, np.arange(1, 5)).ravel(), samples, rng)
+def _notes(rng):
+    return rng.uniform(80, 400) * np.array([1, rng.choice((1.2, 1.25)), 1.5])  # minor or major, as deep as a voice
 
 
 def _clicks(samples, rng):
@@ -185,9 +173,9 @@ DRAWN = {
     "white": partial(_coloured, 0),
     "pink": partial(_coloured, 1),
     "brown": partial(_coloured, 2),
-    "hum": _hum,
-    "tone": _tone,
-    "chord": _chord,
+    "hum": lambda n, rng: _partials(rng.choice((50, 60)) * np.arange(1, rng.integers(4, 20)), n, rng),  # of mains, Hz
+    "tone": lambda n, rng: _partials([rng.uniform(80, 6000)], n, rng),
+    "chord": lambda n, rng: _partials(np.outer(_notes(rng), np.arange(1, 5)).ravel(), n, rng),  # 4 harmonics of each
     "clicks": _clicks,
     "silence": _silence,
 }
@@ -253,7 +241,7 @@ def speech_sources(corpus):
 def speech_of(utterance):
     """(S,). Raises InputError, naming the utterance, for a rate whose empty upper band would tell the class."""
     try:
-        return data.read_audio(utterance.recording, data.SAMPLE_RATE)
+        return sound.read_audio(utterance.recording, data.SAMPLE_RATE)
     except cli.InputError as error:
         raise cli.InputError(f"{utterance.id}: {error}") from error
 
@@ -262,22 +250,19 @@ def sound_sources(folder):
     """Sounds of one's own; each file is a group of its own. Raises InputError naming every file that cannot be used."""
 
     def read(path):
-        if len(data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
+        if len(sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
             raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
         name = str(path.relative_to(folder))
-        return Source(name, name, partial(data.read_sound_file, path))
+        return Source(name, name, partial(sound.read_sound_file, path))
 
-    return common.every(data.sound_files(folder), read, f"files of {folder}")
+    return common.every(sound.sound_files(folder), read, f"files of {folder}")
 
 
 def split_sources(sources, settings, rng):
     """{split: its sources in random order}. No group is in both; the test part gets its share of the clips."""
     groups = sorted({source.group for source in sources})
     if len(groups) < len(SPLITS):
-        raise cli.InputError(
-            f"sources of {len(groups)} speakers or files of at least {DURATIONS[-1]:,} ms: two are "
-            f"needed, one to train on and another to test on"
-        )
+        raise cli.InputError(f"{len(groups)} speakers or files of at least {DURATIONS[-1]:,} ms: two are needed")
     held_out = max(1, round(len(groups) * settings.test_clips / (settings.train_clips + settings.test_clips)))
     test = set(rng.permutation(groups)[:held_out])
     order = rng.permutation(len(sources))
@@ -303,34 +288,19 @@ def one_clip(split, number, speakers, others, kinds, rng):
         source = Source(f"{kind}-{split}-{number}", f"{kind}-{split}-{number}", None)
         sound = wave = DRAWN[kind](samples, rng)
     else:
-        source = next_source(others if kind == "sound" else speakers, kind, split)
+        source = next(others if kind == "sound" else speakers, None)
+        if source is None:
+            raise cli.InputError(
+                f"too few recordings of at least {DURATIONS[-1]:,} ms for the {split} clips of kind {kind}: each is "
+                f"used once; lower --train-clips and --test-clips"
+            )
         sound = source.read()
         wave = loudest(sound, samples)
         wave = _scrambled(wave, rng) if kind == "scrambled" else wave
     digest = hashlib.sha256(sound.tobytes()).hexdigest()[:16]
-    clip = Clip(
-        id=f"{split}-{number:05d}",
-        split=split,
-        label=label,
-        kind=kind,
-        source=source.name,
-        group=source.group,
-        duration=duration,
-        snr=snr,
-        masking=masking,
-        sound=digest,
-    )
-    return clip, normalise(add_noise(wave, DRAWN[masking](samples, rng), snr), source.name)
-
-
-def next_source(sources, kind, split):
-    source = next(sources, None)
-    if source is None:
-        raise cli.InputError(
-            f"too few recordings of at least {DURATIONS[-1]:,} ms for the {split} clips of kind "
-            f"{kind}: each is used once; lower --train-clips and --test-clips"
-        )
-    return source
+    about = {"id": f"{split}-{number:05d}", "split": split, "label": label, "kind": kind, "source": source.name}
+    about |= {"group": source.group, "duration": duration, "snr": snr, "masking": masking, "sound": digest}
+    return Clip(**about), normalise(add_noise(wave, DRAWN[masking](samples, rng), snr), source.name)
 
 
 def loudest(audio, samples):
@@ -367,7 +337,7 @@ def check_leaks(clips):
 
 
 def wave_of(clip, output):
-    return data.read_sound_file(output / "clips" / clip.split / f"{clip.id}.wav")
+    return sound.read_sound_file(output / "clips" / clip.split / f"{clip.id}.wav")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,7 +346,7 @@ def wave_of(clip, output):
 
 def load_processor(name):
     """Tokenizer and feature extractor of a checkpoint. Raises InputError when they cannot be loaded."""
-    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
         processor = transformers.Qwen2AudioProcessor.from_pretrained(name)
     # Generating continues the last column: with padding on the right it would continue padding.
     processor.tokenizer.padding_side = "left"
@@ -393,7 +363,7 @@ def load_base(name, train, quantize=None):
     nf4 = common.nf4(quantize, torch.bfloat16 if cuda else torch.float32, UNQUANTISED)
     dtype = torch.bfloat16 if cuda and train == "lora" else torch.float32
     options = {"dtype": dtype, "use_safetensors": True, "quantization_config": nf4, "output_loading_info": True}
-    with common.loading("--model", name, "a Qwen2-Audio checkpoint"):
+    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
         network, loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(name, **options)
     common.check_weights(loaded, f"--model {name}")
     return network if quantize else network.to(common.DEVICE), processor
@@ -444,7 +414,9 @@ def load_trained(folder):
     if settings.train == "all":
         return load_base(folder / "final", settings.train)
     network, processor = load_base(settings.model, settings.train, settings.quantize)
-    with common.loading("--trained", folder, "an adapter"):
+    from peft import PeftModel  # after `quieten`: what it imports complains
+
+    with common.loading("--trained", folder, "the folder of a finished run, seed-N"):
         return PeftModel.from_pretrained(network, folder / "final"), processor
 
 
@@ -475,14 +447,7 @@ def write_tiny(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the model reads
-
-
-def prompt_text(processor):
-    """The prompt up to where the answer begins; the same in training and in evaluation."""
-    audio_and_question = [{"type": "audio", "audio_url": "clip.wav"}, {"type": "text", "text": QUESTION}]
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": audio_and_question}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+# What the model reads, and what it learns from
 
 
 def read_clips(processor, waves, answers=None):
@@ -491,7 +456,9 @@ def read_clips(processor, waves, answers=None):
     waves: list of (S,) at 16 kHz; answers: letters, to train on. Returns input_ids and attention_mask (B, T),
     input_features (B, mel bins, frames) and feature_attention_mask (B, frames).
     """
-    prompt = prompt_text(processor)
+    audio_and_question = [{"type": "audio", "audio_url": "clip.wav"}, {"type": "text", "text": QUESTION}]
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": audio_and_question}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     texts = [prompt + answer + END for answer in answers] if answers else [prompt] * len(waves)
     # `audios=`, the keyword of older examples, was once ignored without a word; a rate that is not given likewise.
     return processor(text=texts, audio=waves, sampling_rate=data.SAMPLE_RATE, padding=True, return_tensors="pt")
@@ -510,15 +477,11 @@ def mask_labels(batch, processor, answers):
 
 def letter_ids(tokenizer):
     """{label: ids of the single tokens that write its letter}: plain, after a space, after a newline."""
-    variants = {
-        label: [tokenizer.encode(before + letter, add_special_tokens=False) for before in ("", " ", "\n")]
-        for label, letter in LETTERS.items()
-    }
-    return {label: sorted({ids[0] for ids in found if len(ids) == 1}) for label, found in variants.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+    ids = {}
+    for label, letter in LETTERS.items():
+        found = [tokenizer.encode(before + letter, add_special_tokens=False) for before in ("", " ", "\n")]
+        ids[label] = sorted({written[0] for written in found if len(written) == 1})
+    return ids
 
 
 def answer_loss(network, processor, waves, answers):
@@ -593,13 +556,10 @@ class Prediction(Clip):
     flatness_correct: bool
 
 
-def predictions(clips, probabilities, baseline):
-    """probabilities: of SPEECH; baseline: whether flatness says SPEECH."""
-    lines = []
-    for clip, speech, by_flatness in zip(clips, probabilities, baseline, strict=True):
-        right = [said == (clip.label == "SPEECH") for said in (speech > 0.5, by_flatness)]
-        lines.append(clip.model_dump() | {"speech": speech, "correct": right[0], "flatness_correct": right[1]})
-    return lines
+def describe(clip, speech, by_flatness):
+    """A line of predictions.jsonl. speech: probability; by_flatness: whether flatness says SPEECH."""
+    right, by_flatness = (said == (clip.label == "SPEECH") for said in (speech > 0.5, by_flatness))
+    return clip.model_dump() | {"speech": speech, "correct": right, "flatness_correct": by_flatness}
 
 
 def accuracy(lines, key="correct"):
@@ -653,7 +613,7 @@ def _range(interval):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Instead of a run
+# All of it
 
 
 def compare(first, second):
@@ -665,7 +625,7 @@ def compare(first, second):
             raise cli.InputError(f"--compare: {path} is missing; give two seed-N folders of finished runs")
         runs.append(files.read_lines(path, Prediction))
     described = [[line.model_dump(include=set(Clip.model_fields)) for line in run] for run in runs]
-    if described[0] != described[1]:
+    if described[0] != described[1] or not described[0]:
         raise cli.InputError(
             f"--compare: {first} and {second} were tested on other clips; use the same --data, --kinds and --clip-seed"
         )
@@ -687,21 +647,14 @@ def answer(run, paths):
     """Print the answer to each file, and how sure it is. Raises InputError for what no clip of a run is like."""
     waves = []
     for path in paths:
-        wave = data.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
+        wave = sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
         milliseconds = len(wave) * 1000 // data.SAMPLE_RATE
         if not DURATIONS[0] <= milliseconds <= DURATIONS[-1]:
-            raise cli.InputError(
-                f"{path}: {milliseconds:,} ms; models are trained on clips of {DURATIONS[0]} to "
-                f"{DURATIONS[-1]:,} ms: cut one out"
-            )
+            raise cli.InputError(f"{path}: {milliseconds:,} ms; cut out {DURATIONS[0]} to {DURATIONS[-1]:,} ms of it")
         waves.append(normalise(wave, path))
     network, processor = load_trained(run)
     for path, speech in zip(paths, classify(network, processor, waves, batch_size=1)):
         print(f"{path}  {'SPEECH' if speech > 0.5 else 'NONSPEECH'}  {max(speech, 1 - speech):.3f}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
 
 
 def run(settings):
@@ -723,7 +676,7 @@ def run(settings):
         train(network, processor, train_clips, settings, seed, folder / "log.jsonl")
         save_trained(network, processor, folder, settings)
         probabilities = classify(network, processor, waves, settings.batch_size)
-        runs[seed] = predictions(test_clips, probabilities, baseline)
+        runs[seed] = list(map(describe, test_clips, probabilities, baseline))
         common.write_lines(folder / "predictions.jsonl", runs[seed])
     common.write_json(settings.output / "results.json", show_results(runs))
     print(f"\npeak memory {common.peak_memory():.1f} GB; adapters, predictions and clips in {settings.output}/")

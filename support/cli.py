@@ -3,11 +3,9 @@
 Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an error is one line that says what to do.
 """
 
-import argparse
 from contextlib import redirect_stderr
 import errno
 import io
-import math
 import os
 import re
 import sys
@@ -142,74 +140,3 @@ def process_rank():
 def first_line(error):
     """What a library's error says, as far as it fits in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# TO GO: the parser and types of scripts that do not call `parse` yet
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """One whose errors are InputErrors, so that they are said like all others: in one line, by one process."""
-
-    def error(self, message):
-        raise InputError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        """argparse's own, which all its ways lead through; a value must be text of one line, not empty."""
-        args = sys.argv[1:] if args is None else list(args)
-        for before, text in zip([self.prog, *args], args):
-            if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
-                name = text.rstrip("=") or (before if before.startswith("--") else "a value")
-                self.error(f"{name} is empty: give it a value, or leave it out")
-            if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
-                self.error(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
-        return super().parse_known_args(args, namespace)
-
-    def parse_given(self):
-        """The settings as a namespace, and the names of those that the user wrote."""
-        settings = self.parse_args()
-        nothing = argparse.Namespace(**dict.fromkeys(vars(settings)))
-        given = vars(self.parse_args(namespace=nothing)).items()
-        return settings, {name for name, value in given if value is not None}
-
-    def refuse(self, conflicts):
-        """Raises InputError for the first of the pairs (whether it is so, message) that is so."""
-        for wrong, message in conflicts:
-            if wrong:
-                self.error(message)
-
-
-def positive_int(text):
-    return _whole_number(text, 1, LARGEST)
-
-
-def whole_number(text):
-    return _whole_number(text, 0, LARGEST)
-
-
-def seed(text):
-    return _whole_number(text, 0, 2**32 - 1)
-
-
-def _whole_number(text, lowest, highest):
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and lowest <= int(text) <= highest):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {lowest} to {highest:,}")
-    return int(text)
-
-
-def positive_float(text):
-    if not 0 < _float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-def fraction(text):
-    if not 0 <= _float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction from 0 to below 1")
-    return float(text)
-
-
-def _float(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -156,13 +156,15 @@ def better(lines):
 
 def test_a_comparison_shows_the_differences_and_their_chance(monkeypatch, tmp_path, capsys):
     lines = records(12, speakers=4)
-    a, b = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", better(lines)[::-1])
+    lines[:8] = better(lines[:8])  # of four utterances
+    best = better(lines[:16]) + lines[16:]
+    a, b = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", best[::-1])
     run(monkeypatch, compare, a, b)
     printed = capsys.readouterr().out
     row = next(line.split() for line in printed.splitlines() if line.startswith("per "))
-    assert row[1:4] == ["0.250", "0.000", "+0.250"] and float(row[-1]) < 0.05
-    assert "A alone is right 0 times, B alone 12 times" in printed
-    samples = [metrics.resamples(side)["detection_f1"] for side in (lines, better(lines))]
+    assert row[1:4] == ["0.167", "0.083", "+0.083"] and float(row[-1]) < 0.05
+    assert "A alone is right 0 times, B alone 4 times" in printed
+    samples = [metrics.resamples(side)["detection_f1"] for side in (lines, best)]
     low, high = metrics.interval(samples[0] - samples[1])
     assert f"{low:+.3f}..{high:+.3f}" in next(line for line in printed.splitlines() if line.startswith("detection_f1"))
 
@@ -180,7 +182,13 @@ def test_scorings_that_both_have_are_compared_else_the_one_of_each():
     "others, message",
     [
         (records(12, speakers=4)[:-2], "2 outputs are in one alone, .*u11 APA.*on one corpus"),
-        ([records(12, speakers=4)[0] | {"reference": dict.fromkeys(prompts.SCORES, 9)}], "u0 APA"),
+        (
+            [
+                records(12, speakers=4)[0] | {"reference": dict.fromkeys(prompts.SCORES, 9)},
+                *records(12, speakers=4)[1:],
+            ],
+            "1 outputs .*u0 APA",
+        ),
         (records(12), "speakers"),
         (records(12, speakers=1), "speakers"),
     ],

@@ -430,6 +430,15 @@ def test_outputs_are_in_the_corpus_order_whatever_the_batches_are(evaluation, co
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize("window", [None, 100_000])  # a cache class of its own; the real model has 262,144
+def test_a_batch_of_both_tasks_is_answered_as_each_task_by_itself(evaluation, corpus, window):
+    utterances, model = data.read_corpus(corpus, "test", limit=6), evaluate.load(evaluation, settings(evaluation))
+    model.core.config.sliding_window = window
+    mixed = [line["output"] for line in model.answer(utterances, max_new_tokens=40)]
+    apart = [greedy(model, utterances, task, 40) for task in prompts.TASKS]
+    assert mixed == [text for answers in zip(*apart) for text, _, _ in answers]
+
+
 def test_batches_hold_utterances_of_similar_length_and_audio_is_embedded_once(
     evaluation, corpus, answered, monkeypatch
 ):

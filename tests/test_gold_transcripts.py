@@ -1,34 +1,32 @@
 """recipes/gold_transcripts.py: what could silently be wrong. Real transformers classes, tiny and random."""
 
-import argparse
+from collections import Counter
 import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections import Counter
 
+from conftest import ROOT, script
 import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
 import pytest
+from safetensors.torch import load_file, save_file
 import soundfile
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, script
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import data
+from recipes import common
+from recipes import gold_transcripts as recipe
 from support import cli
-
-sys.path.append(str(ROOT / "recipes"))
-
-import gold_transcripts as recipe
 
 SCRIPT = ROOT / "recipes" / "gold_transcripts.py"
 SCHOOL, CAT = "HE WENT TOO SKOOL WITH HIS BROTHER", "A KAT"  # of different lengths: one of them is padded
+GOLD_FILES = ("gold", "held_out")
 ANSWERS = {SCHOOL: 'Corrected sentence: "He went to school with his brother."', CAT: "A cat."}
 
 
@@ -50,8 +48,8 @@ def sound(seconds, seed=0):
     return (0.1 * noise * np.sin(np.linspace(0, 20, len(noise)))).astype(np.float32)
 
 
-def sample(id, seconds=1.0, human="A CAT", condition="all", speaker=None, seed=0):
-    return recipe.Sample(id, condition, speaker or id, lambda: sound(seconds, seed), human)
+def sample(id, seconds=1.0, human="A CAT", seed=0):
+    return recipe.Sample(id, "all", id, lambda: sound(seconds, seed), human)
 
 
 def settings(*arguments):
@@ -63,23 +61,26 @@ def settings(*arguments):
         sys.argv = before
 
 
-def frames_of(ids, symbols=32):
-    """Logits (F, V) whose likeliest symbols are these."""
-    return F.one_hot(torch.tensor(ids), symbols).float()
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The alphabet
+def without(folder, copy, name):
+    """A copy of a checkpoint that lacks the weights with this in their name."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if name not in key}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
 
 
 def test_a_transcript_joins_runs_keeps_letters_that_a_blank_parts_and_shows_no_special_symbol(recogniser):
-    ids = [
-        recipe.SYMBOLS.index(s) for s in ["<s>", "H", "H", "E", "<pad>", "L", "<pad>", "L", "O", "|", "|", "A", "<unk>"]
-    ]
-    assert recogniser.decode(frames_of(ids)) == "HELLO A"
-    plain = [id for id in ids if recipe.SYMBOLS[id] not in ("<s>", "<unk>")]
-    assert recogniser.processor.tokenizer.decode(plain) == "HELLO A"  # the library's own, without special symbols
-    assert recogniser.decode(frames_of([0, 0])) == ""
+    symbols = ["<s>", "H", "H", "E", "<pad>", "L", "<pad>", "L", "O", "|", "|", "A", "<unk>"]
+    ids = [recipe.SYMBOLS.index(symbol) for symbol in symbols]
+    assert recogniser.decode(F.one_hot(torch.tensor(ids), 32).float()) == "HELLO A"
+    assert recogniser.processor.tokenizer.decode(ids[1:-1]) == "HELLO A"  # the library's own, without special symbols
+    assert recogniser.decode(F.one_hot(torch.tensor([0, 0]), 32).float()) == ""
 
 
 @pytest.mark.parametrize(
@@ -95,21 +96,14 @@ def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recognise
     assert recogniser.normalise(text) == (kept, Counter(lost))
 
 
-def test_a_vocabulary_of_small_letters_gets_small_letters(recogniser):
+def test_a_vocabulary_of_small_letters_gets_small_letters_and_targets_are_the_real_tokenizers(recogniser):
+    for text in ("A", "IT'S A QUIZ", "HELLO WORLD"):
+        assert (
+            recogniser.encode(recogniser.normalise(text.lower())[0]) == recogniser.processor.tokenizer(text).input_ids
+        )
     recogniser.letters = {symbol.lower(): id for symbol, id in recogniser.letters.items()}
     recogniser.capitals = False
     assert recogniser.normalise("It's ME") == ("it's me", Counter())
-
-
-def test_targets_are_those_of_the_real_tokenizer(recogniser):
-    for text in ("A", "IT'S A QUIZ", "HELLO WORLD"):
-        ids = recogniser.encode(recogniser.normalise(text.lower())[0])
-        assert ids == recogniser.processor.tokenizer(text).input_ids
-        assert recogniser.processor.tokenizer.unk_token_id not in ids
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The recogniser
 
 
 @torch.no_grad()
@@ -124,12 +118,6 @@ def test_padding_would_change_the_logits_of_a_clip_so_each_goes_alone(recogniser
     assert together == [recogniser.transcribe([one], "")[0] for one in samples]
 
 
-def test_the_number_of_frames_is_that_of_the_logits(recogniser):
-    for seconds in (0.1, 0.33, 1.0):
-        audio = sound(seconds)
-        assert recogniser.frames(len(audio)) == len(recogniser.logits(audio))
-
-
 @pytest.mark.parametrize("band", [0, 10, 31])
 def test_each_band_of_the_tiny_feature_encoder_hears_its_own_tone(recogniser, band):
     edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(11), 34) / 2595) - 1)
@@ -141,56 +129,47 @@ def test_each_band_of_the_tiny_feature_encoder_hears_its_own_tone(recogniser, ba
     assert loud.argmax() == band
 
 
+def update_once(recogniser, batch, rate=0.0, clip=1.0):
+    """One update of all weights but the feature encoder's, by SGD."""
+    optimiser = torch.optim.SGD(common.trained(recogniser.network).values())
+    recogniser.network.train()
+    return common.update(optimiser, recipe.losses(recogniser, batch), rate, clip, 1)
+
+
 def test_a_checkpoint_without_a_mask_embedding_trains_with_time_masks_on_finite_numbers(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "lacking")
-    weights = load_file(tmp_path / "lacking" / "model.safetensors")
-    assert weights.pop("wav2vec2.masked_spec_embed") is not None
-    save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
-    recogniser = recipe.Recogniser(str(tmp_path / "lacking"), time_mask=0.5)
-    named = recipe.prepare_training(recogniser, settings("--data", "x", "--oracle", "--no-lora"))
-    optimiser = torch.optim.AdamW(named.values(), lr=0.0)
+    recogniser = recipe.Recogniser(without(folder, tmp_path / "lacking", "masked_spec_embed"), time_mask=0.5)
     batch = [(sample("a"), recogniser.encode("A CAT"))]
-    first, second = (recipe.train_step(recogniser, named, optimiser, batch, 1, 1.0) for _ in range(2))
+    first, second = (update_once(recogniser, batch) for _ in range(2))
     assert all(np.isfinite([n["loss"], n["gradient_norm"]]).all() for n in (first, second))
     assert first["loss"] != second["loss"]  # other frames were hidden
 
 
 def test_a_loss_that_is_not_finite_names_the_sample_and_changes_no_weight(recogniser):
-    named = recipe.prepare_training(recogniser, settings("--data", "x", "--oracle", "--no-lora"))
-    before = {name: weight.detach().clone() for name, weight in named.items()}
+    before = {name: weight.detach().clone() for name, weight in recogniser.network.named_parameters()}
     bad = recipe.Sample("bad", "all", "s", lambda: np.full(16000, np.nan, dtype=np.float32), None)
-    batch = [(sample("good"), recogniser.encode("A")), (bad, recogniser.encode("A"))]
     with pytest.raises(cli.RunError, match="one of: bad;"):
-        recipe.train_step(recogniser, named, torch.optim.AdamW(named.values()), batch, 1, 1.0)
-    assert all(torch.equal(weight, before[name]) for name, weight in named.items())
+        update_once(recogniser, [(sample("good"), recogniser.encode("A")), (bad, recogniser.encode("A"))], rate=1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in recogniser.network.named_parameters())
 
 
 @pytest.mark.parametrize(
-    "broken, message",
+    "broken",
     [
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"rubbish"), "cannot be loaded"),
-        (lambda f: (f / "vocab.json").unlink(), "cannot be loaded"),
-        (
-            lambda f: save_file(
-                {k: v for k, v in load_file(f / "model.safetensors").items() if "lm_head" not in k},
-                f / "model.safetensors",
-                metadata={"format": "pt"},
-            ),
-            "lacks 2 weights, such as lm_head.bias",
-        ),
+        lambda f: (f / "model.safetensors").unlink(),
+        lambda f: (f / "model.safetensors").write_bytes(b"rubbish"),
+        lambda f: (f / "vocab.json").unlink(),
     ],
 )
-def test_a_recogniser_that_cannot_be_used_is_an_error_that_names_it(folder, tmp_path, broken, message):
+def test_a_recogniser_that_cannot_be_used_is_an_error_that_names_it(folder, tmp_path, broken):
     shutil.copytree(folder, tmp_path / "broken")
     broken(tmp_path / "broken")
-    with pytest.raises(cli.InputError, match=message) as error:
+    with pytest.raises(cli.InputError, match="^--recogniser .*broken.*cannot be loaded.*needs a Wav2Vec2ForCTC"):
         recipe.Recogniser(str(tmp_path / "broken"), 0.0)
-    assert "broken" in str(error.value) and "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# CTC
+def test_a_recogniser_that_lacks_weights_is_an_error_that_names_them(folder, tmp_path):
+    with pytest.raises(cli.InputError, match="headless lacks 2 weights, such as lm_head.bias"):
+        recipe.Recogniser(without(folder, tmp_path / "headless", "lm_head"), 0.0)
 
 
 def paths_to(target, frames, symbols, blank=0):
@@ -208,40 +187,22 @@ def test_the_loss_is_the_probability_of_all_alignments(target):
     assert recipe.ctc_loss(logits, target, 0).item() == pytest.approx(-np.log(total))
 
 
-def test_the_loss_is_the_librarys_own_for_labels_padded_with_ignored_ones(recogniser):
-    targets, audio = [recogniser.encode(text) for text in ("HELLO", "A")], sound(1.0)
-    labels = torch.full((2, 5), -100)
-    for row, target in enumerate(targets):
-        labels[row, : len(target)] = torch.tensor(target)
-    network = recogniser.network
-    network.config.ctc_loss_reduction = "sum"
-    values = recogniser.processor(audio=[audio, audio], sampling_rate=16000, return_tensors="pt").input_values
-    theirs = network(values, labels=labels).loss
-    ours = sum(recipe.ctc_loss(recogniser.logits(audio), target, recogniser.blank) for target in targets)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-
-
 def test_the_gradient_of_a_step_is_the_mean_over_its_characters_whoever_shares_it(recogniser):
-    named = recipe.prepare_training(recogniser, settings("--data", "x", "--oracle", "--no-lora"))
-    batch = [
-        (sample("short", 0.6), recogniser.encode("A")),
-        (sample("long", 1.5, seed=1), recogniser.encode("HELLO CAT")),
-    ]
+    texts = {"A": ("short", 0.6), "HELLO CAT": ("long", 1.5)}
+    batch = [(sample(*about, seed=len(text)), recogniser.encode(text)) for text, about in texts.items()]
+    named = common.trained(recogniser.network)
 
     def gradient(samples):
-        gradients = {}
-        keep = argparse.Namespace(
-            step=lambda: gradients.update({n: w.grad.clone() for n, w in named.items() if w.grad is not None}),
-            zero_grad=lambda: recogniser.network.zero_grad(),
-        )
-        recipe.train_step(recogniser, named, keep, samples, 1, clip=1e9)
+        before = {name: weight.detach().clone() for name, weight in named.items()}
+        update_once(recogniser, samples, rate=1.0, clip=1e9)
+        gradients = {name: before[name] - weight.detach() for name, weight in named.items()}
+        recogniser.network.load_state_dict(before, strict=False)
         return gradients
 
     together, reverse, short, long = map(gradient, (batch, batch[::-1], batch[:1], batch[1:]))
     assert any(value.norm() > 0 for value in together.values())
     for name, value in together.items():
-        expected = (1 * short[name] + 9 * long[name]) / 10
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, (1 * short[name] + 9 * long[name]) / 10, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(value, reverse[name], rtol=1e-4, atol=1e-5)
 
 
@@ -260,20 +221,13 @@ def test_what_ctc_cannot_align_is_left_out_by_name_and_nothing_else(recogniser):
             assert torch.isinf(recipe.ctc_loss(recogniser.logits(one.audio()), recogniser.encode(line["gold"]), 0))
 
 
-def test_a_clip_shorter_than_a_time_mask_is_left_out(recogniser):
-    recogniser.network.config.update({"mask_time_prob": 0.05, "mask_time_length": 100})
-    line = {"id": "a", "baseline": "", "gold": "A"}
-    assert recipe.choose_training([line], [sample("a")], recogniser) == ([], ["a"])
-
-
-def test_only_samples_whose_transcript_is_not_their_gold_are_trained_on(recogniser):
+def test_a_clip_shorter_than_a_time_mask_and_one_whose_transcript_is_its_gold_are_left_out(recogniser):
     lines = [{"id": id, "baseline": "A CAT", "gold": gold} for id, gold in zip("abc", ("A CAT", "A BAT", None))]
-    chosen, too_short = recipe.choose_training(lines, [sample(id) for id in "abc"], recogniser)
-    assert [(one.id, target) for one, target in chosen] == [("b", recogniser.encode("A BAT"))] and not too_short
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gold
+    samples = [sample(id) for id in "abc"]
+    ((one, target),), too_short = recipe.choose_training(lines, samples, recogniser)
+    assert (one.id, target, too_short) == ("b", recogniser.encode("A BAT"), [])
+    recogniser.network.config.update({"mask_time_prob": 0.05, "mask_time_length": 100})
+    assert recipe.choose_training(lines, samples, recogniser) == ([], ["b"])
 
 
 class FakeLlm:
@@ -288,41 +242,26 @@ class FakeLlm:
 
 
 def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(recogniser, tmp_path):
-    answers = {
-        "A KAT": "A cat.",
-        "ONE TWO THREE FOUR": "One two three five!",
-        "HE WENT": "Once upon a day he went on",
-        "LONG": None,
-        "NOTHING": '\n""',
-        "SAME": "Same",
-        "ROOM": "Room 12",
+    alphabet = "characters outside the alphabet"
+    expected = {  # transcript: answer, gold, verdict
+        "A KAT": ("A cat.", None, "too far from the transcript"),
+        "ONE TWO THREE FOUR": ("One two three five!", "ONE TWO THREE FIVE", "kept"),
+        "HE WENT": ("Once upon a day he went on", None, "too far from the transcript"),
+        "LONG": (None, None, "answer did not end"),
+        "NOTHING": ('\n""', None, "empty answer"),
+        "SAME": ("Same", "SAME", "kept"),
+        "ROOM": ("Room 12", None, alphabet),
+        "": (None, None, "empty transcript"),
     }
-    transcripts = [*answers, ""]
-    llm, given = FakeLlm(answers), settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3)
-    samples = [sample(str(i), human=None) for i in range(len(transcripts))]
-    lines, lost = recipe.write_gold(samples, transcripts, recogniser, llm, given)
-    assert sorted(llm.asked) == sorted(answers)
-    assert [line["verdict"] for line in lines] == [
-        "kept",
-        "kept",
-        "too far from the transcript",
-        "answer did not end",
-        "empty answer",
-        "kept",
-        "characters outside the alphabet",
-        "empty transcript",
-    ]
-    assert [line["gold"] for line in lines] == ["A CAT", "ONE TWO THREE FIVE", None, None, None, "SAME", None, None]
+    llm = FakeLlm({transcript: answer for transcript, (answer, _, _) in expected.items()})
+    given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3, "--max-distance", 0.25)
+    samples = [sample(str(i), human=None) for i in range(len(expected))]
+    lines, lost = recipe.write_gold(samples, list(expected), recogniser, llm, given)
+    assert sorted(llm.asked) == sorted(expected)[1:]
+    assert {line["baseline"]: (line["answer"], line["gold"], line["verdict"]) for line in lines} == expected
     assert [line["distance"] for line in lines[:3]] == [0.5, 0.25, 2.5]
     assert lost == {"1": 1, "2": 1}
-    assert [json.loads(line) for line in (tmp_path / "gold.jsonl").read_text().splitlines()] == lines
-
-
-def test_the_limit_of_the_distance_is_the_setting(recogniser, tmp_path):
-    for limit, kept in ((0.4, False), (0.5, True)):
-        given = settings("--audio-dir", "x", "--output", tmp_path, "--max-distance", limit)
-        lines, _ = recipe.write_gold([sample("a")], ["A KAT"], recogniser, FakeLlm({"A KAT": "A cat"}), given)
-        assert (lines[0]["gold"] is not None) is kept
+    assert read_lines(tmp_path / "gold.jsonl") == lines
 
 
 @pytest.mark.parametrize(
@@ -346,48 +285,27 @@ def test_an_answer_is_its_first_sentence_without_label_and_quotes(answer, senten
 @pytest.fixture(scope="module")
 def llm_folder(tmp_path_factory):
     """A tiny Mistral with a chat template that has memorised ANSWERS, as a checkpoint folder."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<s>", "</s>", "[INST]", "[/INST]"]
-    tokenizer.train_from_iterator(
-        [recipe.PROMPT, *ANSWERS, *ANSWERS.values()] * 3,
-        trainers.BpeTrainer(
-            vocab_size=700,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": ["<s>", "</s>", "[INST]", "[/INST]"], "initial_alphabet": level.alphabet()}
+    texts = [recipe.PROMPT, *ANSWERS, *ANSWERS.values()] * 3
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, **options))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "<s>{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     torch.manual_seed(0)
-    network = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=0,
-            eos_token_id=1,
-            max_position_embeddings=512,
-            sliding_window=None,
-        )
-    )
-    optimiser = torch.optim.AdamW(network.parameters(), lr=5e-3)
-    rows = []
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
+    rest = {"num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": None}
+    network = MistralForCausalLM(MistralConfig(**sizes, **ids, **rest))
+    optimiser, rows, loss = torch.optim.AdamW(network.parameters(), lr=5e-3), [], 1.0
     for transcript, answer in ANSWERS.items():
         chat = [{"role": "user", "content": recipe.PROMPT.format(transcript=transcript)}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False)
-        rows.append([tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer + "</s>")])
-    loss = 1.0
+        texts = tokenizer.apply_chat_template(chat, tokenize=False), answer + "</s>"
+        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        rows.append((torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])))
     while loss > 0.02:
         optimiser.zero_grad()
-        losses = [
-            network(torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])).loss
-            for prompt, answer in rows
-        ]
-        loss = sum(losses)
+        loss = sum(network(ids, labels=labels).loss for ids, labels in rows)
         loss.backward()
         optimiser.step()
     folder = tmp_path_factory.mktemp("llm")
@@ -403,10 +321,7 @@ def test_the_llm_answers_a_padded_row_as_it_answers_it_alone_and_only_new_text_c
     assert llm.rewrite([SCHOOL, CAT]) == list(ANSWERS.values())
     assert masks[0][:, -1].all() and not masks[0][1, 0]  # padded on the left: the answer continues the prompt
     assert llm.rewrite([CAT]) == [ANSWERS[CAT]]
-    assert [recipe.clean_answer(answer) for answer in ANSWERS.values()] == [
-        "He went to school with his brother.",
-        "A cat.",
-    ]
+    assert recipe.clean_answer(ANSWERS[SCHOOL]) == "He went to school with his brother."
 
 
 def test_an_answer_that_does_not_end_is_none(llm_folder):
@@ -426,83 +341,63 @@ def test_check_llm_shows_and_times_a_correction(llm_folder, capsys):
 
 
 def test_an_llm_without_a_chat_template_is_an_error(llm_folder, tmp_path):
-    shutil.copytree(llm_folder, tmp_path / "base")
-    for file in tmp_path.glob("base/*"):
-        if file.name == "chat_template.jinja":
-            file.unlink()
+    shutil.copytree(llm_folder, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
     with pytest.raises(cli.InputError, match="has no chat template"):
         recipe.Llm(str(tmp_path / "base"), None, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
 def test_lora_on_the_real_size_trains_the_published_number_of_weights():
     with torch.device("meta"):
-        network = Wav2Vec2ForCTC(Wav2Vec2Config())
-        plain = get_peft_model(network, LoraConfig(r=8, lora_alpha=16, target_modules=recipe.ATTENTION))
-        assert plain.get_nb_trainable_parameters()[0] == 589_824
-        network = Wav2Vec2ForCTC(Wav2Vec2Config())
-        holder = argparse.Namespace(network=network)
-        weights = recipe.prepare_training(holder, settings("--data", "x", "--oracle"))
-    assert sum(weight.numel() for weight in weights.values()) == 614_432
+        plain = get_peft_model(Wav2Vec2ForCTC(Wav2Vec2Config()), LoraConfig(r=8, target_modules=recipe.ATTENTION))
+        given = settings("--data", "x", "--oracle")
+        ours = common.add_lora(Wav2Vec2ForCTC(Wav2Vec2Config()), given, recipe.ATTENTION, modules_to_save=[recipe.HEAD])
+    assert plain.get_nb_trainable_parameters()[0] == 589_824
+    assert ours.get_nb_trainable_parameters()[0] == 614_432
+
+
+@torch.no_grad()
+def logits(recogniser):
+    recogniser.network.eval()
+    return recogniser.logits(sound(1.0, seed=5))
 
 
 def trained(recogniser, tmp_path, *arguments):
-    """Some steps on two samples. Returns the logits of a clip before and after, and where it was saved."""
-    audio = sound(1.0, seed=5)
-    given = settings(
-        "--data", "x", "--oracle", "--output", tmp_path, "--learning-rate", 1e-2, "--epochs", 3, *arguments
-    )
-    with torch.no_grad():
-        before = recogniser.logits(audio)
+    """Some steps on two samples. Returns the logits of a clip before and after, and what is said of the training."""
     chosen = [(sample(id, seed=i), recogniser.encode("A CAT")) for i, id in enumerate("ab")]
-    summary = recipe.train(recogniser, chosen, given)
-    recogniser.network.eval()
-    with torch.no_grad():
-        return audio, before, recogniser.logits(audio), summary
+    given = settings("--data", "x", "--oracle", "--output", tmp_path, "--epochs", 3, *arguments)
+    before = logits(recogniser)
+    return before, recipe.train(recogniser, chosen, given), logits(recogniser)
 
 
 def test_an_adapter_reloaded_and_merged_computes_what_was_trained_head_included(folder, recogniser, tmp_path):
-    audio, before, after, summary = trained(recogniser, tmp_path)
+    before, summary, after = trained(recogniser, tmp_path, "--learning-rate", 1e-2)
     assert (after - before).abs().max() > 0.1
     assert any("lm_head" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     base = recipe.Recogniser(str(folder), 0.0)
-    base.network = PeftModel.from_pretrained(base.network, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(base.logits(audio), after, rtol=0, atol=0)
-        base.network = base.network.merge_and_unload()
-        torch.testing.assert_close(base.logits(audio), after, rtol=1e-4, atol=1e-5)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == summary["steps"] == 3
+    base.network = PeftModel.from_pretrained(base.network, tmp_path / "adapter")
+    torch.testing.assert_close(logits(base), after, rtol=0, atol=0)
+    base.network = base.network.merge_and_unload()
+    torch.testing.assert_close(logits(base), after, rtol=1e-4, atol=1e-5)
+    assert len(read_lines(tmp_path / "log.jsonl")) == summary["steps"] == 3
 
 
-def test_a_fresh_adapter_changes_nothing_and_trains_attention_and_head_alone(folder, recogniser):
-    audio = sound(1.0)
-    with torch.no_grad():
-        before = recogniser.logits(audio)
-    weights = recipe.prepare_training(recogniser, settings("--data", "x", "--oracle"))
-    with torch.no_grad():
-        assert torch.equal(recogniser.logits(audio), before)
-    assert len(weights) == 2 * 4 * 2 + 2  # A and B of four projections in two layers; weight and bias of the head
-    assert all("lora_" in name and ".attention." in name or "lm_head" in name for name in weights)
+def test_a_fresh_adapter_changes_nothing_and_trains_attention_and_head_alone(recogniser, tmp_path):
+    before, summary, after = trained(recogniser, tmp_path, "--learning-rate", 1e-30)
+    assert torch.equal(before, after)
+    names = list(common.trained(recogniser.network))
+    assert len(names) == 2 * 4 * 2 + 2  # A and B of four projections in two layers; weight and bias of the head
+    assert all("lora_" in name and ".attention." in name or "lm_head" in name for name in names)
+    assert summary["trained_weights"] == sum(weight.numel() for weight in common.trained(recogniser.network).values())
 
 
 def test_full_training_leaves_the_feature_encoder_and_reloads_as_a_recogniser(folder, recogniser, tmp_path):
-    audio, before, after, _ = trained(recogniser, tmp_path, "--no-lora")
-    reloaded = recipe.Recogniser(str(tmp_path / "model"), 0.0)
-    with torch.no_grad():
-        torch.testing.assert_close(reloaded.logits(audio), after, rtol=0, atol=0)
+    _, _, after = trained(recogniser, tmp_path, "--no-lora", "--learning-rate", 1e-2)
+    torch.testing.assert_close(logits(recipe.Recogniser(str(tmp_path / "model"), 0.0)), after, rtol=0, atol=0)
     old, new = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "model"))
     assert old.keys() - new.keys() == {"wav2vec2.masked_spec_embed"}  # which --time-mask 0 does without
     same = {name for name in new if torch.equal(old[name], new[name])}
     assert {name for name in old if "feature_extractor" in name} <= same
     assert not same & {name for name in old if "lm_head" in name or "encoder.layers" in name and "k_proj.b" not in name}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recordings and numbers
 
 
 @pytest.fixture
@@ -537,14 +432,8 @@ def test_every_recording_that_cannot_be_used_is_named(recordings):
 
 
 def line(speaker, human, baseline, tuned, gold=None, condition="all"):
-    return {
-        "speaker": speaker,
-        "human": human,
-        "baseline": baseline,
-        "tuned": tuned,
-        "gold": gold,
-        "condition": condition,
-    }
+    texts = {"human": human, "baseline": baseline, "tuned": tuned, "gold": gold}
+    return {"speaker": speaker, "condition": condition, **texts}
 
 
 def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
@@ -559,9 +448,8 @@ def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
 
 
 def test_the_interval_of_a_difference_is_over_speakers_and_pairs_the_systems():
-    better = [
-        line(str(i), "A B C D", "A B X X" if i % 2 else "X X X X", "A B C X" if i % 2 else "A X X X") for i in range(20)
-    ]
+    texts = [("X X X X", "A X X X"), ("A B X X", "A B C X")]
+    better = [line(str(i), "A B C D", *texts[i % 2]) for i in range(20)]
     numbers = recipe.compare(better, "human", "baseline", "tuned")
     assert numbers["difference"]["wer_interval"] == pytest.approx((-0.25, -0.25))  # every speaker gains the same
     low, high = numbers["baseline"]["wer_interval"]
@@ -576,16 +464,10 @@ def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart()
     ]
     results = recipe.evaluate(lines, lines, settings("--audio-dir", "x"))
     assert set(results["held_out"]) == {"all", "clean", "noisy"}
-    assert (
-        results["held_out"]["noisy"]["gold"]["samples"] == 1 and results["held_out"]["noisy"]["human"]["samples"] == 2
-    )
+    assert [results["held_out"]["noisy"][name]["samples"] for name in ("gold", "human")] == [1, 2]
     assert results["held_out"]["all"]["gold"]["tuned"]["wer"] == 0.0  # the same wrong word as the gold
     assert results["gold_quality"]["held_out"]["gold"]["wer"] == 1 / 4
     assert results["gold_quality"]["held_out"]["baseline"]["wer"] == 3 / 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The script
 
 
 @pytest.mark.parametrize(
@@ -599,7 +481,6 @@ def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart()
         (["--audio-dir", "x", "--split", "test"], "leave it out"),
         (["--check-llm", "--epochs", "2"], "leave out --epochs"),
         (["--write-tiny", "x", "--data", "y"], "leave out --data"),
-        (["--data", "x", "--validation", "1"], "fraction"),
     ],
 )
 def test_settings_that_cannot_work_together_are_an_error(arguments, message):
@@ -608,93 +489,51 @@ def test_settings_that_cannot_work_together_are_an_error(arguments, message):
 
 
 def test_without_an_llm_it_stops_before_anything_is_transcribed(corpus, folder, tmp_path):
-    result = script(SCRIPT, "--data", corpus, "--recogniser", folder, "--llm", tmp_path / "none", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "without an LLM there is no gold" in result.stderr
+    with pytest.raises(cli.InputError, match="without an LLM there is no gold: --llm .*none"):
+        recipe.run(settings("--data", corpus, "--recogniser", folder, "--llm", tmp_path / "none"))
     assert not list(tmp_path.glob("out-gold/*"))
 
 
+@pytest.mark.slow
 def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, llm_folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = [
-        "--data",
-        corpus,
-        "--limit",
-        20,
-        "--validation",
-        0.5,
-        "--recogniser",
-        folder,
-        "--llm",
-        llm_folder,
-        "--epochs",
-        1,
-        "--output",
-        out,
-    ]
-    given = settings(*arguments)
+    out, models = tmp_path / "out", ["--recogniser", folder, "--llm", llm_folder]
+    arguments = ["--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--epochs", 1, "--output", out]
     with pytest.raises(cli.RunError, match="0 samples to train on"):  # what it memorised is far from any transcript
-        recipe.run(given)
+        recipe.run(settings(*arguments))
     shutil.rmtree(out)
     recipe.run(settings(*arguments, "--max-distance", 100))
-    gold = [json.loads(line) for line in (out / "gold.jsonl").read_text().splitlines()]
     results = json.loads((out / "evaluation_results.json").read_text())
-    held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    gold, held_out = ({line["id"]: line["gold"] for line in read_lines(out / f"{name}.jsonl")} for name in GOLD_FILES)
     assert len(gold) == 20 and len(held_out) == results["counts"]["held_out"] == 10
-    assert {line["id"]: line["gold"] for line in held_out}.items() <= {
-        line["id"]: line["gold"] for line in gold
-    }.items()
+    assert held_out.items() <= gold.items()
     assert set(results["held_out"]["all"]) == {"gold", "human"} and results["gold_quality"]["training"]["samples"]
     assert "hears nothing" in results["gold"] and "how good the gold is" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_on_folders_reports_clean_and_noisy_apart(recordings, folder, llm_folder, tmp_path):
-    out = tmp_path / "out"
-    recipe.run(
-        settings(
-            "--audio-dir",
-            recordings,
-            "--validation",
-            0.4,
-            "--recogniser",
-            folder,
-            "--llm",
-            llm_folder,
-            "--max-distance",
-            100,
-            "--epochs",
-            1,
-            "--batch-size",
-            1,
-            "--output",
-            out,
-        )
-    )
-    results = json.loads((out / "evaluation_results.json").read_text())
+    models = ["--recogniser", folder, "--llm", llm_folder, "--max-distance", 100]
+    sizes = ["--validation", 0.4, "--epochs", 1, "--batch-size", 1]
+    recipe.run(settings("--audio-dir", recordings, *models, *sizes, "--output", tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
     samples = {part: numbers["gold"] and numbers["gold"]["samples"] for part, numbers in results["held_out"].items()}
     assert samples["all"] == samples["clean"] + samples["noisy"] > 0
     assert all(numbers["human"] is None for numbers in results["held_out"].values())  # nobody wrote them down
     assert results["gold_quality"] == {"training": None, "held_out": None}
 
 
+@pytest.mark.slow
 def test_a_run_as_a_user_starts_it_says_oracle_everywhere_and_is_not_overwritten(corpus, folder, tmp_path):
     arguments = [SCRIPT, "--data", corpus, "--oracle", "--recogniser", folder, "--epochs", 2, "--learning-rate", 1e-2]
     result = script(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    out = tmp_path / "out-gold"
-    assert {path.name for path in out.iterdir()} == {
-        "settings.json",
-        "gold.jsonl",
-        "log.jsonl",
-        "adapter",
-        "held_out.jsonl",
-        "evaluation_results.json",
-    }
-    results = json.loads((out / "evaluation_results.json").read_text())
-    assert recipe.ORACLE in result.stdout
-    assert results["gold"] == json.loads((out / "settings.json").read_text())["gold"] == recipe.ORACLE
+    out, lines = tmp_path / "out-gold", {"gold.jsonl", "log.jsonl", "held_out.jsonl"}
+    assert {path.name for path in out.iterdir()} == lines | {"settings.json", "adapter", "evaluation_results.json"}
+    results, written = (json.loads((out / f"{name}.json").read_text()) for name in ("evaluation_results", "settings"))
+    assert results["gold"] == written["gold"] == recipe.ORACLE and recipe.ORACLE in result.stdout
+    assert written["llm"] is None and written["rank"] == 8  # no file names what was not used
     assert results["counts"]["training"] + results["counts"]["held_out"] == 40
-    with pytest.raises(cli.InputError, match="holds a run already"):
+    with pytest.raises(cli.InputError, match="settings.json exists already"):
         recipe.run(settings(*arguments[1:]))
 
 

@@ -332,11 +332,12 @@ def test_half_a_surrogate_pair_and_an_earlier_page_are_no_hindrance(monkeypatch,
         ("file/report.html", lambda path: path.parent.touch(), "file"),
     ],
 )
-def test_a_report_replaces_nothing_else(tmp_path, name, prepare, message):
+def test_a_report_replaces_nothing_else(monkeypatch, tmp_path, name, prepare, message):
+    run = evaluated(tmp_path / "run", [apa("a"), mdd("a")])
     if prepare:
         prepare(tmp_path / name)
     with pytest.raises(cli.InputError, match=message) as error:
-        report.check_path(tmp_path / name)
+        make(monkeypatch, run, "--output", tmp_path / name)
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -99,6 +99,7 @@ def test_the_lowest_and_the_highest_rates_are_read(rate):
         (sound(tone(0.1), format="AU")[:15] + b"\x17" + sound(tone(0.1), format="AU")[16:], "not a readable"),
         (sound(tone(0.1), format="AIFF")[:22], "not a readable"),  # libsndfile seeks to -1, in a callback
     ],
+    ids=lambda value: "bytes" if isinstance(value, bytes) else value,  # some hold the time
 )
 @pytest.mark.filterwarnings("error")  # a second line
 def test_bad_audio_is_named_and_nothing_else_is_printed(monkeypatch, content, message):

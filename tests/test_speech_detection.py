@@ -1,30 +1,26 @@
 """recipes/speech_detection.py: clips that give nothing away, one prompt, results beside a baseline."""
 
-import argparse
+from collections import Counter
+from dataclasses import replace
 import json
 import math
 import re
 import sys
-from collections import Counter
-from dataclasses import replace
 
+from conftest import ROOT, script
 import numpy as np
+from peft import LoraConfig, get_peft_model
 import pytest
+from scipy import stats
 import soundfile
 import torch
-from conftest import ROOT, script
-from peft import LoraConfig, get_peft_model
-from scipy import stats
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 import data
-import runtime
-import tiny
+from recipes import common
+from recipes import speech_detection as recipe
 from support import cli
-
-sys.path.append(str(ROOT / "recipes"))
-
-import speech_detection as recipe
+import tiny
 
 RECIPE = ROOT / "recipes" / "speech_detection.py"
 CELL = len(recipe.LETTERS) * len(recipe.DURATIONS) * len(recipe.SNRS)
@@ -38,24 +34,16 @@ def speech(tmp_path_factory):
     return root
 
 
-def settings(output, speech, **changes):
-    given = {
-        "data": speech,
-        "sounds": None,
-        "kinds": list(recipe.KINDS),
-        "train_clips": CELL,
-        "test_clips": CELL,
-        "clip_seed": 0,
-        "output": output,
-    }
-    return argparse.Namespace(**given | changes)
+def make(output, speech, **changes):
+    sizes = {"train_clips": CELL, "test_clips": CELL}
+    return recipe.make_clips(recipe.Settings(data=speech, output=output, **sizes | changes))
 
 
 @pytest.fixture(scope="module")
 def clips(speech, tmp_path_factory):
     """Clips and the folder they are in."""
     output = tmp_path_factory.mktemp("clips")
-    return recipe.make_clips(settings(output, speech, train_clips=2 * CELL)), output
+    return make(output, speech, train_clips=2 * CELL), output
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +64,22 @@ def waves(clips, count=6):
     return [recipe.wave_of(clip, output) for clip in clips[:count]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Clips
+def noise(path, seconds, rate=data.SAMPLE_RATE, seed=0):
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, 0.1 * np.random.default_rng(seed).standard_normal(int(rate * seconds)), rate)
 
 
-def test_classes_durations_and_snrs_are_equally_frequent_in_both_splits(clips):
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_classes_durations_snrs_and_kinds_are_equally_frequent_in_both_splits(clips):
     for split, each in (("train", 2), ("test", 1)):
         cells = Counter((c.label, c.duration, c.snr) for c in clips[0] if c.split == split)
         assert len(cells) == CELL and set(cells.values()) == {each}
-
-
-def test_every_kind_of_nonspeech_is_there_and_about_as_frequent(clips):
     kinds = Counter(clip.kind for clip in clips[0] if clip.label == "NONSPEECH")
-    assert set(kinds) == set(recipe.KINDS) and max(kinds.values()) - min(kinds.values()) <= 2
+    assert set(kinds) == {*recipe.DRAWN, "scrambled"} and max(kinds.values()) - min(kinds.values()) <= 2
+    assert {*kinds} == {*recipe.Settings().kinds}
 
 
 def test_no_speaker_source_or_sound_is_in_both_splits(clips):
@@ -101,34 +92,28 @@ def test_no_speaker_source_or_sound_is_in_both_splits(clips):
 @pytest.mark.parametrize("what", ["source", "group", "sound"])
 def test_a_leak_ends_the_run_and_names_the_clips(clips, what):
     train, test = clips[0][0], clips[0][-1]
-    leaking = [*clips[0][:-1], replace(test, **{what: getattr(train, what)})]
+    leaking = [*clips[0][:-1], test.model_copy(update={what: getattr(train, what)})]
     with pytest.raises(cli.RunError, match=f"share a {what}, 1 times: .* and {test.id}"):
         recipe.check_leaks(leaking)
 
 
 def test_the_same_sound_under_two_names_is_a_leak(speech, tmp_path):
-    rng = np.random.default_rng(0)
-    sound = 0.1 * rng.standard_normal(20_000)
-    (tmp_path / "sounds").mkdir()
-    for name in ("a.wav", "b.wav", "c.wav", "d.wav"):
-        soundfile.write(tmp_path / "sounds" / name, sound, data.SAMPLE_RATE)
+    for number in range(4):
+        noise(tmp_path / "sounds" / f"{number}.wav", 1.25)
     with pytest.raises(cli.InputError, match="too few recordings"):
-        recipe.make_clips(settings(tmp_path / "few", speech, sounds=tmp_path / "sounds", kinds=["scrambled"]))
+        make(tmp_path / "few", speech, sounds=tmp_path / "sounds", kinds=("scrambled",))
     for number in range(60):
-        soundfile.write(tmp_path / "sounds" / f"{number}.wav", sound, data.SAMPLE_RATE)
+        noise(tmp_path / "sounds" / f"{number}.wav", 1.25)
     with pytest.raises(cli.RunError, match="share a sound"):
-        recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds"))
+        make(tmp_path / "out", speech, sounds=tmp_path / "sounds")
 
 
 def test_sounds_of_ones_own_are_a_kind_of_nonspeech_and_each_file_is_in_one_split(speech, tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "sounds").mkdir()
     for number in range(40):
-        soundfile.write(tmp_path / "sounds" / f"{number}.wav", 0.1 * rng.standard_normal(20_000), data.SAMPLE_RATE)
-    clips = recipe.make_clips(settings(tmp_path / "out", speech, sounds=tmp_path / "sounds", kinds=["white"]))
-    used = {
-        split: {clip.source for clip in clips if (clip.kind, clip.split) == ("sound", split)} for split in recipe.SPLITS
-    }
+        noise(tmp_path / "sounds" / f"{number}.wav", 1.25, seed=number)
+    used = {split: set() for split in recipe.SPLITS}
+    for clip in make(tmp_path / "out", speech, sounds=tmp_path / "sounds", kinds=("white",)):
+        used[clip.split] |= {clip.source} if clip.kind == "sound" else set()
     assert {len(sources) for sources in used.values()} == {CELL // 4} and not used["train"] & used["test"]
 
 
@@ -175,17 +160,10 @@ def test_coloured_noise_falls_as_its_name_says(kind, slope):
 
 
 def test_the_same_seed_makes_the_same_clips_and_another_one_others(clips, speech, tmp_path):
-    made = {
-        seed: recipe.make_clips(settings(tmp_path / str(seed), speech, train_clips=2 * CELL, clip_seed=seed))
-        for seed in (0, 1)
-    }
-    assert made[0] == clips[0] != made[1]
-    for clip in made[0][:8]:
+    same, other = (make(tmp_path / str(seed), speech, train_clips=2 * CELL, clip_seed=seed) for seed in (0, 1))
+    assert same == clips[0] != other
+    for clip in same[:8]:
         assert np.array_equal(recipe.wave_of(clip, tmp_path / "0"), recipe.wave_of(clip, clips[1]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
 
 
 def counted(pattern):
@@ -194,7 +172,7 @@ def counted(pattern):
         network = Qwen2AudioForConditionalGeneration(config)
         network = get_peft_model(network, LoraConfig(r=16, target_modules=pattern, task_type="CAUSAL_LM"))
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    return sum(p.numel() for p in recipe.trained(network)), {name.split(".")[3] for name in names}
+    return sum(p.numel() for p in common.trained(network).values()), {name.split(".")[3] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -209,11 +187,11 @@ def test_lora_has_the_published_sizes_and_leaves_the_audio_encoder_alone_unless_
     assert counted(recipe.lora_targets(mlp, encoder)) == (count, parts)
 
 
-def lora(base, **changes):
-    given = {"mlp_targets": False, "audio_encoder": False, "rank": 4, "alpha": 8, "dropout": 0.0} | changes
-    network, processor = recipe.load_base(base, "lora", given.pop("quantize", None))
+def lora(base, quantize=None):
+    network, processor = recipe.load_base(base, "lora", quantize)
     torch.manual_seed(1)
-    network = recipe.add_lora(network, argparse.Namespace(**given))
+    given = recipe.Settings(rank=4, alpha=8, dropout=0.0)
+    network = common.add_lora(network, given, recipe.lora_targets(False, False), task_type="CAUSAL_LM")
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "lora_B" in name:
@@ -236,8 +214,7 @@ def test_only_the_adapter_gets_a_gradient(base, clips, quantize):
 def test_an_adapter_that_is_saved_and_loaded_gives_the_same_answers(base, clips, tmp_path):
     network, processor = lora(base)
     before = recipe.classify(network, processor, waves(clips), 2)
-    given = argparse.Namespace(train="lora", model=str(base), quantize=None)
-    recipe.save_trained(network, processor, tmp_path, given)
+    recipe.save_trained(network, processor, tmp_path, recipe.Settings(model=str(base)))
     again = recipe.classify(*recipe.load_trained(tmp_path), waves(clips), 2)
     assert again == before
     assert again != pytest.approx(recipe.classify(*recipe.load_base(base, "lora"), waves(clips), 2), abs=1e-3)
@@ -251,16 +228,12 @@ def test_gradient_checkpointing_computes_again_and_changes_no_gradient(base, cli
             network.gradient_checkpointing_enable({"use_reentrant": False})
         network.train()
         layer, calls = network.get_submodule("base_model.model.model.language_model.layers.0.self_attn"), []
-        layer.register_forward_hook(lambda *call: calls.append(1))
+        layer.register_forward_hook(lambda *call, calls=calls: calls.append(1))
         recipe.answer_loss(network, processor, waves(clips, 2), ["A", "B"]).backward()
-        gradients.append([p.grad for p in recipe.trained(network)])
+        gradients.append([p.grad for p in common.trained(network).values()])
         passes.append(len(calls))
     assert passes == [1, 2]
     torch.testing.assert_close(*gradients)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the model reads
 
 
 def test_loss_is_on_the_letter_and_the_end_token_alone(model, clips):
@@ -269,9 +242,9 @@ def test_loss_is_on_the_letter_and_the_end_token_alone(model, clips):
     batch = recipe.read_clips(processor, waves(clips, 3), answers)
     labels = recipe.mask_labels(batch, processor, answers)
     for row, answer in enumerate(answers):
-        supervised = labels[row][labels[row] != data.IGNORE]
+        supervised = labels[row][labels[row] != recipe.IGNORE]
         assert processor.tokenizer.decode(supervised) == answer + recipe.END
-        assert (labels[row][-2:] != data.IGNORE).all() and len(supervised) == 2
+        assert (labels[row][-2:] != recipe.IGNORE).all() and len(supervised) == 2
 
 
 def test_the_prompt_is_the_same_in_training_and_in_evaluation(model, clips):
@@ -317,12 +290,8 @@ def test_all_ways_of_writing_a_letter_are_summed(model, clips):
     assert recipe.classify(network, processor, waves(clips, 1), 1)[0] != pytest.approx(before, abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Results
-
-
 def test_one_threshold_on_flatness_solves_the_task_as_it_was_published(speech, tmp_path):
-    clips = recipe.make_clips(settings(tmp_path, speech, kinds=["white"], train_clips=2 * CELL))
+    clips = make(tmp_path, speech, kinds=("white",), train_clips=2 * CELL)
     train, test = ([clip for clip in clips if clip.split == split] for split in recipe.SPLITS)
     answers = recipe.flatness_baseline(train, test, tmp_path)
     assert np.mean([answer == (clip.label == "SPEECH") for answer, clip in zip(answers, test, strict=True)]) > 0.9
@@ -342,49 +311,28 @@ def test_accuracy_counts_right_answers_and_its_interval_over_groups_is_wider_whe
     assert widths["bootstrap"] > 2 * widths["wilson"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# As a user starts it
-
-
 @pytest.fixture(scope="module")
 def finished(speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    result = script(
-        RECIPE,
-        "--data",
-        speech,
-        "--model",
-        "tiny",
-        "--train",
-        "all",
-        "--learning-rate",
-        1e-3,
-        "--epochs",
-        2,
-        "--train-clips",
-        CELL,
-        "--test-clips",
-        CELL,
-        "--seeds",
-        0,
-        1,
-        cwd=folder,
-    )
+    model = ["--model", "tiny", "--train", "all", "--learning-rate", 1e-3, "--epochs", 2, "--seeds", 0, 1]
+    sizes = ["--train-clips", CELL, "--test-clips", CELL]
+    result = script(RECIPE, "--data", speech, *model, *sizes, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "out-speech", result
 
 
+@pytest.mark.slow
 def test_a_run_prints_model_and_baseline_in_one_table_and_keeps_what_it_answered(finished):
     output, result = finished
     results = json.loads((output / "results.json").read_text())
     for name in ("flatness threshold", "model, seed 0", "model, seed 1"):
         assert f"{name:24}{results[name]['accuracy']:.3f}" in result.stdout
     for seed in (0, 1):
-        lines = [json.loads(line) for line in (output / f"seed-{seed}" / "predictions.jsonl").read_text().splitlines()]
+        lines = read_lines(output / f"seed-{seed}" / "predictions.jsonl")
         assert len(lines) == CELL
         right = np.mean([(line["speech"] > 0.5) == (line["label"] == "SPEECH") for line in lines])
         assert results[f"model, seed {seed}"]["accuracy"] == right
-        steps = [json.loads(line) for line in (output / f"seed-{seed}" / "log.jsonl").read_text().splitlines()]
+        steps = read_lines(output / f"seed-{seed}" / "log.jsonl")
         assert [step["step"] for step in steps] == [1, 2] and steps[1]["loss"] < steps[0]["loss"]
 
 
@@ -394,12 +342,14 @@ def said_by(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_clip_by_clip(finished, monkeypatch, capsys):
     runs = [finished[0] / f"seed-{seed}" for seed in (0, 1)]
     assert "McNemar's exact test" in said_by(monkeypatch, capsys, "--compare", *runs)
     assert "A - B  +0.000, 95 % +0.000 to +0.000, p = 1" in said_by(monkeypatch, capsys, "--compare", runs[0], runs[0])
 
 
+@pytest.mark.slow
 def test_a_trained_model_answers_a_clip_of_ones_own(finished, monkeypatch, capsys):
     output, _ = finished
     clip = next((output / "clips" / "test").glob("*.wav"))
@@ -407,69 +357,64 @@ def test_a_trained_model_answers_a_clip_of_ones_own(finished, monkeypatch, capsy
     assert re.fullmatch(rf"{clip}  (NON)?SPEECH  [01]\.\d{{3}}\n", said)
 
 
-def test_runs_on_other_clips_are_not_compared(finished, tmp_path):
-    run = finished[0] / "seed-0"
-    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    for other in (lines[:-1], [lines[0] | {"sound": "another"}, *lines[1:]]):
-        (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
-        with pytest.raises(cli.InputError, match="were tested on other clips"):
-            recipe.compare(run, tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [lambda ls: ls[:-1], lambda ls: [ls[0] | {"sound": "x"}, *ls[1:]], lambda ls: []])
+def test_runs_on_other_clips_are_not_compared(finished, tmp_path, change):
+    lines = change(read_lines(finished[0] / "seed-0" / "predictions.jsonl"))
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(cli.InputError, match="were tested on other clips"):
+        recipe.compare(finished[0] / "seed-0", tmp_path)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 3.0])
-def test_a_clip_of_ones_own_has_to_be_as_long_as_those_of_training(finished, tmp_path, seconds):
-    path = tmp_path / "one.wav"
-    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(int(16_000 * seconds)), 16_000)
-    with pytest.raises(cli.InputError, match=f"one.wav: {seconds * 1000:,.0f} ms; models are trained on clips of 200"):
-        recipe.answer(finished[0] / "seed-0", [path])
+def test_a_clip_of_ones_own_has_to_be_as_long_as_those_of_training(tmp_path, seconds):
+    noise(tmp_path / "one.wav", seconds)
+    with pytest.raises(cli.InputError, match=f"one.wav: {seconds * 1000:,.0f} ms; cut out 200 to 1,000 ms"):
+        recipe.answer(tmp_path, [tmp_path / "one.wav"])
 
 
-def arguments_that_are_wrong(tmp_path):
-    sounds = tmp_path / "sounds"
-    sounds.mkdir()
-    return [
-        ([], "give --data"),
-        (["--data", tmp_path / "none", "--model", "tiny", "--train", "all"], "does not exist"),
-        (["--data", tmp_path, "--model", "tiny"], "add --train all"),
-        (
-            ["--data", tmp_path, "--train-clips", 100],
-            f"--train-clips 100 cannot be shared .* multiple of {CELL}",
-        ),
-        (["--data", tmp_path, "--train", "all", "--quantize", "nf4"], "--quantize nf4 freezes"),
-        (["--data", tmp_path, "--model", "tiny", "--train", "all", "--rank", 8], "without LoRA: leave out --rank"),
-        (["--data", tmp_path, "--seeds", 1, 2, 1], "--seeds 1 2 1: each is one run"),
-        (["--trained", tmp_path], "stand alone"),
-        (["--compare", tmp_path, tmp_path, "--seeds", 1], "leave out the other settings, or --compare"),
-        (["--trained", tmp_path, "--audio", tmp_path / "x.wav"], "x.wav cannot be read: No such file"),
-        (["--compare", tmp_path, tmp_path], "predictions.jsonl is missing"),
-        (["--data", tmp_path, "--model", sounds], "no Qwen2-Audio checkpoint"),
-    ]
+WRONG = [
+    ("", "give --data"),
+    ("--data none --model tiny --train all", "does not exist"),
+    ("--data . --model tiny", "add --train all"),
+    ("--data . --train-clips 100", f"--train-clips 100 cannot be shared .* multiple of {CELL}"),
+    ("--data . --train all --quantize nf4", "--quantize nf4 freezes"),
+    ("--data . --model tiny --train all --rank 8", "without LoRA: leave out --rank"),
+    ("--data . --seeds 1 2 1", "--seeds 1 2 1: each is one run"),
+    ("--trained .", "stand alone"),
+    ("--compare . . --seeds 1", "leave out --seeds"),
+    ("--trained . --audio x.wav", "x.wav cannot be read: No such file"),
+    ("--compare . .", "predictions.jsonl is missing"),
+    ("--data . --model sounds", "sounds cannot be loaded.*needs a Qwen2-Audio"),
+    ("--compare bad bad", "line 1 of bad/predictions.jsonl: speech"),
+    ("--data . --seeds", "--seeds"),
+]
 
 
-def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys):
-    for arguments, message in arguments_that_are_wrong(tmp_path):
-        monkeypatch.setattr(sys, "argv", ["speech_detection.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.run_script("speech_detection.py", recipe.main)
-        said = capsys.readouterr().err
-        assert ended.value.code == 2 and re.search(message, said) and said.count("\n") == 1, said
+@pytest.mark.parametrize("arguments, message", WRONG)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    for folder in ("sounds", "bad"):
+        (tmp_path / folder).mkdir()
+    clip = recipe.Clip(id="", split="", label="", kind="", source="", group="", duration=1, snr=1, masking="", sound="")
+    (tmp_path / "bad" / "predictions.jsonl").write_text(json.dumps(clip.model_dump() | {"speech": "no"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["speech_detection.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.run_script("speech_detection.py", recipe.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, said) and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize(
     "rate, seconds, message",
-    [
-        (8_000, 2, "8,000 Hz is below 16,000 Hz"),
-        (16_000, 0.5, "shorter than the longest clip, 1,000 ms"),
-    ],
+    [(8_000, 2, "8,000 Hz is below 16,000 Hz"), (16_000, 0.5, "shorter than the longest clip, 1,000 ms")],
 )
 def test_sounds_that_would_give_the_class_away_are_all_named(tmp_path, rate, seconds, message):
     for name in ("a.wav", "b.wav"):
-        noise = 0.1 * np.random.default_rng(0).standard_normal(int(rate * seconds))
-        soundfile.write(tmp_path / name, noise, rate)
+        noise(tmp_path / name, seconds, rate)
     (tmp_path / "c.wav").write_text("no sound")
     with pytest.raises(cli.InputError) as error:
         recipe.sound_sources(tmp_path)
-    assert str(error.value).startswith(f"3 files of {tmp_path}") and str(error.value).count(message) == 2
+    assert str(error.value).startswith(f"3 of 3 files of {tmp_path}") and str(error.value).count(message) == 2
 
 
 def test_speech_of_too_low_a_rate_and_silence_are_named(speech, tmp_path):
@@ -483,35 +428,21 @@ def test_speech_of_too_low_a_rate_and_silence_are_named(speech, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_clips(model, clips, tmp_path, monkeypatch):
-    network, processor = model
-    chosen = clips[0][:4]
-    given = argparse.Namespace(
-        batch_size=2, accumulation=2, epochs=1, warmup=0.1, learning_rate=1e-3, clip=1.0, output=clips[1]
-    )
-    before = [p.detach().clone() for p in recipe.trained(network)]
+    given = recipe.Settings(batch_size=2, accumulation=2, epochs=1, output=clips[1])
+    before = [p.detach().clone() for p in model[0].parameters()]
     monkeypatch.setattr(recipe, "answer_loss", lambda network, *rest: network.lm_head.weight.sum() * float("nan"))
-    with open(tmp_path / "log", "w") as log, pytest.raises(cli.RunError, match=f"step 1: loss nan.*{chosen[0].id}"):
-        recipe.train(network, processor, chosen, given, 0, log)
-    assert all(torch.equal(a, b) for a, b in zip(before, recipe.trained(network)))
+    with pytest.raises(cli.RunError, match=f"step 1: loss nan.*{clips[0][0].id}"):
+        recipe.train(*model, clips[0][:4], given, 0, tmp_path / "log")
+    assert all(torch.equal(a, b) for a, b in zip(before, model[0].parameters()))
 
 
 def test_an_update_does_not_depend_on_how_its_clips_are_batched(base, clips, tmp_path):
-    logs = []
+    logs, fixed = [], {"epochs": 1, "warmup": 0.0, "learning_rate": 1e-3, "output": clips[1]}
     for batch_size, accumulation in ((8, 1), (2, 4)):
-        network, processor = recipe.load_base(base, "all")
-        given = argparse.Namespace(
-            batch_size=batch_size,
-            accumulation=accumulation,
-            epochs=1,
-            warmup=0.0,
-            learning_rate=1e-3,
-            clip=1.0,
-            output=clips[1],
-        )
-        with open(tmp_path / "log", "w") as log:
-            recipe.train(network, processor, clips[0][:16], given, 0, log)
-        logs.append([json.loads(line) for line in (tmp_path / "log").read_text().splitlines()])
-    rates = [runtime.learning_rate(step, 2, peak=1e-3, warmup=0) for step in range(2)]
+        given = recipe.Settings(batch_size=batch_size, accumulation=accumulation, **fixed)
+        recipe.train(*recipe.load_base(base, "all"), clips[0][:16], given, 0, tmp_path / "log")
+        logs.append(read_lines(tmp_path / "log"))
+    rates = [common.learning_rate(step, 2, peak=1e-3, warmup=0) for step in range(2)]
     assert [line["learning_rate"] for line in logs[0]] == rates and rates[1] < rates[0]
     for one, other in zip(*logs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
