@@ -1,5 +1,6 @@
 """A tiny model with barely trained weights and a small corpus, in the real formats, made once for all tests."""
 
+import fcntl
 import io
 import json
 import os
@@ -85,18 +86,29 @@ def greedy(model, utterances, task, max_new_tokens):
     return model.generate(questions, model.hear(utterances), max_new_tokens)
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that the first of pytest-xdist's processes makes, and all of them read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            (root / f"{name}.unfinished").mkdir()
+            make(root / f"{name}.unfinished")
+            (root / f"{name}.unfinished").rename(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    root = tmp_path_factory.mktemp("corpus")
-    tiny.write_corpus(root, {"train": 4, "test": 2}, per_speaker=10, seed=0)
-    return root
+    speakers = {"train": 4, "test": 2}
+    return made_once(tmp_path_factory, "corpus", lambda root: tiny.write_corpus(root, speakers, per_speaker=10, seed=0))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.write_model(folder, steps=30, seed=0, clips=64)
-    return folder
+    size = {"steps": 30, "seed": 0, "clips": 64}
+    return made_once(tmp_path_factory, "checkpoint", lambda folder: tiny.write_model(folder, **size))
 
 
 @pytest.fixture(scope="session")
