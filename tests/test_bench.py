@@ -120,7 +120,8 @@ def test_every_way_to_write_answers_runs_on_the_same_utterances(noise):
         passes[name] = len(read)
     assert passes == {
         **dict.fromkeys(("APA, one at a time", "MDD, one at a time"), 9),
-        **dict.fromkeys(("APA, batched", "MDD, batched", "both tasks, batched"), 6),
+        **dict.fromkeys(("APA, batched", "MDD, batched"), 6),
+        "both tasks, batched": 8,  # the prompts of each task are read apart
         "APA, expected scores": 8,
     }
 
