@@ -8,7 +8,7 @@ SEED ?= 0
 PRETRAINING_STEPS ?= 1000
 TRAIN_SPEAKERS ?= 50
 EPOCHS ?= 5
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 .PHONY: demo test check
 
