@@ -117,9 +117,8 @@ def clean_speech(rng):
         for phone in LEXICON[word].split():
             phone = str(rng.choice(PHONES)) if rng.uniform() < replaced else phone
             phones.append(phone)
-            seconds, quality = rng.uniform(0.06, 0.16) * voice.rate, {"breath": rng.uniform(0, 0.35)}
-            quality |= {"gain": rng.uniform(0.5, 1.2), "shift": rng.uniform(0.97, 1.03)}
-            sounds.append(Sound(phone, seconds, **quality))
+            breath = rng.uniform(0.0, 0.2)
+            sounds.append(Sound(phone, rng.uniform(0.06, 0.16) * voice.rate, rng.uniform(0.5, 1.2), breath))
         if rng.uniform() < 0.3:
             sounds.append(_silence(rng))
     sounds.append(_silence(rng))
