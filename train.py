@@ -220,10 +220,10 @@ def train(settings):
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
     print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
+    files.make_folder(settings.audio_cache, "--audio-cache")
     identity = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
 
     with open_run(settings, identity, corpus, per_epoch) as run:
-        files.make_folder(settings.audio_cache, "--audio-cache")
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(settings.seed)
         model = build_model(settings)

@@ -33,6 +33,7 @@ def start():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    total(0)  # until all have come: one that ends at once, with a user's mistake, would break the others' start
     if process_rank():
         sys.stdout = open(os.devnull, "w")
 

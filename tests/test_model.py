@@ -400,8 +400,8 @@ def test_what_is_compared_is_computed_in_float32_where_the_weights_are_bfloat16(
     """Hidden states whose two likeliest tokens are often equal in bfloat16."""
     model = new_model(dtype="bfloat16")
     weight = model.core.lm_head.token_adapter.base_layer.weight
-    hidden = 20 * torch.randn(400, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = hidden.double() @ weight.double().T  # (400, V)
+    hidden = 20 * torch.randn(4000, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = hidden.double() @ weight.double().T  # (4000, V)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = torch.arange(11).expand(len(hidden), -1)
         exact, rounded = model._exact_logits(hidden, tokens), model._logits(hidden)
