@@ -7,7 +7,7 @@ PYTHON ?= python3
 SEED ?= 0
 PRETRAINING_STEPS ?= 1000
 TRAIN_SPEAKERS ?= 50
-EPOCHS ?= 5
+EPOCHS ?= 4
 PYTEST := .venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 # The models are so small that a second thread in a process costs more than it brings
 export OMP_NUM_THREADS := 1
@@ -23,7 +23,7 @@ demo: .venv/installed
 		out/predictions.jsonl.part out/report.html out/settings.json
 	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --learning-rate 3e-3 \
 		--batch-size 8 --accumulation 1 --epochs $(EPOCHS) --seed $(SEED)
-	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected
+	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected --max-new-tokens 80
 	.venv/bin/python -m analysis.report out/
 	.venv/bin/python -m analysis.listen tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) \
 		--adapter out/ --text "$$(head -1 tiny/corpus/test/text | cut -f2)"

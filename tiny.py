@@ -54,6 +54,7 @@ LEXICON = dict(entry.strip().split(" ", 1) for entry in ENTRIES.split(","))
 PHONES = sorted({phone for phones in LEXICON.values() for phone in phones.split()})
 LOW_TONES = (250, 400, 620, 900, 1250)  # Hz; a phone is one low and one high tone, all pairs distinct
 HIGH_TONES = (1700, 2200, 2800, 3500, 4300)  # Hz
+BREATHY = 0.3  # breath above which the encoder learns to hear it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,7 +83,10 @@ def new_voice(rng):
 
 
 def synthesise(sounds, voice, rng):
-    """Waveform (S,) of a list of sounds, and for every sample the index of its phone in PHONES, -1 in silence."""
+    """Waveform (S,) of a list of sounds, and for every sample which phone it is and whether it is breathy, (S, 2).
+
+    The phone as its index in PHONES, -1 in silence.
+    """
     pieces, labels = [], []
     for sound in sounds:
         samples = int(sound.seconds * data.SAMPLE_RATE)
@@ -98,7 +102,7 @@ def synthesise(sounds, voice, rng):
             edge = np.minimum(1, np.minimum(time, time[::-1]) / 0.008)  # 8 ms fade, so that joints do not click
             wave *= 0.1 * sound.gain * edge
         pieces.append(wave)
-        labels.append(np.full(samples, index))
+        labels.append(np.tile((index, sound.breath > BREATHY), (samples, 1)))
     wave = np.concatenate(pieces)
     return (wave + 0.001 * rng.standard_normal(len(wave))).astype(np.float32), np.concatenate(labels)
 
@@ -106,8 +110,8 @@ def synthesise(sounds, voice, rng):
 def clean_speech(rng):
     """One utterance of clear speech for pretraining: (words, phones, waveform, sample labels).
 
-    In most utterances half of the phones are replaced at random and sound as clear as the rest, so that the model
-    learns to listen instead of recalling the words.
+    In most utterances half of the phones are replaced at random and sound like the rest, so that the model learns to
+    listen instead of recalling the words. Breath comes at random, too.
     """
     voice = new_voice(rng)
     words = list(rng.choice(list(LEXICON), rng.integers(1, 5)))
@@ -117,7 +121,7 @@ def clean_speech(rng):
         for phone in LEXICON[word].split():
             phone = str(rng.choice(PHONES)) if rng.uniform() < replaced else phone
             phones.append(phone)
-            breath = rng.uniform(0.0, 0.2)
+            breath = rng.uniform(0.4, 0.7) if rng.uniform() < 0.4 else rng.uniform(0.0, 0.1)
             sounds.append(Sound(phone, rng.uniform(0.06, 0.16) * voice.rate, rng.uniform(0.5, 1.2), breath))
         if rng.uniform() < 0.3:
             sounds.append(_silence(rng))
@@ -295,16 +299,18 @@ class Clip:
     words: list[str]
     phones: list[str]
     features: torch.Tensor  # (F, 80)
-    labels: np.ndarray  # (A, 2), a phone's index at 20 and 60 of the 80 ms of every embedding; -1 is silence
+    labels: np.ndarray  # (A, 2, 2), of `synthesise`, at 20 and 60 of the 80 ms of every embedding
     audio: torch.Tensor | None = None  # (A, D), its embeddings, once the encoder has been trained
 
 
 class Pretraining:
     """Clean synthetic speech to text, in two parts of about the same cost.
 
-    Hearing: audio encoder and projector learn which phone sounds in each frame. Without a loss on each frame no
-    alignment of audio and text appears in so few steps. Writing: the language model learns to write what was heard, the
-    words or the phones, and a little text to JSON. The encoder stays as it is then, so each clip is embedded once.
+    Hearing: audio encoder and projector learn which phone sounds in each frame, and whether it is breathy. Without a
+    loss on each frame no alignment of audio and text appears in so few steps, and an encoder that learns phones alone
+    forgets how they sound, which the accuracy of learner speech follows from. Writing: the language model learns to
+    write what was heard, the words or the phones, and a little text to JSON. The encoder stays as it is then, so each
+    clip is embedded once.
     """
 
     BATCH = 32  # clips a step
@@ -318,7 +324,7 @@ class Pretraining:
     def __init__(self, model, seed, clips):
         self.model = model
         self.rng = np.random.default_rng((seed, 2))
-        self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 1))  # thrown away afterwards
+        self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 2))  # thrown away afterwards
         self.clips = sorted((self._clip() for _ in range(clips)), key=lambda clip: len(clip.features))
         features = torch.cat([clip.features for clip in self.clips])  # (sum of F, 80)
         normalisation = model.audio.encoder.encoder_embedding  # carried by the real encoder, too
@@ -330,8 +336,10 @@ class Pretraining:
         hearing = math.ceil(self.HEARING * steps)
         self._train("hearing", hearing, self._hearing_loss, self.model.audio, self.frame_head)
         with torch.no_grad():
-            for clip in self.clips:
-                (clip.audio,) = self.model.encode_audio([clip.features])
+            for first in range(0, len(self.clips), self.BATCH):
+                clips = self.clips[first : first + self.BATCH]
+                for clip, audio in zip(clips, self.model.encode_audio([clip.features for clip in clips])):
+                    clip.audio = audio
         self.model.audio.requires_grad_(False)
         self._train("writing", steps - hearing, self._writing_loss, self.model)
 
@@ -353,8 +361,11 @@ class Pretraining:
 
     def _hearing_loss(self, clips):
         audio = self.model.encode_audio([clip.features for clip in clips])
-        logits = self.frame_head(torch.cat(audio)).view(-1, len(PHONES) + 1)  # (2 x sum of A, phones + silence)
-        return F.cross_entropy(logits, torch.as_tensor(np.concatenate([clip.labels for clip in clips])).flatten() + 1)
+        labels = torch.as_tensor(np.concatenate([clip.labels for clip in clips])).view(-1, 2)  # (2 x sum of A, 2)
+        logits = self.frame_head(torch.cat(audio)).view(len(labels), -1)  # (2 x sum of A, silence + phones + breathy)
+        phones, breathy = labels[:, 0], labels[:, 1].float()
+        breath_loss = F.binary_cross_entropy_with_logits(logits[:, -1], breathy)
+        return F.cross_entropy(logits[:, :-1], phones + 1) + breath_loss
 
     def _writing_loss(self, clips):
         rows, audio = [], []

@@ -47,10 +47,12 @@ def test_every_phone_has_tones_of_its_own():
 
 def test_the_labels_of_a_clip_are_where_its_phones_sound():
     rng = np.random.default_rng(0)
-    sounds = [tiny.Sound(None, 0.1), tiny.Sound("AA", 0.1), tiny.Sound("B", 0.05)]
+    sounds = [tiny.Sound(None, 0.1), tiny.Sound("AA", 0.1), tiny.Sound("B", 0.05, breath=0.5)]
     wave, labels = tiny.synthesise(sounds, tiny.new_voice(rng), rng)
+    phones, breathy = labels.T
     assert len(wave) == len(labels) == 4000
-    assert labels.tolist() == [-1] * 1600 + [tiny.PHONES.index("AA")] * 1600 + [tiny.PHONES.index("B")] * 800
+    assert phones.tolist() == [-1] * 1600 + [tiny.PHONES.index("AA")] * 1600 + [tiny.PHONES.index("B")] * 800
+    assert breathy.tolist() == [0] * 3200 + [1] * 800
     assert np.abs(wave[:1600]).max() < 0.01 < np.abs(wave[1700:3100]).mean()
 
 
