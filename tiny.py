@@ -13,6 +13,7 @@ something to learn and a right answer. It shows that the code learns; it says no
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 import json
 import math
 import os
@@ -323,6 +324,7 @@ class Pretraining:
 
     def __init__(self, model, seed, clips):
         self.model = model
+        self.encode = cache(model.tokenizer.encode)  # each clip is drawn some eight times
         self.rng = np.random.default_rng((seed, 2))
         self.frame_head = nn.Linear(model.core.config.hidden_size, 2 * (len(PHONES) + 2))  # thrown away afterwards
         self.clips = sorted((self._clip() for _ in range(clips)), key=lambda clip: len(clip.features))
@@ -345,7 +347,7 @@ class Pretraining:
 
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY)
+        optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
         bar = tqdm(range(steps), desc=name, unit="step")
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -394,10 +396,9 @@ class Pretraining:
         return Clip(words, phones, features, labels[np.minimum(at, len(labels) - 1)])
 
     def _example(self, question, answer, audio_tokens):
-        encode = self.model.tokenizer.encode
-        prompt = encode(prompts.USER) + [self.model.audio_id] * audio_tokens
-        prompt += encode(f"{question}{prompts.END}{prompts.ASSISTANT}")
-        return data.Example(None, "pretraining", prompt, encode(answer + prompts.END))
+        prompt = self.encode(prompts.USER) + [self.model.audio_id] * audio_tokens
+        prompt += self.encode(f"{question}{prompts.END}{prompts.ASSISTANT}")
+        return data.Example(None, "pretraining", prompt, self.encode(answer + prompts.END))
 
 
 def write_model(folder, steps, seed, clips=3000):
