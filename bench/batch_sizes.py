@@ -1,7 +1,7 @@
 """How many answers depend on the batch size: the same utterances one at a time and sixteen at a time.
 
-    python bench/batch_sizes.py --adapter out/epoch-8                      # in bfloat16, as on a GPU
-    python bench/batch_sizes.py --adapter out/epoch-8 --dtype float32
+    python bench/batch_sizes.py --adapter out/epoch-4                      # in bfloat16, as on a GPU
+    python bench/batch_sizes.py --adapter out/epoch-4 --dtype float32
 
 Sums are rounded by a batch's shape, so hidden states differ in their last bits; in bfloat16 that is one part in 256.
 """

@@ -1,7 +1,7 @@
 """Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
 
     python bench/evaluate.py                                                   # the scaled model, five minutes
-    python bench/evaluate.py --adapter out/epoch-8 --data tiny/corpus --batch-size 4   # a trained one, the demo's
+    python bench/evaluate.py --adapter out/epoch-4 --data tiny/corpus --batch-size 4   # a trained one, the demo's
     python bench/evaluate.py --full                                            # on a CUDA GPU: the full-size model
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the

@@ -24,7 +24,6 @@ from workload import clock
 # isort: split
 import numpy as np
 import torch
-import tyro
 
 import data
 import model as models
@@ -114,7 +113,7 @@ def embed(model, utterances):
 class Settings:
     data: str | None = None  # corpus folder to repeat; not given: noise of the corpus' lengths
     sizes: tuple[cli.Count, ...] = SIZES  # utterances
-    alone: tyro.conf.Suppress[str | None] = None  # a corpus, for a process of its own
+    alone: Path | None = None  # measure this corpus in this process: what the sizes are started with
 
 
 def main():

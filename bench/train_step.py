@@ -29,7 +29,6 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
-import tyro
 
 import data
 import model as models
@@ -299,8 +298,8 @@ class Settings:
     full: bool = False  # the full-size model; needs a CUDA GPU
     runs: cli.Count = 5  # of each contestant
     contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = tuple(CONTESTANTS)
-    alone: tyro.conf.Suppress[str | None] = None  # a contestant, for a process of its own
-    result: tyro.conf.Suppress[Path | None] = None  # where that one writes its figures
+    alone: Literal[tuple(CONTESTANTS)] | None = None  # measure this one in this process: what the runs are started with
+    result: Path | None = None  # with --alone: file for its figures
 
 
 def main():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -51,6 +52,24 @@ def measured(noise):
         patch.setattr(train_step, "MICRO_BATCH", 2)
         names = [n for n in ("Trainer", "Trainer, audio unpadded", "SFTTrainer", "ours") if not train_step.why_not(n)]
         return {name: train_step.measure(name, noise, full=False)["steps"] for name in names}
+
+
+def test_a_benchmark_can_start_its_own_processes(tmp_path, monkeypatch, capsys):
+    run, size, written = {"steps": [{"seconds": 1.0, "loss": 2.0}] * 3, "peak_gb": 1.0}, {"peak_gb": 1.0}, []
+
+    def run_here(command, **how):
+        monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+        (train_step if "train_step" in command[1] else scaling).main()
+        return SimpleNamespace(stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(train_step, "measure", lambda *of: run)
+    monkeypatch.setattr(scaling, "measure", lambda *of: size)
+    monkeypatch.setattr(scaling.workload, "write_result", lambda name, values: written.append(values))
+    assert train_step.compare(["ours"], 2, str(tmp_path), full=False) == {"ours": [run, run]}
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--sizes", "8"])
+    scaling.main()
+    assert written[0]["sizes"] == {8: size}
 
 
 @pytest.mark.slow
