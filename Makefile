@@ -25,8 +25,10 @@ demo: .venv/installed
 		--batch-size 8 --accumulation 1 --epochs $(EPOCHS) --seed $(SEED)
 	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected --max-new-tokens 80
 	.venv/bin/python -m analysis.report out/
-	.venv/bin/python -m analysis.listen tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) \
-		--adapter out/ --text "$$(head -1 tiny/corpus/test/text | cut -f2)"
+	rm -f tiny/pronunciations.txt
+	.venv/bin/python -m analysis.pronunciations tiny/corpus --output tiny/pronunciations.txt
+	.venv/bin/python -m analysis.listen tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) --adapter out/ \
+		--text "$$(head -1 tiny/corpus/test/text | cut -f2)" --pronunciations tiny/pronunciations.txt
 
 test: .venv/installed
 	$(PYTEST) -m "not slow"

