@@ -66,9 +66,7 @@ def main():
         marked = f"{of['false_marks'] / of['phones']:.2%}", f"{of['marked_sentences']:,} of {of['sentences']:,}"
         rows.append((name, [*marked, f"{of['hidden']} of {of['wrong_words']:,}", str(of["left_out"])]))
     cli.show_table("pronunciations", ["false marks", "in sentences", "hidden words", "left out"], rows)
-    print(
-        "\nfalse marks: of the perfect reader's phones. left out: sentences with a word that has no pronunciation there."
-    )
+    print("\nfalse marks: of the perfect reader's phones. left out: sentences with a word that none has.")
 
 
 if __name__ == "__main__":
