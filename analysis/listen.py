@@ -22,7 +22,7 @@ import sys
 import numpy as np
 from tyro.conf import Positional
 
-from analysis import pronunciations
+from analysis import doubts, pronunciations
 import data
 import evaluate
 import metrics
@@ -74,13 +74,14 @@ def read_recording(path):
     )
 
 
-def result(file, distributions, transcript, words):
+def result(file, distributions, transcript, words, speech, rate, truncated=False):
     """Everything about one recording as a dict of plain values, which --json prints and `show` writes out.
 
     file: its name; distributions: {score name: 11 probabilities, of the scores 0 to 10}; transcript: of
     prompts.parse_output("MDD", ...), None if that could not be parsed; words: of pronunciations.of_text, None without a
-    text.
-    "words" is absent if there is no text, or nothing heard to compare it with.
+    text; speech: seconds; rate: Hz of the file; truncated: whether the transcript came to its length limit.
+    "words" is absent if there is no text, or nothing heard to compare it with; "scores" is None where a warning forbids
+    them, see doubts.
     """
     scores = {}
     for name, distribution in distributions.items():
@@ -91,16 +92,22 @@ def result(file, distributions, transcript, words):
             "distribution": distribution,
         }
     phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
+    if phones is not None and not doubts.known_phones(phones):
+        phones = None
+    meant = pronunciations.meant(words, phones) if words and phones is not None else None
+    accuracy = scores["accuracy"]["expected"]
+    warnings = doubts.find(speech, rate, truncated, phones, words, meant, accuracy)
     found = {
         "file": file,
-        "scores": scores,
+        "scores": None if any(warning["code"] in doubts.FORBIDS for warning in warnings) else scores,
+        "warnings": warnings,
         "phones": phones,
-        "word_transcript": transcript["word_transcript"] if transcript else None,
+        "word_transcript": None if phones is None else transcript["word_transcript"],
     }
-    if words and transcript:
+    if meant:
         found["words"] = [
             {"word": word, "canonical": list(canonical), "marks": [list(mark) for mark in marks]}
-            for (word, _), (canonical, marks) in zip(words, pronunciations.meant(words, phones), strict=True)
+            for (word, _), (canonical, marks) in zip(words, meant, strict=True)
         ]
     return found
 
@@ -111,12 +118,16 @@ def show(result, colour):
     colour: whether marks get ANSI colours besides their signs.
     """
     low, high = prompts.SCORE_RANGE
-    lines = [result["file"], "", f"{'':10}  expected  most likely  {low}{high:>{high - low}}"]
-    for name, score in result["scores"].items():
-        bars = _bars(score["distribution"]) if "distribution" in score else ""
-        lines.append(f"{name:10}  {score['expected']:8.1f}  {score['mode']:11}  {bars}".rstrip())
+    lines = [result["file"], *(f"warning: {warning['message']}" for warning in result["warnings"]), ""]
+    if result["scores"]:
+        lines.append(f"{'':10}  expected  most likely  {low}{high:>{high - low}}")
+        for name, score in result["scores"].items():
+            bars = _bars(score["distribution"])
+            lines.append(f"{name:10}  {score['expected']:8.1f}  {score['mode']:11}  {bars}".rstrip())
+    else:
+        lines.append("no scores")
     if result["phones"] is None:
-        return "\n".join(lines + ["", "The model's transcript could not be read."])
+        return "\n".join(lines)
     lines += ["", f"words heard   {result['word_transcript']}", f"phones heard  {' '.join(result['phones'])}"]
     if "words" in result:
         width = max(len(word["word"]) for word in result["words"])
@@ -157,7 +168,9 @@ def main():
             [utterance], ("expected",), settings.max_new_tokens, control_token, tasks=prompts.TASKS
         )
         transcript = prompts.parse_output("MDD", written["output"])
-        results.append(result(utterance.id, scored["scores"], transcript, words))
+        speech = doubts.speech_seconds(sound.read_audio(utterance.recording))
+        heard = speech, sound.rate_of(utterance.recording), written["truncated"]
+        results.append(result(utterance.id, scored["scores"], transcript, words, *heard))
     if settings.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:

@@ -24,6 +24,7 @@ FULL_SCALE = 0.99
 CLIPPED = 0.01  # share of a channel's samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 384_000  # Hz of a recording; no speech is below, no converter above
 MOST_SAMPLES = 2**28  # of a recording, over all channels, and as resampled to 16 kHz: 4.7 hours
+MISSING = 0.1  # s that an MP3 may have less than its header says; our choice, some encoders count their padding
 UNKNOWN_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)  # of a WAV's sound, as SoX, others and ffmpeg write to a pipe
 
 
@@ -54,6 +55,14 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
     if len(audio) < FRAME:
         raise InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
     return audio
+
+
+def rate_of(recording):
+    """Sampling rate in Hz of a recording that `read_audio` has read."""
+    import soundfile
+
+    with soundfile.SoundFile(_Content(_with_length(recording()))) as file:
+        return file.samplerate
 
 
 def sound_files(folder):
@@ -90,15 +99,22 @@ def _decode(content, lowest_rate, longest):
     content = _with_length(content)
     try:
         with soundfile.SoundFile(_Content(content)) as file:
-            rate = file.samplerate
-            _check_header(rate, file.frames, file.channels, lowest_rate, longest)
+            rate, frames = file.samplerate, file.frames
+            _check_header(rate, frames, file.channels, lowest_rate, longest)
             audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
     except (soundfile.SoundFileError, ValueError, MemoryError) as error:
         reason = getattr(error, "error_string", "") or type(error).__name__
         raise InputError(f"not a readable sound file: {reason}") from error
     if not len(audio):
         raise InputError("recording is empty")
+    if frames - len(audio) > rate * MISSING or content[:4] == b"OggS" and not _ogg_ends(content):
+        raise InputError("recording is cut off: its end is missing; copy it again")
     return audio, rate
+
+
+def _ogg_ends(content):
+    """Whether the last page of an Ogg file says that it is the last one."""
+    return bool(content[content.rfind(b"OggS") + 5] & 4)
 
 
 class _Content(io.BytesIO):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from analysis import listen
+from analysis import doubts, listen
 import data
 import prompts
 from support import cli, sound
@@ -111,8 +111,68 @@ TRANSCRIPT = {"word_transcript": "WE CALL AT", "phoneme_transcript": "W IY0 K AA
 SENTENCE = [("WE", [("W", "IY")]), ("CALL", [("K", "AO", "L")]), ("IT", [("IH", "T")])]
 
 
-def example(transcript=TRANSCRIPT, sentence=SENTENCE):
-    return listen.result("my.wav", {name: list(PEAKED) for name in prompts.SCORES}, transcript, sentence)
+def example(transcript=TRANSCRIPT, sentence=SENTENCE, speech=2.0, rate=16_000, truncated=False, scores=PEAKED):
+    scores = {name: list(scores) for name in prompts.SCORES}
+    return listen.result("my.wav", scores, transcript, sentence, speech, rate, truncated)
+
+
+def codes(found):
+    return [warning["code"] for warning in found["warnings"]]
+
+
+def read(phones):
+    return {"word_transcript": "X", "phoneme_transcript": phones}
+
+
+@pytest.mark.parametrize(
+    "how, code, scored",
+    [
+        ({"speech": 0.0}, "no_speech", False),
+        ({"speech": 8 * 0.03}, "too_short", False),  # for 8 phones of the text
+        ({"speech": 0.06, "sentence": None}, "too_short", False),  # for 6 phones heard
+        ({"rate": 8_000}, "low_rate", True),
+        ({"truncated": True}, "transcript_cut_off", True),
+        ({"transcript": None}, "transcript_unreadable", True),
+        ({"transcript": read('W VPHONEME_TRANSCRIPT":')}, "transcript_unreadable", True),
+        ({"transcript": read("S IY M P AA R K")}, "another_sentence", False),
+        ({"scores": [0] * 9 + [1, 0], "transcript": read("W IY K AO")}, "contradiction", True),
+        ({"scores": [0, 0, 1] + [0] * 8, "transcript": read("W IY K AO L IH T")}, "contradiction", True),
+    ],
+)
+def test_what_is_not_to_be_believed_has_a_warning_and_some_warnings_forbid_scores(how, code, scored):
+    found = example(**how)
+    assert codes(found) == [code] and bool(found["scores"]) == scored
+    shown = listen.show(found, colour=False)
+    assert f"warning: {found['warnings'][0]['message']}" in shown and ("no scores" in shown) != scored
+
+
+@pytest.mark.parametrize("phones", ["W IY K AO L IH T", "W IY K AO L", "W <unk> K AO* L IH T"])
+def test_an_answer_that_fits_has_no_warning(phones):
+    assert example(transcript=read(phones))["warnings"] == []
+
+
+def test_noise_and_tones_are_no_speech_and_the_threads_of_torch_stay():
+    import torch
+
+    threads = torch.get_num_threads()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
+    assert doubts.speech_seconds(noise) == doubts.speech_seconds(tone(2)) == 0.0
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif("SPEECHOCEAN762" not in os.environ, reason="SPEECHOCEAN762 does not name a corpus folder")
+def test_real_speech_is_speech():
+    for utterance in data.read_corpus(os.environ["SPEECHOCEAN762"], "test", limit=10):
+        speech = doubts.speech_seconds(sound.read_audio(utterance.recording))
+        assert speech > 2 * doubts.FASTEST * len(utterance.canonical)
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.ogg", "a.flac"])
+def test_a_compressed_recording_that_was_cut_off_is_refused(tmp_path, name):
+    path = written(tmp_path / name, tone(12))
+    listen.read_recording(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert "cut off" in refusal(path) or "not a readable" in refusal(path)
 
 
 def test_a_result_is_plain_json():
@@ -129,7 +189,8 @@ def test_a_result_is_plain_json():
 def test_an_unparsed_transcript_leaves_scores_and_no_marks():
     found = example(transcript=None)
     assert found["word_transcript"] is None and found["phones"] is None and "words" not in found
-    assert "could not be read" in listen.show(found, colour=False)
+    assert found["scores"] and codes(found) == ["transcript_unreadable"]
+    assert "cannot be read" in listen.show(found, colour=False)
 
 
 def test_without_a_text_there_are_no_words():

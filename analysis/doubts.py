@@ -1,0 +1,84 @@
+"""When is an answer not to be believed? A model scores noise, too; these are the signs that it did.
+
+A doubt is {"code", "message"}. With a code of FORBIDS there are no scores. The limits were measured on the 5,000
+utterances of speechocean762 (labels as raters gave them); a limit with a margin says so.
+"""
+
+from functools import cache
+
+from analysis.pronunciations import VOWELS
+from support import sound
+
+CONSONANTS = {"B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N", "NG", "P", "R", "S", "SH", "T", "TH"}
+INVENTORY = VOWELS | CONSONANTS | {"V", "W", "Y", "Z", "ZH", "<unk>"}  # of the corpus' labels; a star may follow
+FORBIDS = ("no_speech", "too_short", "another_sentence")
+
+FASTEST = 0.035  # s of speech a phone, half of the least in 500 utterances of the test part (0.070)
+# Of 1,200 test utterances against their own text 1 % have more marked phones (people who read something else), against
+# the text of another utterance all have.
+OTHER_SENTENCE = 0.5  # share of phones
+# No test utterance of accuracy 8 or more has a larger share of marked phones than 0.27, none below 3 has none.
+HIGH, MANY = 8.0, 0.3
+LOW = 3.0
+
+
+@cache
+def _detector():
+    import silero_vad  # sets torch's threads
+    import torch
+
+    threads = torch.get_num_threads()
+    model = silero_vad.load_silero_vad()
+    torch.set_num_threads(threads)
+    return model
+
+
+def speech_seconds(audio):
+    """How much of a recording (S,) is speech, in seconds, by silero-vad.
+
+    White and pink noise, a tone and a chord have none (webrtcvad takes white noise for speech), a fifth of the test
+    part's utterances 1.08 s or more. Its weights are in the package, and it needs nothing but torch.
+    """
+    import silero_vad
+    import torch
+
+    found = silero_vad.get_speech_timestamps(torch.as_tensor(audio), _detector(), sampling_rate=sound.SAMPLE_RATE)
+    return sum(part["end"] - part["start"] for part in found) / sound.SAMPLE_RATE
+
+
+def known_phones(phones):
+    """Whether all are phones of the corpus."""
+    return all(phone.removesuffix("*") in INVENTORY for phone in phones)
+
+
+def find(speech, rate, truncated, phones, words, meant, accuracy):
+    """The doubts about one answer, a list.
+
+    speech: seconds of it; rate: of the sound file in Hz; truncated: whether the transcript was cut off; phones: heard,
+    None where the transcript cannot be read; words: of pronunciations.of_text, None without a text; meant: of
+    pronunciations.meant, None without text or phones; accuracy: the expected score.
+    """
+    doubts = []
+
+    def doubt(code, message):
+        doubts.append({"code": code, "message": message})
+
+    count = sum(len(variants[0]) for _, variants in words) if words else len(phones or ())
+    if not speech:
+        doubt("no_speech", "no speech is heard: check the microphone and record it again")
+    elif speech < FASTEST * count:
+        doubt("too_short", f"{speech:.2f} s of speech is too short for {count} phones: record the whole sentence")
+    if rate < sound.SAMPLE_RATE:
+        doubt("low_rate", f"{rate:,} Hz lacks the upper band, which S, F and TH need: record at 16,000 Hz or more")
+    if truncated:
+        doubt("transcript_cut_off", "the transcript came to its length limit: what follows is missing")
+    if phones is None:
+        doubt("transcript_unreadable", "the model's transcript cannot be read")
+    if meant:
+        kinds = [mark[0] for _, marks in meant for mark in marks]
+        share = sum(kind != "same" for kind in kinds) / len(kinds)
+        if share > OTHER_SENTENCE:
+            doubt("another_sentence", f"{share:.0%} of the phones are not the text's: was another sentence read?")
+        elif accuracy >= HIGH and share > MANY or accuracy < LOW and share == 0:
+            doubt("contradiction", f"accuracy {accuracy:.1f} and {share:.0%} of marked phones: believe neither")
+    return doubts
