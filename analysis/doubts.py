@@ -12,6 +12,7 @@ from support import sound
 CONSONANTS = {"B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N", "NG", "P", "R", "S", "SH", "T", "TH"}
 INVENTORY = VOWELS | CONSONANTS | {"V", "W", "Y", "Z", "ZH", "<unk>"}  # of the corpus' labels; a star may follow
 FORBIDS = ("no_speech", "too_short", "another_sentence")
+NOTHING_HEARD = ("no_speech", "too_short")  # so what the model wrote says nothing
 
 FASTEST = 0.035  # s of speech a phone, half of the least in 500 utterances of the test part (0.070)
 # Of 1,200 test utterances against their own text 1 % have more marked phones (people who read something else), against
@@ -68,6 +69,8 @@ def find(speech, rate, truncated, phones, words, meant, accuracy):
         doubt("no_speech", "no speech is heard: check the microphone and record it again")
     elif speech < FASTEST * count:
         doubt("too_short", f"{speech:.2f} s of speech is too short for {count} phones: record the whole sentence")
+    if doubts:
+        return doubts
     if rate < sound.SAMPLE_RATE:
         doubt("low_rate", f"{rate:,} Hz lacks the upper band, which S, F and TH need: record at 16,000 Hz or more")
     if truncated:

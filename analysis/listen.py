@@ -95,11 +95,13 @@ def result(file, distributions, transcript, words, speech, rate, truncated=False
     if phones is not None and not doubts.known_phones(phones):
         phones = None
     meant = pronunciations.meant(words, phones) if words and phones is not None else None
-    accuracy = scores["accuracy"]["expected"]
-    warnings = doubts.find(speech, rate, truncated, phones, words, meant, accuracy)
+    warnings = doubts.find(speech, rate, truncated, phones, words, meant, scores["accuracy"]["expected"])
+    codes = {warning["code"] for warning in warnings}
+    if codes.intersection(doubts.NOTHING_HEARD):
+        phones = meant = None
     found = {
         "file": file,
-        "scores": None if any(warning["code"] in doubts.FORBIDS for warning in warnings) else scores,
+        "scores": None if codes.intersection(doubts.FORBIDS) else scores,
         "warnings": warnings,
         "phones": phones,
         "word_transcript": None if phones is None else transcript["word_transcript"],
