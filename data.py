@@ -53,7 +53,6 @@ class Word:
     text: str
     canonical: tuple[str, ...]  # phones that should be said, no stress digits
     heard: tuple[str, ...]  # phones that raters heard
-    accuracy: float  # 0-10
     mispronounced: int  # how many canonical phones were labelled as mispronounced
 
 
@@ -244,8 +243,8 @@ Text = Annotated[
 ]
 Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_one_line), AfterValidator(_strip_stress)]
 Phones = Annotated[list[Phone], Field(min_length=1, max_length=LONGEST), BeforeValidator(_as_list)]
-Rating = Annotated[float, Field(ge=prompts.SCORE_RANGE[0], le=prompts.SCORE_RANGE[1])]
-Score = Annotated[Rating, AfterValidator(_whole)]  # 8 may be written as 8.0
+LOWEST, HIGHEST = prompts.SCORE_RANGE
+Score = Annotated[float, Field(ge=LOWEST, le=HIGHEST), AfterValidator(_whole)]  # 8 may be written as 8.0
 
 
 class Mispronunciation(files.Shape):
@@ -256,7 +255,6 @@ class Mispronunciation(files.Shape):
 class RatedWord(files.Shape):
     text: Text
     phones: Phones
-    accuracy: Rating
     mispronunciations: Annotated[list[Mispronunciation], Field(max_length=LONGEST)]
 
     @model_validator(mode="after")
@@ -288,7 +286,7 @@ def _word(record):
     for label in record.mispronunciations:
         heard[label.index] = label.heard
     spoken = tuple(phone for phone in heard if phone != "<DEL>")
-    return _shared_word(record.text, tuple(record.phones), spoken, record.accuracy, len(record.mispronunciations))
+    return _shared_word(record.text, tuple(record.phones), spoken, len(record.mispronunciations))
 
 
 # Equal words and scores of a corpus are held once

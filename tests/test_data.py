@@ -135,7 +135,6 @@ BAD_FIELDS = {
     **dict.fromkeys(prompts.SCORES, NO_RATING + [7.5, 7.999999999999]),
     "words": NO_LIST + [[], "BEAR", [{}] * 10**5],
     "words.0.text": NO_TEXT + CONTROL,
-    "words.0.accuracy": NO_RATING,
     "words.0.phones": NO_LIST + [[], "  ", ["AH", "B C"], ["AH", ""], ["AH", "0"], ["<|end|>"], ["AH"] * 10**5],
     "words.0.mispronunciations": NO_LIST + ["AH", [{}] * 10**5],
     f"{LABEL}.index": [MISSING, None, True, -1, 3, 1e9, 10**400, 0.0, math.nan, "0", [], {}],
@@ -170,7 +169,7 @@ def test_a_value_nested_too_deeply_to_be_shown_and_an_index_that_is_labelled_twi
 
 def test_scores_may_be_written_as_8_0_and_fields_that_nothing_reads_may_hold_anything():
     other = record(**dict.fromkeys(prompts.SCORES, 8.0), completeness=math.nan)
-    other["words"][0].update(stress="high", accuracy=6.0)
+    other["words"][0].update(stress="high", accuracy="high")
     read, plain = checked(other), checked(record())
     assert replace(read, recording=None) == replace(plain, recording=None)
     assert {type(score) for score in read.scores.values()} == {int}

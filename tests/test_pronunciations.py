@@ -135,7 +135,7 @@ def test_a_corpus_gives_each_words_phones_the_most_frequent_first_and_they_are_r
 
 
 def test_the_most_frequent_pronunciation_comes_first():
-    said = [data.Word("The", phones, phones, 10, 0) for phones in (("DH", "AH"), ("DH", "IY"), ("DH", "IY"))]
+    said = [data.Word("The", phones, phones, 0) for phones in (("DH", "AH"), ("DH", "IY"), ("DH", "IY"))]
     utterance = data.Utterance("a", None, 400, "the the the", None, tuple(said), "s")
     assert pronunciations.of_corpus([utterance]) == {"THE": [("DH", "IY"), ("DH", "AH")]}
 
