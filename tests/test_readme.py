@@ -11,7 +11,7 @@ import evaluate
 from support import cli
 
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-NAMES = re.findall(r"`((?:prompts|data|model|train|metrics|evaluate)\.(?!py)\w+)", "".join(PAGES.values()))
+NAMES = re.findall(r"`((?:prompts|data|model|train|metrics|evaluate)\.(?!py|jsonl)\w+)", "".join(PAGES.values()))
 COMMANDS = re.findall(
     r"python (?:-m )?(train|evaluate|tiny|analysis\.\w+)(?:\.py)?([^\n#`(]*(?:\\\n.*)*)",
     "\n".join([*PAGES.values(), (ROOT / "Makefile").read_text()]),
@@ -41,7 +41,8 @@ def test_every_flag_the_pages_show_is_one_of_the_script(script):
 
 
 def test_the_pages_show_every_command_and_the_files_they_link_to_exist():
-    analysis = {f"analysis.{path.stem}" for path in (ROOT / "analysis").glob("[a-z]*.py")}
+    files = (ROOT / "analysis").glob("[a-z]*.py")
+    analysis = {f"analysis.{path.stem}" for path in files if "\ndef main" in path.read_text()}
     assert {script for script, _ in COMMANDS} == {"train", "evaluate", "tiny", *analysis}
     for page, text in PAGES.items():
         folder = ROOT if page == "README.md" else ROOT / "docs"
