@@ -377,6 +377,7 @@ def show(rows, floors):
 
 
 def main():
+    """Check what the command line asks for, own the folders that are written into, and evaluate."""
     settings = cli.parse(Settings, __doc__)
     saved = predictions.read(settings.predictions) if settings.predictions else None
     if saved:
