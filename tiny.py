@@ -262,7 +262,7 @@ def new_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, **settings)
     tokenizer.train_from_iterator(answers * 10, trainer)
     lines = {line for prompt in prompts.PROMPTS.values() for line in re.findall(r"[^\n]+\n*", prompt)}
-    tokenizer.add_tokens(sorted(lines | set(QUESTIONS.values()), key=len, reverse=True))
+    tokenizer.add_tokens(sorted(lines | set(QUESTIONS.values()), key=lambda line: (-len(line), line)))
     ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **ends)
 

@@ -32,6 +32,11 @@ def test_words_phones_and_the_numbers_0_to_10_are_one_token_each(tokenizer):
         assert len(tokenizer.encode(f" {text}")) == 1, text
 
 
+def test_the_ids_of_the_prompts_lines_depend_on_no_order_of_a_set(tokenizer):
+    lines = [str(token) for token in tokenizer.added_tokens_decoder.values()][len(tiny.SPECIAL_TOKENS) :]
+    assert len(lines) > 20 and lines == sorted(lines, key=lambda line: (-len(line), line))
+
+
 def test_every_phone_has_tones_of_its_own():
     rng, heard = np.random.default_rng(0), set()
     for phone in tiny.PHONES:
