@@ -305,7 +305,7 @@ class Clip:
 
 
 class Pretraining:
-    """Clean synthetic speech to text, in two parts of about the same cost.
+    """Clean synthetic speech to text, in two parts.
 
     Hearing: audio encoder and projector learn which phone sounds in each frame, and whether it is breathy. Without a
     loss on each frame no alignment of audio and text appears in so few steps, and an encoder that learns phones alone

@@ -99,7 +99,7 @@ def read_lexicons(paths):
 
 def ask(recording, text, lexicons):
     """A Question. Raises InputError, naming the file, for what cannot be read or says nothing about pronunciation."""
-    file = "recording" if isinstance(recording, bytes) else str(recording)
+    file = _name(recording)
     if not isinstance(recording, bytes) and not os.path.isfile(recording):  # Path.is_file raises for a long name
         raise cli.InputError(f"{file} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
     content = recording if isinstance(recording, bytes) else files.read_bytes(recording)
@@ -126,9 +126,12 @@ def ask_all(pairs, lexicons):
         try:
             questions.append(ask(recording, text, lexicons))
         except cli.InputError as error:
-            file = "recording" if isinstance(recording, bytes) else str(recording)
-            questions.append({"version": VERSION, "file": file, "error": str(error)})
+            questions.append({"version": VERSION, "file": _name(recording), "error": str(error)})
     return questions
+
+
+def _name(recording):
+    return "recording" if isinstance(recording, bytes) else str(recording)
 
 
 def result(question, distributions, output, truncated):

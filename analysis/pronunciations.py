@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 import importlib.util
+import os
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -180,8 +181,9 @@ def _marks_of(chain):
 def main():
     """Write a corpus' pronunciations."""
     settings = cli.parse(Settings, __doc__)
-    if settings.output.exists():
+    if os.path.lexists(settings.output):
         raise cli.InputError(f"{settings.output} exists already: remove it or choose another --output")
+    files.make_folder(settings.output.parent, "--output")
     lexicon = of_corpus(data.read_corpus(settings.corpus, settings.split, settings.data_revision))
     lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
     with files.whole(settings.output) as temporary:
