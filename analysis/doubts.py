@@ -15,8 +15,8 @@ FORBIDS = ("no_speech", "too_short", "another_sentence")
 NOTHING_HEARD = ("no_speech", "too_short")  # so what the model wrote says nothing
 
 FASTEST = 0.035  # s of speech a phone, half of the least in 500 utterances of the test part (0.070)
-# Of the first 1,200 utterances less than 1 % have more marked phones against their own text, and all against the text of
-# another utterance.
+# Of the first 1,200 utterances less than 1 % have more marked phones against their own text, and all have against the
+# text of another utterance.
 OTHER_SENTENCE = 0.5  # share of phones
 # Of these none of accuracy 8 or more has a larger share of marked phones than 0.27, and the one below 3 has 0.59.
 HIGH, MANY = 8.0, 0.3
