@@ -21,6 +21,7 @@ Shapes: B rows, T tokens of a row, A audio embeddings of a recording, F feature 
 positions, V vocabulary.
 """
 
+from copy import copy
 from dataclasses import replace
 import json
 from pathlib import Path
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import prompts
-from support import audio_cache, cli, files, hub, moved, pretrained, processes, token_rows, workers
+from support import audio_cache, cards, cli, files, hub, moved, pretrained, processes, token_rows, workers
 
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
@@ -580,9 +581,13 @@ def save_trained(model, folder, settings):
         if isinstance(model.network, PeftModel):
             # "auto" would ask the hub whether the vocabulary was changed; the control tokens' rows are saved anyway
             model.network.save_pretrained(temporary, selected_adapters=["default"], save_embedding_layers=False)
-            (temporary / "README.md").unlink()  # PEFT's model card, an empty form
+            if cards.needs_more(settings):
+                config = copy(model.network.peft_config["default"])
+                config.target_modules = cards.GUARD
+                config.save_pretrained(temporary)
         if weights:
             save_file(weights, temporary / TRAINED_FILE)
+        (temporary / "README.md").write_text(cards.of_adapter(settings, LORA_TARGETS))
         (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -591,7 +596,7 @@ def load_trained(model, folder, strategy):
     folder, what = Path(folder), f"adapter {folder}"
     if strategy != "full":
         config = pretrained.read_config(folder)
-        config.inference_mode = True
+        config.inference_mode, config.target_modules = True, LORA_TARGETS  # a guard may stand there, see support/cards
         if config.trainable_token_indices != {"embed_tokens": control_token_ids(model.tokenizer)}:
             raise cli.InputError(f"{what}: its control tokens are not this base model's")
         model.network = _attach(model.network, config)

@@ -106,8 +106,8 @@ def whole(path):
     """Yields a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
 
     A folder is replaced only by one that has all of its files: any other holds something that was not written here.
-    Raises RunError when it cannot be written; `path` then is as it was. Only rank 0 writes: what other processes write
-    goes nowhere.
+    Raises RunError when it cannot be written. Whatever is raised, `path` then is as it was, and nothing stays beside
+    it. Only rank 0 writes: what other processes write goes nowhere.
     """
     if process_rank():
         yield Path(os.devnull)
@@ -123,8 +123,10 @@ def whole(path):
             _remove_older(path, temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         _remove(temporary)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunError(f"{path} cannot be written: {reason}") from error
 

@@ -1,0 +1,149 @@
+"""Folded weights: what the weights of a checkpoint are after training, one at a time, without building the network.
+
+Sums are computed in float32 and rounded once. Weights have the names that they have in the checkpoint's files.
+"""
+
+from dataclasses import dataclass
+import json
+import math
+import re
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+import torch
+
+from support import four_bits, pretrained
+
+LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
+
+
+@dataclass
+class Adapter:
+    """An adapter in PEFT's format: LoRA and rows of an embedding."""
+
+    pairs: dict  # name of a weight (out, in) -> {"A": (r, in), "B": (out, r)}
+    scaling: float
+    rows: dict  # name of a weight (V, D) -> (tokens, their rows (tokens, D))
+
+    def delta(self, name):
+        """What is added to a weight, (out, in) in float32."""
+        return self.scaling * (self.pairs[name]["B"].float() @ self.pairs[name]["A"].float())
+
+
+def read_adapter(folder):
+    """The Adapter in a folder. Raises InputError for what is none."""
+    config, pairs, rows = pretrained.read_config(folder), {}, {}
+    with pretrained.loading(f"adapter {folder}"):
+        for key, weight in pretrained.read_weights(folder / "adapter_model.safetensors").items():
+            if found := LORA.fullmatch(key):
+                pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = weight
+            elif found := ROWS.fullmatch(key):
+                rows[f"{found[1]}.weight"] = config.trainable_token_indices[found[1].split(".")[-1]], weight
+            else:
+                raise ValueError(f"{key} is neither LoRA nor rows of an embedding")
+    return Adapter(pairs, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r), rows)
+
+
+@dataclass
+class Measured:
+    """Squared norms over all trained matrices, but for rows of an embedding."""
+
+    began: float = 0.0  # the weights when training began
+    learnt: float = 0.0  # what training added
+    lost: float = 0.0  # what rounding took from the sum
+    checkpoint: float = 0.0  # the weights before they were kept in 4 bits
+    quantised: float = 0.0  # what 4 bits took from them
+    changed: bool = False  # whether any weight differs after rounding
+
+    def share(self, part, whole):
+        return math.sqrt(getattr(self, part) / getattr(self, whole)) if getattr(self, whole) else 0.0
+
+
+class Folded:
+    """A checkpoint's weights as training left them.
+
+    folder: of the checkpoint; dtype: of the result, "float32" or "bfloat16"; layers: regex of those that have LoRA;
+    before, after: the Adapters that the network had when training began and has now; replaced: file of weights that
+    were trained themselves, or None; quantised: whether the layers were kept in 4 bits. Raises InputError where these
+    do not fit together.
+    """
+
+    def __init__(self, folder, dtype, layers, before, after, replaced=None, quantised=False):
+        self.dtype, self.layers, self.quantised = getattr(torch, dtype), re.compile(rf"({layers})\.weight"), quantised
+        self.before, self.after, self.measured = before, after, Measured()
+        with pretrained.loading(f"checkpoint {folder}"):
+            self.frozen = _open(folder.glob(pretrained.WEIGHTS))  # name -> the file that it is in
+        with pretrained.loading(f"what was trained, on the checkpoint {folder},"):
+            self.trained = _open([replaced] if replaced else [])
+            for name, file in self.trained.items():
+                self._check(name, file.get_slice(name).get_shape())
+            for adapter in (*before, *after):
+                if different := adapter.pairs.keys() ^ filter(self.layers.fullmatch, self.frozen):
+                    raise ValueError(f"{len(different)} layers differ, such as {min(different)}")
+                for name, pair in adapter.pairs.items():
+                    self._check(name, [len(pair["B"]), pair["A"].shape[1]])
+
+    def _check(self, name, shape):
+        if name not in self.frozen or self.frozen[name].get_slice(name).get_shape() != [*shape]:
+            raise ValueError(f"{name} {[*shape]} is none of its weights")
+
+    def empty(self):
+        """{name: a tensor of the type and shape that the weight will have, which holds nothing}."""
+        shapes = {name: file.get_slice(name).get_shape() for name, file in self.frozen.items()}
+        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
+
+    @torch.no_grad()
+    def fold(self, name):
+        """One weight, in `dtype`; counted in `measured`. Raises ValueError where it is not finite."""
+        weight = self.frozen[name].get_tensor(name)
+        if self.quantised and self.layers.fullmatch(name):
+            held = four_bits.rounded(weight.to(self.dtype))
+            self.measured.checkpoint += _square(weight)
+            self.measured.quantised += _square(held.float() - weight.float())
+            weight = held
+        deltas = {id(a): a.delta(name) for a in (*self.before, *self.after) if name in a.pairs}
+        if deltas or name in self.trained:
+            began = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.before)
+            now = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.after)
+            if name in self.trained:
+                now = self.trained[name].get_tensor(name).float()
+            weight = now.to(self.dtype)
+            if not torch.equal(now, began):
+                self._measure(began, now, weight)
+        weight = weight.to(self.dtype)
+        for adapter in self.after:
+            if name in adapter.rows:
+                tokens, rows = adapter.rows[name]
+                weight = weight.index_copy(0, torch.tensor(tokens), rows.to(self.dtype))
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+        return weight
+
+    def _measure(self, began, now, rounded):
+        self.measured.began += _square(began)
+        self.measured.learnt += _square(now - began)
+        self.measured.lost += _square(rounded.float() - now)
+        self.measured.changed |= not torch.equal(rounded, began.to(self.dtype))
+
+    def write(self, folder, names, size):
+        """Write all weights, under new names, in files of about `size` bytes, of which one is in memory at a time."""
+        empty = self.empty()
+        old = {names[name]: name for name in empty}
+        split = split_torch_state_dict_into_shards({names[n]: w for n, w in empty.items()}, max_shard_size=size)
+        for file, held in split.filename_to_tensors.items():
+            save_file({name: self.fold(old[name]).contiguous() for name in held}, folder / file, {"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / pretrained.WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _open(paths):
+    """{name of a weight: the open safetensors file that it is in}; no weight is read yet."""
+    opened = [safe_open(path, "pt") for path in sorted(paths)]
+    return {name: file for file in opened for name in file.keys()}
+
+
+def _square(weight):
+    return torch.linalg.vector_norm(weight, dtype=torch.float32).item() ** 2
