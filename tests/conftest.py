@@ -30,6 +30,11 @@ import train
 torch.set_num_threads(1)  # tests run in several processes; the same numbers on every machine
 
 
+# What train.py writes into settings.json of an epoch, as far as anything reads it
+TRAINED = {"epoch": 1, "strategy": "lora", "speech_adapter": "merge", "model": "model", "data": "corpus"}
+TRAINED |= {"revision": None, "data_revision": None, "dtype": "float32", "attention": "sdpa", "quantize": None}
+
+
 def script(*arguments, cwd, environment=None):
     """Run python with these arguments, as a user would."""
     command = [sys.executable, *map(str, arguments)]

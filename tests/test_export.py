@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+from conftest import TRAINED
 from peft import PeftModel
 import pytest
 from safetensors.torch import load_file, save_file
@@ -39,8 +40,8 @@ THEIRS = {
 
 def train(make, checkpoint, corpus, folder, strategy="lora", way="merge", **changes):
     """The folder of an epoch whose trained weights were changed at random; returns train.py's settings too."""
-    settings = dict(epoch=1, strategy=strategy, speech_adapter=way, model=str(checkpoint), data=str(corpus))
-    settings |= dict(revision=None, data_revision=None, dtype="float32", attention="sdpa", quantize=None) | changes
+    settings = TRAINED | {"strategy": strategy, "speech_adapter": way, "model": str(checkpoint), "data": str(corpus)}
+    settings |= changes
     model = make(strategy, way, dtype=settings["dtype"], quantize=settings["quantize"])
     torch.manual_seed(0)
     with torch.no_grad():

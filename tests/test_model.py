@@ -9,7 +9,7 @@ import shutil
 from unittest.mock import Mock
 
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT, copy_of, fifo, greedy, sound, write_large_model
+from conftest import ROOT, TRAINED, copy_of, fifo, greedy, sound, write_large_model
 import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -31,7 +31,6 @@ from support.sound import read_audio
 SPEECH_ADAPTERS = ("merge", "continue", "none")
 # strategy and --speech-adapter: "full" has no LoRA, so there is none to continue
 WAYS = [(s, way) for s in models.STRATEGIES for way in SPEECH_ADAPTERS if (s, way) != ("full", "continue")]
-SETTINGS = {"strategy": "lora", "dtype": "float32"}
 
 
 def load(folder, speech_adapter="none", quantize=None, attention="sdpa"):
@@ -438,7 +437,7 @@ def test_a_step_changes_exactly_the_chosen_groups_and_a_reloaded_adapter_gives_t
         moved_rows = (model.core.get_input_embeddings().weight != rows).any(dim=1)
         assert torch.nonzero(moved_rows).flatten().tolist() == models.control_token_ids(model.tokenizer)
     expected = logits(model.eval(), examples[:1])
-    models.save_trained(model, folder, SETTINGS | {"strategy": strategy})
+    models.save_trained(model, folder, TRAINED | {"strategy": strategy})
     again = load(checkpoint, speech_adapter)
     models.load_trained(again, folder, strategy)
     assert torch.equal(logits(again, examples[:1]), expected) and not torch.allclose(expected, untrained, atol=1e-3)
@@ -544,7 +543,7 @@ def test_a_model_without_an_adapter_has_not_moved(new_model):
 
 @pytest.fixture
 def saved(new_model, tmp_path):
-    models.save_trained(new_model(), tmp_path / "adapter", SETTINGS)
+    models.save_trained(new_model(), tmp_path / "adapter", TRAINED)
     return tmp_path / "adapter"
 
 
@@ -609,11 +608,11 @@ def test_an_adapters_configuration_that_does_not_fit_is_named(checkpoint, saved,
 
 def test_saving_again_replaces_the_folder_but_none_with_something_that_was_not_written_here(new_model, saved):
     before = (saved / models.ADAPTER_FILE).read_bytes()
-    models.save_trained(new_model(), saved, SETTINGS)
+    models.save_trained(new_model(), saved, TRAINED)
     second = (saved / models.ADAPTER_FILE).read_bytes()
     (saved / "mine").write_text("kept")
     with pytest.raises(cli.RunError, match=f"{saved} .*mine.*move it away"):
-        models.save_trained(new_model(), saved, SETTINGS)
+        models.save_trained(new_model(), saved, TRAINED)
     assert (saved / "mine").read_text() == "kept"
     assert (saved / models.ADAPTER_FILE).read_bytes() == second != before
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
@@ -734,7 +733,7 @@ def test_qlora_trains_the_adapter_alone_and_comes_back_as_it_was(
     assert changed == models.trained_parameters(model).keys()
     assert all(".default" in name for name in changed) and len(changed) == 2 * 3 * 4 + 1
     expected = logits(model.eval(), examples[:1])
-    models.save_trained(model, tmp_path / "epoch-1", SETTINGS)
+    models.save_trained(model, tmp_path / "epoch-1", TRAINED)
     again = load(checkpoint, speech_adapter, "nf4")
     models.load_trained(again, tmp_path / "epoch-1", "lora")
     assert torch.equal(logits(again, examples[:1]), expected)
