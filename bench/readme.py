@@ -143,10 +143,29 @@ def full_size(result):
     return table(["case", "process", "seconds", "of them a step", "peak GB", "without mapped, GB", "loss"], rows) + told
 
 
+def export(result):
+    """What an exported checkpoint answers beside the adapter, and what the export took."""
+    rows = [
+        [
+            f"{way['strategy']}, {way['speech_adapter']}",
+            way["dtype"],
+            f"{way['equal']} of {way['answers']}",
+            f"{way['expected']:.1g}",
+            f"{way['logits']:.1g}",
+            f"{way['spread']:.1f}",
+            f"{way['seconds']:.0f}",
+            f"{way['peak_gb']:.1f} ({way['peak_own_gb']:.1f})",
+        ]
+        for way in result["ways"]
+    ]
+    header = ["", "type", "equal answers", "expected scores differ by", "logits by", "their spread"]
+    return f"{table([*header, 'seconds', 'peak GB (without mapped)'], rows)}\n\n{MODELS[result['model']]}."
+
+
 def write_tables():
     """Put a table of every result between its marks in the README."""
     text = README.read_text()
-    for describe in (train_step, evaluate, scaling, full_size):
+    for describe in (train_step, evaluate, scaling, full_size, export):
         name = describe.__name__
         parts = []
         results = [json.loads(path.read_text()) for path in (BENCH / "results").glob(f"{name}-*.json")]
