@@ -12,7 +12,6 @@ curves.png. Then: evaluate.py.
 
 from dataclasses import asdict, dataclass
 import importlib.metadata
-import importlib.util
 import math
 import os
 from pathlib import Path
@@ -139,8 +138,8 @@ def check(settings):
         raise cli.InputError("--compile needs a C++ compiler where there is no GPU, and finds none: install g++")
     track = "wandb" if s.track == "wandb" else "tensorboard"
     for needed, package in ((s.track, track), (nf4, "bitsandbytes"), (flash, "flash_attn")):
-        if needed and importlib.util.find_spec(package) is None:
-            raise cli.InputError(f"{package} is needed and not installed: pip install {package.replace('_', '-')}")
+        if needed:
+            cli.need(package)
 
 
 def resolve(settings):

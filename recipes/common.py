@@ -6,7 +6,6 @@ Adapters, quantisation and transformers are imported where they are used: sign_l
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -123,8 +122,7 @@ def nf4(quantize, dtype, skipped=None):
     """How to load a network in 4 bits; None without `quantize`. skipped: modules that stay as they are."""
     if not quantize:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise cli.InputError("--quantize nf4 needs the package bitsandbytes: pip install bitsandbytes")
+    cli.need("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an erro
 
 from contextlib import redirect_stderr
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -76,6 +77,12 @@ def flag(name):
     """A setting as the user writes it: data_revision -> --data-revision. What follows the name stays as it is."""
     name, space, rest = name.partition(" ")
     return f"--{name.split('.')[0].replace('_', '-')}{space}{rest}"
+
+
+def need(package):
+    """Raises InputError where an optional package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{package} is needed and not installed: pip install {package.replace('_', '-')}")
 
 
 def _one_line(panel):

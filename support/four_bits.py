@@ -6,9 +6,15 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from support import cli
+
 
 def nf4():
-    """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more."""
+    """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more.
+
+    Raises InputError without bitsandbytes.
+    """
+    cli.need("bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -35,7 +41,8 @@ def check_quantised(network, layers):
 
 
 def rounded(weight):
-    """A weight as `nf4` keeps it, in the type that it had."""
+    """A weight as `nf4` keeps it, in the type that it had. Raises InputError without bitsandbytes."""
+    cli.need("bitsandbytes")
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 

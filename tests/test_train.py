@@ -473,7 +473,7 @@ def test_settings_that_cannot_work_are_refused_with_their_names_and_values(monke
     ],
 )
 def test_an_option_whose_package_is_missing_says_what_to_install(monkeypatch, arguments, package):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train.shutil, "which", lambda name: None)
     with pytest.raises(cli.InputError, match=package):
         settings(monkeypatch, *arguments.split())
