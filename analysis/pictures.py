@@ -1,9 +1,9 @@
 """What do a run's numbers look like?
 
 For analysis.report, which shows these figures as SVG in its page and writes three of them beside it as PNG. Drawn by
-matplotlib: a page of it needs no script, has all text as text, and 0.2 MB of pictures. Libraries for pictures that
-react would be several times the page: plotly.min.js 4.8 MB (7.1.0), Bokeh 1.3 MB (3.9.2), Vega for Altair's charts
-1.0 MB (vega 4.1.0).
+matplotlib, a dependency already: no script, and 0.5 MB of pictures in the demo's page. What reacts to the mouse weighs
+more before it draws anything, and needs scripts: plotly.min.js 4.8 MB (7.1.0), bokeh.min.js 1.3 MB (3.9.2), the bundle
+of Vega that Altair's charts need 1.0 MB (vega 4.1.0).
 """
 
 from collections import Counter
@@ -47,12 +47,14 @@ MARKERS = {  # of a number by its verdict: a good one is filled
     "not better": {"color": ORANGE, "markerfacecolor": WHITE},
     "": {"color": GREY, "markerfacecolor": GREY},
 }
+LARGEST = 12  # points, of the largest dot of a score panel: about what a score point has
 # Phones that resemble each other stand together, so that common confusions lie near the diagonal; others come last
 ORDER = "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY W Y R L M N NG P B T D K G CH JH F V TH DH S Z SH ZH HH".split()
 OTHER, NOTHING = "another", "nothing"
 FLOOR_LABEL, PAPER_LABEL, BEST_LABEL = "floor: needs no pronunciation", "paper", standing.BEST
 
 
+@STYLE
 def to_svg(figure):
     """A figure as an SVG file, bytes, whose colours follow the reader's choice of light or dark."""
     file = io.StringIO()
@@ -140,10 +142,16 @@ def _panel(axis, title, x_title, y_title):
     axis.set(xticks=range(LOW, HIGH + 1, 2), yticks=range(LOW, HIGH + 1, 2))
 
 
-def _dots(axis, x, y, counts):
-    """Dots whose area is a count; the largest one fills a score point."""
-    side = axis.figure.get_figwidth() * 72 / axis.get_gridspec().ncols / 16  # points a score point has, about
-    axis.scatter(x, y, s=np.square(side) * np.divide(counts, max(counts, default=1)), color=BLUE, linewidths=0)
+def _dots(axis, x, y, counts, largest, color):
+    """Dots whose area is a count; the largest has this diameter in points.
+
+    Diameters are rounded to half a point: an SVG holds each shape once, and is a tenth as long.
+    """
+    diameters = np.maximum(1, np.round(2 * largest * np.sqrt(np.divide(counts, max(counts, default=1)))) / 2)
+    for diameter in np.unique(diameters):
+        of_size = diameters == diameter
+        dots = np.asarray(x)[of_size], np.asarray(y)[of_size]
+        axis.plot(*dots, "o", markersize=diameter, color=color, markeredgewidth=0)
 
 
 def _scores_panel(axis, assessed, name):
@@ -152,7 +160,7 @@ def _scores_panel(axis, assessed, name):
     cells, counts = np.unique(np.floor(np.reshape(pairs, (-1, 2)) + 0.5), axis=0, return_counts=True)
     title = f"{name}\n" + (f"no PCC: {reason}" if reason else f"PCC {pcc:.3f}, mean error {mae:.2f}")
     _panel(axis, title, "human", "predicted")
-    _dots(axis, *cells.T, counts)
+    _dots(axis, *cells.T, counts, LARGEST, BLUE)
 
 
 @STYLE
@@ -179,7 +187,7 @@ def draw_calibration(bins):
     for axis, (name, of_score) in zip(figure.subplots(2, 2).flat, bins.items()):
         counts, expected, human = zip(*of_score.values())
         _panel(axis, name, "mean expected", "mean human")
-        _dots(axis, expected, human, counts)
+        _dots(axis, expected, human, counts, LARGEST, BLUE)
     return figure
 
 
@@ -207,8 +215,8 @@ def draw_confusion(heard, written):
     largest = max(shares.values(), default=math.nan)
     side = 5.2 * 72 / len(columns)  # points of a row or column, about
     x, y = ([columns.index(pair[of]) for pair in shares] for of in (0, 1))
-    axis.scatter(x, y, s=[side**2 * share / largest for share in shares.values()], color=ORANGE, linewidths=0)
-    axis.scatter(range(len(rows)), range(len(rows)), s=3, color=GREY)  # where what is right would be
+    _dots(axis, x, y, list(shares.values()), side, ORANGE)
+    axis.plot(range(len(rows)), range(len(rows)), ".", markersize=3, color=GREY)  # where what is right would be
     axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="written", ylabel="heard")
     look = {"fontsize": min(9, side * 0.8), "parse_math": False}  # a phone is no formula
     axis.set_xticklabels(map(_printable, columns), rotation=90, **look)

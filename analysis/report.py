@@ -277,8 +277,8 @@ def standing_notes(evaluated, found, papers_corpus):
         )
     else:
         notes.append(
-            f"Best published: {standing.BEST}, which is given the sentence that should be read; that makes scoring easier "
-            "and a low PER nearly free."
+            f"Best published: {standing.BEST}. It is given the sentence that should be read; that makes scoring "
+            "easier, and a low PER nearly free."
         )
     return [*notes, *evaluated.notes]
 
