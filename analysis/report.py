@@ -323,7 +323,7 @@ def make_page(settings, evaluated, command):
     worst = sorted(every, key=lambda answer: answer.error, reverse=True)[:SHOWN]
     unparsed = evaluated.rows[0].numbers["apa_unparsed"]
     training = evaluated.evaluation.training
-    environment = jinja2.Environment(autoescape=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = data_uri
     page = environment.from_string(TEMPLATE).render(
         generator=GENERATOR,

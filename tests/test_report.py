@@ -379,7 +379,7 @@ def test_unparsed_outputs_are_named_and_cut(page_of):
     page = page_of([apa("a", output="x" * 1000, truncated=True), mdd("a", output="WE <unk>")])
     assert "APA output, unparsed</b>, cut off at the length limit (the first 400 of 1,000 characters)" in page
     assert f"<pre>{'x' * 400}</pre>" in page and "x" * 401 not in page
-    assert "MDD output, unparsed</b> (8 characters):</p><pre>WE &lt;unk&gt;</pre>" in page
+    assert "MDD output, unparsed</b> (8 characters):</p>\n<pre>WE &lt;unk&gt;</pre>" in page
     assert "unparsed answers, 100.0%, are left out" in page
 
 
