@@ -19,6 +19,7 @@ from pathlib import Path
 import textwrap
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
@@ -330,10 +331,7 @@ def write_metrics(rows, label, path):
 
 def draw_figure5(records, path):
     """The paper's Figure 5: PER of each utterance against its human and its predicted accuracy, with PCC."""
-    import matplotlib  # takes a second
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # takes a second
 
     assessed = {record["id"]: record for record in records if record["task"] == "APA"}
     chosen = [r for r in records if r["task"] == "MDD" and r["id"] in assessed and r["reference"]["heard"]]
@@ -344,18 +342,22 @@ def draw_figure5(records, path):
         "human": [answer["reference"] for answer in asked],
         "predicted": [prompts.parse_output("APA", answer["output"]) for answer in asked],
     }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, values) in zip(axes, scores.items()):
         x, y = [v["accuracy"] for v in values if v], [per for v, per in zip(values, pers) if v]
         pcc, pvalue, _, reason = metrics.correlation(x, y)
         title = f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {PAPER_FIGURE_5[name]:.3f})"
-        axis.scatter(x, y, s=12, alpha=0.35, linewidths=0)
+        jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(x))  # scores are whole: they would hide each other
+        axis.scatter(np.add(x, jitter), y, s=8, alpha=0.25, linewidths=0)
+        means = {score: np.mean([per for other, per in zip(x, y) if other == score]) for score in sorted(set(x))}
+        axis.plot(means.keys(), means.values(), "_", color="C1", markersize=18, markeredgewidth=2, label="mean")
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5), title=f"no PCC: {reason}" if reason else title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PER of the utterance")
+    axes[0].legend()
     with files.whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
 
 
 def score(records, label, paper_row, folder):

@@ -1,13 +1,13 @@
 """What does a number mean beside one that needs no pronunciation?
 
-    python -m analysis.floors out/predictions.jsonl                      # speechocean762, which is fetched
-    python -m analysis.floors out/predictions.jsonl --data tiny/corpus
+    python -m analysis.floors out/predictions.jsonl                      # the corpus that was trained on
+    python -m analysis.floors answers.jsonl --data speechocean762/       # by default speechocean762, which is fetched
 
-Prints the tables of evaluate.py for saved predictions with two floors, and needs no model. "says everything right"
-writes what should have been said. "pauses and energy" is fitted on the train part of the corpus: least squares on
-eleven numbers of the waveform, none of which knows a phone or a word. On speechocean762 its correlations with the human
-scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and 0.59 (total); what a model hears of pronunciation is
-what it has above this row.
+Prints the tables of evaluate.py for saved predictions with three floors, and needs no model. "says everything right"
+writes what should have been said. "writes nothing" flags every phone as mispronounced. "pauses and energy" is fitted on
+the train part of the corpus: least squares on eleven numbers of the waveform, none of which knows a phone or a word. On
+speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and 0.59
+(total); what a model hears of pronunciation is what it has above this row.
 
 Shapes: S samples, F features, U utterances, K scores.
 """
@@ -15,15 +15,17 @@ Shapes: S samples, F features, U utterances, K scores.
 from dataclasses import dataclass
 from pathlib import Path
 import textwrap
+from typing import Literal
 
 import numpy as np
+from pydantic import ConfigDict
 from tyro.conf import Positional
 
 import data
 import evaluate
 import metrics
 import prompts
-from support import cli, predictions, sound
+from support import answers, cli, files, predictions, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -49,7 +51,7 @@ FEATURES = (
 @dataclass
 class Settings:
     predictions: Positional[Path]  # predictions.jsonl of evaluate.py
-    data: str | None = None  # corpus folder or hub id; by default speechocean762
+    data: str | None = None  # corpus folder or hub id; default: that of the training, or speechocean762
     data_revision: str | None = None  # of the hub id
     split: str = "test"  # the part that was evaluated
 
@@ -128,8 +130,33 @@ def find_utterances(records, corpus, where):
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
 
-def floor_row(records, fitted):
-    """The table row of the fit; fitted: of `pauses_and_energy`."""
+class Training(files.Shape):
+    """settings.json of train.py, in a run folder or one of its epochs."""
+
+    model_config = ConfigDict(extra="allow")  # a report shows them all
+    data: str
+    strategy: Literal["lora", "unfreeze", "full"]
+    data_revision: str | None = None
+    epoch: int | None = None  # in the folder of an epoch
+
+
+def read_evaluation(run):
+    """What was evaluated in a folder: a run folder, or base/ or one epoch's in it, which is named as its evaluation."""
+    label = predictions.read_metrics(run / "metrics.json")["evaluated"]
+    places = [run / label, run, *([run.parent] if run.name == label else [])]
+    found = [place / "settings.json" for place in places if (place / "settings.json").is_file()]
+    return evaluate.Evaluation(label, run, None, files.read_json(found[0], Training) if found else None)
+
+
+def silent_row(records):
+    """The row of a "model" that writes nothing: every phone is flagged, so every mispronunciation is found."""
+    silent = [record | {"output": prompts.mdd_target("", [])} for record in records if record["task"] == "MDD"]
+    return evaluate.Row("writes nothing", None, metrics.score(silent)[0], metrics.intervals(silent))
+
+
+def fitted_row(records, train, test):
+    """The row of `pauses_and_energy`. train, test: lists of data.Utterance."""
+    fitted = pauses_and_energy([utterance for utterance in train if utterance.scores], test)
     apa = [record for record in records if record["task"] == "APA"]
     answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in apa]
     return evaluate.Row("pauses and energy", None, metrics.score(answered)[0], metrics.intervals(answered))
@@ -138,15 +165,19 @@ def floor_row(records, fitted):
 def main():
     settings = cli.parse(Settings, __doc__)
     records = predictions.read(settings.predictions)
-    saved = evaluate.Evaluation("predictions", settings.predictions.parent)
+    run = settings.predictions.parent
+    known = (run / "metrics.json").exists() and settings.predictions.name == answers.WHOLE
+    evaluation = read_evaluation(run) if known else evaluate.Evaluation("predictions", run)
     source = {"data": settings.data, "data_revision": settings.data_revision}
     test, train = (
-        evaluate.read_corpus(saved, evaluate.Settings(split=split, **source)) for split in (settings.split, "train")
+        evaluate.read_corpus(evaluation, evaluate.Settings(split=split, **source))
+        for split in (settings.split, "train")
     )
-    test = find_utterances(records, test, f"{settings.data or data.HUB_CORPUS} ({settings.split})")
-    fitted = pauses_and_energy([utterance for utterance in train if utterance.scores], test)
-    rows = evaluate.rows_of(records, saved.label, saved.paper_row)
-    evaluate.show(rows, [evaluate.copying_floor(records), floor_row(records, fitted)])
+    where = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
+    test = find_utterances(records, test, f"{where} ({settings.split})")
+    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
+    floors = [evaluate.copying_floor(records), silent_row(records), fitted_row(records, train, test)]
+    evaluate.show(rows, floors)
     print(textwrap.fill(NOTE, 118))
 
 

@@ -2,117 +2,104 @@
 
     python -m analysis.report out/ --output report.html
 
-Writes one HTML file of an evaluated folder, without anything from elsewhere: the tables of evaluate.py and the other
-commands, predicted against human scores, phone confusions, calibration, and the utterances with the largest errors,
-with their recordings. Needs no model. Text of models, corpora and file names is escaped; the page's policy forbids
-loads from outside and every script but its own.
+Writes one HTML file of an evaluated folder, without anything from elsewhere: where the run stands, how it learned,
+predicted against human scores, phones, and the utterances with the largest errors, with their recordings; beside it
+results.png, scores.png and confusion.png. Needs no model. The page shows what the files hold, and its date is that of
+predictions.jsonl, so the same files give the same page. Text of models, corpora and file names is escaped; the page's
+policy forbids loads from outside and every script but its own.
 """
 
 import base64
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 import hashlib
-import html
+import json
 import math
 import os
 from pathlib import Path
-import re
 import shlex
 import sys
-from typing import Literal
 
+import jinja2
 from tyro.conf import Positional
 
-from analysis import floors, phones
+from analysis import errors, floors, phones, pictures, standing
 import evaluate
 import metrics
 import prompts
-from support import cli, files, predictions
+from support import answers, cli, files, log, predictions
 
-# The four PCCs and the PER that others report on the same test part. Those with a dagger are given the sentence that
-# should be read, which makes scoring easier and a low PER nearly free: copying it has a PER of 0.03.
-PUBLISHED = {
-    "GOPT (2022) \u2020": (0.714, 0.753, 0.760, 0.742, None),
-    "Joint-CAPT-L1 (2023)": (0.719, 0.775, 0.773, 0.743, 0.099),
-    "MultiPA (2024)": (0.705, 0.772, 0.763, 0.730, None),
-    "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, None),
-    "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.0272),
-}
-PUBLISHED_NOTE = "Published systems: on the 2,500 utterances of speechocean762's test part; \u2020: given the sentence."
 SHOWN = 40  # utterances with the largest errors
-RAW = 400  # characters of an unparsed output
-GENERATOR = '<meta name="generator" content="pronunciation evaluation, report.py">'  # marks what may be replaced
+FIRST = 10  # of them, that are not folded away
+MARK = "pronunciation evaluation, report.py"  # in what may be replaced
+GENERATOR = f'<meta name="generator" content="{MARK}">'
 HEAD = 200  # bytes from the start in which the mark stands
-LOW, HIGH = prompts.SCORE_RANGE
-MARKS = {"same": "=", "substituted": "≠", "missing": "−", "added": "+"}
-CELL, LEFT, TOP = 22, 36, 16  # of a plot, in its own units: one score point, margins
-SIDE = CELL * (HIGH - LOW + 1)
-AUDIO_TYPES = {
-    rb"RIFF....WAVE": "audio/wav",
-    rb"fLaC": "audio/flac",
-    rb"OggS": "audio/ogg",
-    rb"ID3|\xff[\xe0-\xff]": "audio/mpeg",
-}  # by what a file begins with
+PICTURES = ("results.png", "scores.png", "confusion.png")  # written beside the page
+SECTIONS = {
+    "run": "This run",
+    "curve": "Learning curve",
+    "scores": "Scores",
+    "phones": "Phones",
+    "errors": "Largest errors",
+    "tables": "All numbers",
+    "again": "This page again",
+}
 
-STYLE, SCRIPT = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
+TEMPLATE, STYLE, SCRIPT = (
+    Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".jinja", ".css", ".js")
+)
 
 
 @dataclass
 class Settings:
     run: Positional[Path]  # folder with predictions.jsonl and metrics.json of evaluate.py
     output: Path | None = None  # the .html file; default: report.html in that folder
-    data: str | None = None  # corpus folder or hub id, for the recordings; default: that of the training
+    data: str | None = None  # corpus folder or hub id, for recordings and floors; default: that of the training
     data_revision: str | None = None  # of the hub id
     split: str = "test"  # the part that was evaluated
-
-
-class Training(files.Shape):
-    """settings.json of train.py, in a run folder or one of its epochs."""
-
-    data: str
-    strategy: Literal["lora", "unfreeze", "full"]
-    data_revision: str | None = None
-    epoch: int | None = None  # in the folder of an epoch
-
-
-@dataclass
-class Answers:
-    """What was answered to one utterance, beside what humans say about it."""
-
-    id: str
-    apa: dict | None  # lines of predictions.jsonl; None: there is none
-    mdd: dict | None
-    predicted: dict | None  # score name -> 0-10; None: missing or unparsed
-    transcripts: dict | None
-    pairs: list  # (heard phone, predicted phone), None for a gap
-    per: float  # nan where no phone was heard
-    error: float  # by which the utterances are ordered
 
 
 def check_path(path):
     """Raises InputError where a report cannot be written, or would replace something else than an earlier report."""
     if path.suffix != ".html":
         raise cli.InputError(f"--output {path} is not the name of an .html file")
-    if os.path.lexists(path) and GENERATOR not in files.read_bytes(path)[:HEAD].decode(errors="replace"):
-        raise cli.InputError(f"--output {path} is not a report and would be replaced: choose another name, or move it")
+    for file in (path, *(path.with_name(name) for name in PICTURES)):
+        if os.path.lexists(file) and MARK not in files.read_bytes(file)[:HEAD].decode(errors="replace"):
+            raise cli.InputError(
+                f"{file} is not of a report and would be replaced: choose another --output, or move it"
+            )
     files.make_folder(path.parent, "--output")
 
 
-def read_evaluation(run):
-    """What was evaluated in a folder: a run folder, or base/ or one epoch's in it, which is named as its evaluation."""
-    label = predictions.read_metrics(run / "metrics.json")["evaluated"]
-    places = [run / label, run, *([run.parent] if run.name == label else [])]
-    found = [place / "settings.json" for place in places if (place / "settings.json").is_file()]
-    return evaluate.Evaluation(label, run, None, files.read_json(found[0], Training) if found else None)
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read
 
 
-def read_utterances(evaluation, records, settings):
-    """{id: data.Utterance} for recordings and words, and a note where there are none.
+@dataclass
+class Evaluated:
+    """All that a page is made of."""
+
+    evaluation: evaluate.Evaluation
+    records: list  # lines of predictions.jsonl
+    utterances: dict  # id -> data.Utterance, for recordings and words; ids may be missing
+    rows: list  # of evaluate.Row, of every scoring
+    floors: list  # of evaluate.Row
+    notes: list  # why something is missing
+
+
+def read(settings):
+    """An evaluated folder as Evaluated.
 
     Raises InputError only for a corpus that the user named: a page without recordings is better than none.
     """
+    evaluation = floors.read_evaluation(settings.run)
+    records = predictions.read(settings.run / answers.WHOLE)
+    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
+    known, notes = [evaluate.copying_floor(records), floors.silent_row(records)], []
+    evaluated = Evaluated(evaluation, records, {}, rows, known, notes)
     if not (settings.data or evaluation.training):
-        return {}, ["Without recordings: the corpus is not known, give --data."]
+        notes.append("Without recordings and floors of the scores: the corpus is not known, give --data.")
+        return evaluated
     asked = evaluate.Settings(data=settings.data, data_revision=settings.data_revision, split=settings.split)
     try:
         corpus = evaluate.read_corpus(evaluation, asked)
@@ -120,321 +107,269 @@ def read_utterances(evaluation, records, settings):
     except cli.InputError as error:
         if settings.data:
             raise
-        return {}, [f"Without recordings: {error}"]
-    return {utterance.id: utterance for utterance in found}, []
+        notes.append(f"Without recordings and floors of the scores: {error}")
+        return evaluated
+    evaluated.utterances = {utterance.id: utterance for utterance in found}
+    try:
+        train = evaluate.read_corpus(evaluation, replace(asked, split="train"))
+        known.append(floors.fitted_row(records, train, found))
+    except cli.InputError as error:
+        notes.append(f"Without floors of the scores: {error}")
+    return evaluated
 
 
-def result_tables(records, evaluation):
-    """The tables of the page, (caption, columns, rows), and the notes below them."""
-    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    copying = evaluate.copying_floor(records)
-    keys = (*(f"{name}_pcc" for name in prompts.SCORES), "per")
-    columns = {key: evaluate.TABLE_3[key] for key in keys}
-    published = [
-        (name, evaluate.cells({key: v for key, v in zip(keys, values) if v is not None}, columns))
-        for name, values in PUBLISHED.items()
-    ]
-    tables = [
-        evaluate.table_3(rows, [copying]),
-        ("Published systems", list(columns.values()), published),
-        phones.detection_table([copying, rows[0]]),
-        ("Mean error, outputs", list(evaluate.OUTPUTS.values()), evaluate.with_intervals(rows, evaluate.OUTPUTS)),
-        *phones.phone_tables(records),
-    ]
-    return tables, [*evaluate.explain(rows), *phones.NOTES[:1], PUBLISHED_NOTE]
-
-
-def make_page(title, tables, notes, records, utterances, figure5=None, command=""):
-    """The page as HTML text.
-
-    tables: list of (caption, titles of the cells' columns, rows), rows being a list of (name, cell texts).
-    notes: lines of text under the tables. records: lines of predictions.jsonl.
-    utterances: {id: data.Utterance} for recordings and words; ids may be missing.
-    figure5: content of a PNG, or None. command: what makes the page again.
-    """
-    answers = read_answers(records)
-    sections = {
-        "Results": "".join(table(caption, ["name", *columns], rows) for caption, columns, rows in tables)
-        + "".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        "Predicted and human scores": draw_scores(answers),
-        "PER and accuracy score": embed_figure5(figure5) if figure5 else "",
-        "Calibration of the expected scores": draw_calibration(answers),
-        "Largest errors": show_largest(answers, utterances),
-        "This page again": f"<pre>{html.escape(command)}</pre>" if command else "",
+def facts(settings, evaluated):
+    """What was evaluated, as {name: text}."""
+    made_with = settings.run / answers.SETTINGS
+    how = files.read_json(made_with, dict) if made_with.exists() else {}
+    training = evaluated.evaluation.training.model_dump() if evaluated.evaluation.training else {}
+    speakers = {record["speaker"] for record in evaluated.records if "speaker" in record}
+    ids = {record["id"] for record in evaluated.records}
+    source = settings.data or training.get("data", "not known")
+    written = (settings.run / answers.WHOLE).stat().st_mtime
+    trained = ("strategy", "rank", "epochs", "learning_rate", "seed")
+    commits = [how.get("revision", training.get("revision")), settings.data_revision or training.get("data_revision")]
+    of_model, of_data = (f" at {commit}" if commit else "" for commit in commits)  # a folder has none
+    found = {
+        "model": str(how.get("model", training.get("model", "not known"))) + of_model,
+        "data": f"{source}{of_data} ({settings.split}), {len(ids):,} utterances of {len(speakers):,} speakers",
+        "training": ", ".join(f"{key} {training[key]}" for key in trained if key in training) or "not known",
+        "answers": ", ".join(f"{key} {how[key]}" for key in ("dtype", "max_new_tokens") if key in how) or "not known",
+        "answered": datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
-    policy = (
-        f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
-        f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@dataclass
+class Cell:
+    text: str
+    small: str = ""  # below it: an interval, or what the number is of
+
+
+@dataclass
+class Line:
+    name: str
+    cells: list[Cell]
+    own: bool = False  # of this run: highlighted
+
+
+@dataclass
+class Table:
+    caption: str
+    columns: list[str]  # titles, that of the names first
+    rows: list[Line]
+
+
+def cell(value, interval=(math.nan, math.nan), mark=""):
+    ends = "" if math.isnan(interval[0]) else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+    return Cell("-" if math.isnan(value) else f"{value:.3f}{mark}", ends)
+
+
+def plain(caption, columns, rows):
+    """A table of texts. rows: list of (name, texts of the other cells)."""
+    return Table(caption, columns, [Line(name, [Cell(text) for text in texts]) for name, texts in rows])
+
+
+def row_table(caption, columns, rows, floors=(), near=None):
+    """A table of evaluate.Row, those of the run first. columns: {key: title}; near: numbers that get a mark, by key."""
+    lines = []
+    for row in [*rows, *floors]:
+        cells = []
+        for key in columns:
+            value = row.numbers.get(key, math.nan)
+            close = near and row in rows and abs(value - near.get(key, math.nan)) <= evaluate.CLOSE
+            cells.append(cell(value, row.intervals.get(key, (math.nan, math.nan)), "*" if close else ""))
+        lines.append(Line(row.label, cells, row in rows))
+    return Table(caption, ["name", *columns.values()], lines)
+
+
+def run_table(found, papers_corpus):
+    """The six numbers of the first picture. found: of standing.standings."""
+    lines = []
+    for s in found:
+        cells = [cell(s.value, s.interval), Cell(cell(s.floor).text, s.floor_of)]
+        cells += [cell(s.paper), cell(s.best)] if papers_corpus else []
+        lines.append(Line(s.name, cells))
+    return Table(
+        "Six numbers", ["number", "this run", "floor", *(["paper", "published"] if papers_corpus else [])], lines
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body><main><h1>{html.escape(title)}</h1>
-{body}</main><script>{SCRIPT}</script></body>
-</html>
-"""
+
+
+def make_tables(evaluated, found, papers_corpus):
+    """The tables of the page by name. found: of standing.standings."""
+    rows = evaluated.rows
+    near = dict(zip(evaluate.TABLE_3, evaluate.PAPER[rows[0].paper_row])) if papers_corpus else None
+    every = row_table("Table 3", evaluate.TABLE_3, rows, evaluated.floors, near)
+    tables = {
+        "run": run_table(found, papers_corpus),
+        "all": every,
+        "outputs": row_table("Mean error, outputs", evaluate.OUTPUTS, rows),
+        "detection": row_table("Detection", phones.DETECTION, rows[:1], evaluated.floors[:2]),
+    }
+    if papers_corpus:
+        strategies = {"base", rows[0].paper_row[0]} | ({"lora"} if rows[0].paper_row[0] == "base" else set())
+        every.rows += [
+            Line(evaluate.paper_name(*key), [cell(value) for value in values])
+            for key, values in evaluate.PAPER.items()
+            if key[0] in strategies
+        ]
+        published = [
+            Line(name, [cell(math.nan if value is None else value) for value in values])
+            for name, values in standing.PUBLISHED.items()
+        ]
+        tables["published"] = Table("Published systems", ["name", *standing.NUMBERS.values()], published)
+    for name, (caption, columns, lines) in zip(("phones", "confusions"), phones.phone_tables(evaluated.records)):
+        tables[name] = plain(caption, ["name", *columns], lines)
+    return tables
+
+
+def score_bins(every):
+    """{score name: of pictures.calibration_bins}; empty for a run without probabilities. every: of read_answers."""
+    scored = [(expected, a.apa["reference"]) for a in every if a.apa and (expected := errors.expected_scores(a.apa))]
+    return {
+        name: pictures.calibration_bins([e[name] for e, _ in scored], [h[name] for _, h in scored])
+        for name in (prompts.SCORES if scored else ())
+    }
+
+
+def bin_table(bins):
+    rows = [
+        (f"{name}, {edge} to {edge + 1}", [f"{count:,}", f"{expected:.2f}", f"{human:.2f}"])
+        for name, of_score in bins.items()
+        for edge, (count, expected, human) in of_score.items()
+    ]
+    return plain("Bins", ["expected score", "utterances", "mean expected", "mean human"], rows)
+
+
+def notes_of(evaluated, papers_corpus):
+    """What the columns and rows are, one note a line."""
+    row = evaluated.rows[0]
+    notes = [
+        "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
+        "F1, P, R of Table 3: phone agreement by position, a reading that can give the paper's figures. found: F1: "
+        "detection of mispronunciations, the field's convention. cut off: the length limit came before the end.",
+        phones.NOTES[0],
+    ]
+    if papers_corpus:
+        notes.append(f"*: within {evaluate.CLOSE} of '{evaluate.paper_name(*row.paper_row)}'.")
+        notes.append("Published systems: on the same utterances; \u2020: given the sentence that should be read.")
+    return notes
+
+
+def standing_notes(evaluated, found, papers_corpus):
+    """What stands below the first picture."""
+    used = {s.floor_of for s in found}
+    meanings = {
+        "says everything right": "writes what should have been said",
+        "writes nothing": "writes no phone, so every phone is flagged",
+        "pauses and energy": "a linear fit on the waveform that knows no phones",
+    }
+    floors = "; ".join(f"{label} ({meaning})" for label, meaning in meanings.items() if label in used)
+    notes = [f"Floors, the best of: {floors}. A score that is not better shows nothing about pronunciation."]
+    if not papers_corpus:
+        notes.append(
+            "The paper's and other published numbers are left out: they are on the 2,500 test utterances of "
+            "speechocean762, and these are others."
+        )
+    else:
+        notes.append(
+            f"Best published: {standing.BEST}. It is given the sentence that should be read; that makes scoring "
+            "easier, and a low PER nearly free."
+        )
+    return [*notes, *evaluated.notes]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def data_uri(content):
+    """(MIME type, bytes) as a URI; a filter of the template."""
+    return f"data:{content[0]};base64,{base64.b64encode(content[1]).decode()}"
+
+
+def draw(settings, evaluated, found):
+    """The figures of the page by name, as matplotlib Figures; what there is nothing for is left out."""
+    apa, mdd = metrics.paired(evaluated.records, metrics.scorings(evaluated.records)[0])
+    others = [s for row in evaluated.rows[1:] for s in standing.standings(row, [], False) if s.name in prompts.SCORES]
+    figures = {"standings": pictures.draw_standings(found, others)}
+    if (settings.run / "log.jsonl").exists():
+        figures["curve"] = log.curves(settings.run)
+    if apa:
+        figures["scores"] = pictures.draw_scores(apa)
+    if mdd:
+        figures["confusion"] = pictures.draw_confusion(*metrics.phones_of(mdd)[1:])
+    return figures
+
+
+def make_page(settings, evaluated, command):
+    """The page as HTML text, and its figures by name. command: what makes the page again."""
+    papers_corpus = standing.is_papers_corpus(evaluated.records)
+    found = standing.standings(evaluated.rows[0], evaluated.floors, papers_corpus)
+    figures = draw(settings, evaluated, found)
+    tables = make_tables(evaluated, found, papers_corpus)
+    every = errors.read_answers(evaluated.records)
+    if bins := score_bins(every):
+        figures["calibration"] = pictures.draw_calibration(bins)
+        tables["bins"] = bin_table(bins)
+    shown = {name: ("image/svg+xml", pictures.to_svg(figure)) for name, figure in figures.items()}
+    if (settings.run / "figure5.png").exists():
+        shown["figure5"] = "image/png", files.read_bytes(settings.run / "figure5.png")
+    drawn = {"curve": "curve", "scores": "scores", "phones": "confusion"}  # sections that need their picture
+    worst = sorted(every, key=lambda answer: answer.error, reverse=True)[:SHOWN]
+    unparsed = evaluated.rows[0].numbers["apa_unparsed"]
+    training = evaluated.evaluation.training
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_uri"] = data_uri
+    page = environment.from_string(TEMPLATE).render(
+        generator=GENERATOR,
+        policy=f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
+        f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'",
+        style=STYLE,
+        script=SCRIPT,
+        title=f"Pronunciation evaluation: {evaluated.evaluation.label}",
+        lead=standing.sentence(found),
+        summary=standing.summary(found),
+        facts=facts(settings, evaluated),
+        contents={id: name for id, name in SECTIONS.items() if drawn.get(id, "standings") in figures},
+        pictures=shown,
+        standing_notes=standing_notes(evaluated, found, papers_corpus),
+        tables=tables,
+        notes=notes_of(evaluated, papers_corpus),
+        scored=f"; unparsed answers, {unparsed:.1%}, are left out" if unparsed else "",
+        utterances=f"{len(every):,}",
+        worst=[errors.show(answer, evaluated.utterances.get(answer.id)) for answer in worst],
+        first=FIRST,
+        signs=errors.SIGNS,
+        command=command,
+        settings=json.dumps(training.model_dump(), indent=2) if training else "",
+    )
+    return page, figures
 
 
 def _digest(text):
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _data_uri(kind, content):
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def read_answers(records):
-    """The lines of predictions.jsonl as one Answers per utterance, in their order.
-
-    The error is the absolute error in total score plus the PER. An unparsed output is as wrong as it can be in score
-    (10 points), and an empty transcript in phones; a line that is missing adds nothing.
-    """
-    lines = {}
-    for record in records:
-        lines.setdefault(record["id"], {})[record["task"]] = record
-    return [_read_answers(id, by_task.get("APA"), by_task.get("MDD")) for id, by_task in lines.items()]
-
-
-def _read_answers(id, apa, mdd):
-    predicted, transcripts, pairs, per, error = None, None, [], math.nan, 0.0
-    if apa:
-        predicted = expected_scores(apa) or prompts.parse_output("APA", apa["output"])
-        error = abs(predicted["total"] - apa["reference"]["total"]) if predicted else float(HIGH - LOW)
-    if mdd:
-        transcripts = prompts.parse_output("MDD", mdd["output"])
-        phones = metrics.normalise_phones(transcripts["phoneme_transcript"]) if transcripts else []
-        heard = mdd["reference"]["heard"]
-        pairs = metrics.align(heard, phones)
-        if heard:
-            per = sum(a != b for a, b in pairs) / len(heard)
-            error += per
-    return Answers(id, apa, mdd, predicted, transcripts, pairs, per, error)
-
-
-def expected_scores(record):
-    """Score name -> expectation over the probabilities of the values 0-10; None for a line without them."""
-    if not record.get("scores"):
-        return None
-    return {name: metrics.expectation(record["scores"][name]) for name in prompts.SCORES}
-
-
-def table(caption, columns, rows):
-    """A table whose column heads sort it. columns: titles; rows: list of (row head, texts of the other cells)."""
-    head = "".join(f'<th scope="col"><button type="button">{html.escape(title)}</button></th>' for title in columns)
-    body = "".join(_row(name, cells) for name, cells in rows)
-    caption = html.escape(caption)
-    return f"""<h3>{caption}</h3><div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>
-<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"""
-
-
-def _row(name, cells):
-    cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-    return f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Plots
-
-
-def _x(score):
-    return LEFT + (score + 0.5) * CELL
-
-
-def _y(score):
-    return TOP + SIDE - (score + 0.5) * CELL
-
-
-def plot(label, x_title, y_title, marks, caption):
-    """Two axes from 0 to 10 around `marks` (SVG), with the line of equal values."""
-    ticks, middle = "", TOP + SIDE / 2
-    for score in range(LOW, HIGH + 1):
-        ticks += f'<text x="{_x(score)}" y="{TOP + SIDE + 13}">{score}</text>'
-        ticks += f'<text x="{LEFT - 10}" y="{_y(score) + 3}">{score}</text>'
-    return f"""<figure><svg viewBox="0 0 {LEFT + SIDE + 2} {TOP + SIDE + 32}" role="img" aria-label="{label}">
-<rect class="frame" x="{LEFT}" y="{TOP}" width="{SIDE}" height="{SIDE}"/>{ticks}
-<path class="equal" d="M{_x(LOW)} {_y(LOW)}L{_x(HIGH)} {_y(HIGH)}"/>{marks}
-<text x="{LEFT + SIDE / 2}" y="{TOP + SIDE + 28}">{x_title}</text>
-<text x="10" y="{middle}" transform="rotate(-90 10 {middle})">{y_title}</text></svg>
-<figcaption>{caption}</figcaption></figure>
-"""
-
-
-def draw_scores(answers):
-    """Predicted against human scores, a heat map for each of the four."""
-    scored = [answer for answer in answers if answer.predicted]
-    unparsed = sum(answer.apa is not None for answer in answers) - len(scored)
-    plots = ""
-    for name in prompts.SCORES:
-        predicted, human = [a.predicted[name] for a in scored], [a.apa["reference"][name] for a in scored]
-        pcc, _, mae, reason = metrics.correlation(predicted, human)
-        caption = f"<b>{name}</b>, " + (html.escape(f"no PCC: {reason}") if reason else f"PCC {pcc:.3f}")
-        caption += "" if math.isnan(mae) else f", mean absolute error {mae:.2f}"
-        label = f"{name}: predicted against human scores of {len(scored)} utterances"
-        plots += plot(label, "human", "predicted", _cells(human, predicted), caption)
-    return f"""<p class="note">Utterances: {len(scored):,}; a cell holds how many have these two scores. Predicted is
-the expectation over the score values, rounded for its cell, where the run has their probabilities, else the number that
-was written. Unparsed outputs without either, left out: {unparsed:,}.</p><div class="plots">{plots}</div>"""
-
-
-def _cells(human, predicted):
-    counts = Counter((int(h + 0.5), int(p + 0.5)) for h, p in zip(human, predicted))
-    most = max(counts.values(), default=0)
-    cells = ""
-    for (h, p), count in sorted(counts.items()):
-        shade = 0.1 + 0.9 * math.sqrt(count / most)  # the root keeps rare cells visible
-        over = ' class="over"' if shade > 0.68 else ""  # black and white text meet there, at a contrast of 4.5
-        place = f'x="{_x(h) - CELL / 2}" y="{_y(p) - CELL / 2}" width="{CELL}" height="{CELL}"'
-        cells += (
-            f'<g><title>human {h}, predicted {p}: {count}</title><rect class="under" {place}/>'
-            f'<rect class="cell" fill-opacity="{shade:.2f}" {place}/>'
-            f'<text{over} x="{_x(h)}" y="{_y(p) + 3}">{count}</text></g>'
-        )
-    return cells
-
-
-def embed_figure5(content):
-    return f"""<figure><img src="{_data_uri("image/png", content)}" alt="Two scatter plots: PER of each
-utterance against its human and its predicted accuracy score"><figcaption>The paper's Figure 5.</figcaption></figure>"""
-
-
-def calibration_bins(expected, human):
-    """Lower edge -> (utterances, mean expected score, mean human score), for the bins [0, 1), ... [9, 10] in use."""
-    groups = {}
-    for e, h in zip(expected, human):
-        groups.setdefault(min(int(e), HIGH - 1), []).append((e, h))
-    return {
-        edge: (len(group), sum(e for e, _ in group) / len(group), sum(h for _, h in group) / len(group))
-        for edge, group in sorted(groups.items())
-    }
-
-
-def draw_calibration(answers):
-    """Expected scores in bins against the mean human score of each bin; nothing for a run without probabilities."""
-    scored = [(expected, a.apa["reference"]) for a in answers if a.apa and (expected := expected_scores(a.apa))]
-    if not scored:
-        return ""
-    plots, rows = "", []
-    for name in prompts.SCORES:
-        bins, marks = calibration_bins([e[name] for e, _ in scored], [h[name] for _, h in scored]), ""
-        for edge, (count, expected, human) in bins.items():
-            marks += (
-                f'<circle class="cell" cx="{_x(expected):.1f}" cy="{_y(human):.1f}" r="4"/>'
-                f'<text x="{_x(edge + 0.5)}" y="{TOP - 5}">{count}</text>'
-            )
-            rows.append((f"{name}, {edge} to {edge + 1}", [f"{count:,}", f"{expected:.2f}", f"{human:.2f}"]))
-        label = f"{name}: mean human score of {len(bins)} bins of the expected score"
-        plots += plot(label, "mean expected", "mean human", marks, f"<b>{name}</b>")
-    columns = ["expected score", "utterances", "mean expected", "mean human"]
-    return f"""<p class="note">Utterances: {len(scored):,}, in bins one point wide of their expected score. On the
-dashed line, humans give on average what is expected; the numbers above count the utterances in each bin.</p>
-<div class="plots">{plots}</div><details><summary>The bins as a table</summary>
-{table("Bins of the expected scores", columns, rows)}</details>"""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Phones and utterances
-
-
-def show_largest(answers, utterances):
-    """The utterances with the largest errors, to read and to hear."""
-    worst = sorted(answers, key=lambda answer: answer.error, reverse=True)[:SHOWN]
-    legend = show_phones([("AH", "AH"), ("DH", "D"), ("T", None), (None, "AH")])
-    shown = "".join(show_utterance(rank, answer, utterances.get(answer.id)) for rank, answer in enumerate(worst, 1))
-    return f"""<p>The {len(worst)} of {len(answers):,} utterances with the largest sum of two numbers: the absolute
-error in total score, and the PER of the utterance. Unparsed scores count as 10 points, unparsed phones as an empty
-transcript, a missing answer as 0.</p><p class="note">Phones, heard above and written below: = same, ≠ substituted,
-− missing (heard, not written), + added (written, not heard):</p>{legend}{shown}"""
-
-
-def show_utterance(rank, answer, utterance):
-    """One of the largest errors. utterance: data.Utterance, or None for an id that the corpus does not have."""
-    reference = answer.mdd["reference"] if answer.mdd else {"word_transcript": f"utterance {answer.id}"}
-    parts = [answer.id, f"error {answer.error:.2f}", "PER -" if math.isnan(answer.per) else f"PER {answer.per:.3f}"]
-    if utterance:
-        parts.append(f"speaker {utterance.speaker}")
-    content = f"<h3>{rank}. {html.escape(utterance.text if utterance else reference['word_transcript'])}</h3>"
-    content += f'<p class="note">{html.escape(", ".join(parts))}</p>' + (show_player(utterance) if utterance else "")
-    if answer.apa:
-        human, predicted = answer.apa["reference"], answer.predicted
-        rows = [
-            _row(name, [f"{human[name]:.3g}", f"{predicted[name]:.3g}" if predicted else "-"])
-            for name in prompts.SCORES
-        ]
-        head = "".join(f'<th scope="col">{title}</th>' for title in ("score", "human", "predicted"))
-        content += f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    if answer.transcripts:
-        content += f"<p><b>Words written:</b> {html.escape(answer.transcripts['word_transcript'])}</p>"
-        content += show_phones(answer.pairs)
-    return f"<article>{content}{show_raw('APA', answer.apa)}{show_raw('MDD', answer.mdd)}</article>\n"
-
-
-def show_raw(task, record):
-    """Why an answer is not shown: it is missing, or it could not be parsed and is shown as it is. "" if parsed."""
-    if record is None:
-        return f"<p><b>No {task} answer.</b></p>"
-    if prompts.parse_output(task, record["output"]):
-        return ""
-    text, cut = record["output"], ", cut off at the length limit" if record.get("truncated") else ""
-    length = f"the first {RAW} of {len(text):,} characters" if len(text) > RAW else f"{len(text)} characters"
-    return f"<p><b>{task} output, unparsed</b>{cut} ({length}):</p><pre>{html.escape(text[:RAW])}</pre>"
-
-
-def show_phones(pairs):
-    items = ""
-    for pair in pairs:
-        heard, predicted = (html.escape(phone or "–") for phone in pair)
-        kind = metrics.kind_of(*pair)
-        items += f'<li class="{kind}" title="{kind}"><b>{heard}</b><i>{MARKS[kind]}</i><b>{predicted}</b></li>'
-    return f'<ol class="phones">{items}</ol>'
-
-
-def show_player(utterance):
-    """An audio element with the recording inside, or the reason why there is none."""
-    try:
-        content = utterance.recording()
-    except OSError as error:
-        return f"<p>The recording cannot be read: {html.escape(str(error))}</p>"
-    kind = audio_type(content)
-    if kind is None:
-        return "<p>The recording is of a type that is not played here (WAV, FLAC, Ogg and MP3 are).</p>"
-    label = html.escape(f"Recording of {utterance.id}")
-    return f'<audio controls preload="none" aria-label="{label}" src="{_data_uri(kind, content)}"></audio>'
-
-
-def audio_type(content):
-    """MIME type of a sound file by its first bytes, or None."""
-    return next((kind for start, kind in AUDIO_TYPES.items() if re.match(start, content, re.DOTALL)), None)
-
-
 def main():
     settings = cli.parse(Settings, __doc__)
     path = settings.output or settings.run / "report.html"
-    evaluation = read_evaluation(settings.run)
     check_path(path)
-    records = predictions.read(settings.run / "predictions.jsonl")
-    utterances, missing = read_utterances(evaluation, records, settings)
-    tables, notes = result_tables(records, evaluation)
-    figure5 = settings.run / "figure5.png"
-    page = make_page(
-        f"Pronunciation evaluation: {evaluation.label}",
-        tables,
-        [*notes, *missing],
-        records,
-        utterances,
-        files.read_bytes(figure5) if figure5.exists() else None,
-        shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]]),
-    )
+    evaluated = read(settings)
+    page, figures = make_page(settings, evaluated, shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]]))
     with files.whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
-    print("\n".join([*missing, f"report: {path}"]))
+    written = [path.name]
+    for name, figure in zip(PICTURES, ("standings", "scores", "confusion")):
+        if figure in figures:
+            with files.whole(path.with_name(name)) as temporary:
+                figures[figure].savefig(temporary, format="png", dpi=150, metadata={"Software": MARK})
+            written.append(name)
+    print("\n".join([*evaluated.notes, f"written: {', '.join(written)} in {path.parent}"]))
 
 
 if __name__ == "__main__":

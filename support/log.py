@@ -3,11 +3,14 @@
 from contextlib import contextmanager
 from itertools import pairwise
 import json
+import math
 import os
 
 from pydantic import ConfigDict, PositiveInt
 
 from support import cli, files
+
+SMOOTHED = 50  # our choice: a point of the smoothed curves is a mean over one part of so many to either side
 
 
 class LogLine(files.Shape):
@@ -16,6 +19,8 @@ class LogLine(files.Shape):
     step: PositiveInt
     loss: float
     learning_rate: float
+    epoch: PositiveInt | None = None  # this and the norm are drawn alone
+    gradient_norm: float = math.nan
 
 
 class ValidationLine(files.Shape):
@@ -72,29 +77,54 @@ def _numbers(values):
 
 
 def draw_curves(output):
-    """curves.png: loss and learning rate of every step in log.jsonl; by rank 0 alone."""
+    """curves.png of a run; by rank 0 alone."""
     if cli.process_rank():
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, key, title in zip(axes, ("loss", "learning_rate"), ("loss per supervised token", "learning rate")):
-        axis.plot(steps, [line[key] for line in lines], linewidth=1, marker="." if len(lines) < 20 else None)
-        axis.set(xlabel="step", title=title, ylim=(0, None))
-        axis.grid(alpha=0.3)
-    validation = output / "validation.jsonl"
-    if validation.exists():
-        epochs = [json.loads(line) for line in validation.read_text().splitlines()]
-        axes[0].plot([e["step"] for e in epochs], [e["loss"] for e in epochs], "o-", label="held-out speakers")
-        axes[0].legend()
     with files.whole(output / "curves.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+        curves(output).savefig(temporary, format="png", dpi=150)
+
+
+def curves(run):
+    """Loss, learning rate and gradient norm of every step in log.jsonl, and validation, as a matplotlib Figure.
+
+    Raises InputError for a log that cannot be read.
+    """
+    from matplotlib import figure, ticker  # takes a second
+
+    lines = files.read_lines(run / "log.jsonl", LogLine, cut_off=True)
+    steps = [line.step for line in lines]
+    picture = figure.Figure(figsize=(6.4, 5), layout="constrained")
+    axes = picture.subplot_mosaic([["loss", "loss"], ["learning_rate", "gradient_norm"]], height_ratios=(3, 2))
+    titles = {"loss": "loss per supervised token", "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
+    for key, title in titles.items():
+        values = [getattr(line, key) for line in lines]
+        smooth = key != "learning_rate"
+        dots = "." if len(lines) < 20 else None
+        axes[key].plot(steps, values, "C0", linewidth=1, alpha=0.35 if smooth else 1, marker=dots, label="each step")
+        if smooth:
+            axes[key].plot(steps, smoothed(values), "C0", label="smoothed")
+            axes[key].set_yscale("log")  # otherwise the first steps are all that one sees
+            axes[key].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes[key].yaxis.set_major_formatter("{x:g}")
+            axes[key].yaxis.set_minor_formatter(ticker.NullFormatter())
+        for earlier, later in pairwise(lines):
+            if earlier.epoch != later.epoch:
+                axes[key].axvline(earlier.step + 0.5, color="C7", linestyle=":", linewidth=1)
+        axes[key].set(title=title, xlabel="step")
+        axes[key].grid(alpha=0.3)
+    if (run / "validation.jsonl").exists():
+        epochs = files.read_lines(run / "validation.jsonl", ValidationLine)
+        axes["loss"].plot([e.step for e in epochs], [e.loss for e in epochs], "oC1", label="held-out speakers")
+    axes["loss"].set_xlabel("step; dotted: the end of an epoch")
+    axes["loss"].legend()
+    return picture
+
+
+def smoothed(values):
+    """The mean around every step, over 1 / SMOOTHED of the run to either side."""
+    reach = len(values) // SMOOTHED
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def read_validated(path, step):

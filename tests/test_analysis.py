@@ -55,10 +55,13 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     result = script("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "confusion.png",
         "metrics.json",
         "phones.tsv",
         "predictions.jsonl",
         "report.html",
+        "results.png",
+        "scores.png",
     ]
 
 
@@ -474,17 +477,25 @@ def copied(corpus, tmp_path_factory):
     return write(tmp_path_factory.mktemp("predictions") / "predictions.jsonl", lines)
 
 
-def test_both_floors_stand_beside_the_files_rows(monkeypatch, copied, corpus, tmp_path, capsys):
+def test_the_floors_stand_beside_the_files_rows(monkeypatch, copied, corpus, tmp_path, capsys):
     run(monkeypatch, floors, copied, "--data", corpus)
     printed = capsys.readouterr().out.splitlines()
     names = [line.split("  ")[0] for line in printed]
-    wanted = ["says everything right", "pauses and energy", "this run, predictions"]
-    assert [name for name in names if name in wanted][:3] == wanted
+    wanted = ["says everything right", "writes nothing", "pauses and energy", "this run, predictions"]
+    assert [name for name in names if name in wanted][:4] == wanted
     train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
-    numbers = floors.floor_row(predictions.read(copied), floors.pauses_and_energy(train, test[:12])).numbers
+    numbers = floors.fitted_row(predictions.read(copied), train, test[:12]).numbers
     (line,) = [line.split() for line in printed if line.startswith("pauses and energy  ")]
     assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES] and line[7:] == ["-"] * 5
     assert not list(tmp_path.iterdir()) and len(list(copied.parent.iterdir())) == 1
+
+
+def test_the_floors_of_a_run_are_those_of_the_corpus_that_was_trained_on(monkeypatch, copied, corpus, tmp_path, capsys):
+    run_folder = evaluated(tmp_path / "out")
+    shutil.copy(copied, run_folder)
+    (run_folder / "settings.json").write_text(json.dumps({"data": str(corpus), "strategy": "lora"}))
+    run(monkeypatch, floors, run_folder / "predictions.jsonl")
+    assert f"corpus: {corpus} (train)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])

@@ -106,6 +106,22 @@ def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
     assert "this run, predictions" in result.stdout and "paper, lora, epoch 3" in result.stdout
 
 
+def test_figure_5_shows_every_utterance_beside_its_score_and_the_mean_of_each_score(monkeypatch, tmp_path):
+    saved, lines = [], records(30)
+    lines[1]["output"] = prompts.mdd_target("WE SEE", ["W"])  # of an utterance with the score 0
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: saved.append(self) or path.touch())
+    evaluate.draw_figure5(lines, tmp_path / "figure5.png")
+    human, predicted = saved[0].axes
+    assert human.get_xlabel() == "human accuracy score" and predicted.get_xlabel() == "predicted accuracy score"
+    assert human.get_title().startswith("PCC -0.") and human.get_title().endswith("paper -0.446)")
+    points = human.collections[0].get_offsets()  # (30, 2)
+    assert len({tuple(point) for point in points.tolist()}) == 30  # none hides another
+    assert np.abs(points[:, 0] - [i % 10 for i in range(30)]).max() < 0.5
+    assert points[:, 1].tolist() == [0.75] + [0.25] * 29
+    (means,) = human.get_lines()
+    assert means.get_xydata().tolist() == [[0, pytest.approx(1.25 / 3)], *([score, 0.25] for score in range(1, 10))]
+
+
 def test_characters_that_no_file_or_terminal_shows_do_not_end_the_evaluation(monkeypatch, tmp_path):
     """Half a surrogate pair, which JSON can write, makes an answer unparsed; other control characters stay."""
     lines = records()
