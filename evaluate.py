@@ -25,7 +25,12 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, cli, files, predictions, run_folder
+from support import answers, choices, cli, files, predictions, run_folder
+from support.later import when_used
+
+with when_used():
+    import model as models
+    from support import moved, pretrained, processes
 
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
@@ -71,8 +76,8 @@ class ModelSettings:
     base: bool = False  # the model before fine-tuning, prompts without control tokens (the paper's epoch 0)
     model: str | None = None  # checkpoint folder or hub id of the base model
     revision: str | None = None  # of the hub id
-    dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # of the language model
+    dtype: choices.Dtype | None = None  # of frozen weights
+    attention: choices.Attention | None = None  # of the language model
     max_new_tokens: cli.Count = data.MAX_NEW_TOKENS  # an answer longer than this is cut off and counted
 
 
@@ -132,15 +137,12 @@ def evaluations(settings, output=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generating. Model and processes are imported here: they import torch, and scoring a saved file needs none.
+# Generating
 
 
 def choose_model(evaluation, settings):
     """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
-    import model as models
-    from support import pretrained
-
-    defaults = models.HUB_MODEL, models.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
+    defaults = choices.HUB_MODEL, choices.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
@@ -164,8 +166,6 @@ def read_corpus(evaluation, settings):
 
 def load(evaluation, settings):
     """The model that an evaluation is of, with its adapter; settings: of `choose_model`."""
-    import model as models
-
     gc.collect()  # the previous model leaves the GPU first
     base = settings.model, settings.revision, settings.dtype, settings.attention
     if evaluation.adapter is None:
@@ -195,8 +195,6 @@ def generate(evaluation, utterances, settings):
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
     return nothing.
     """
-    from support import moved, processes
-
     how = made_with(evaluation, utterances, settings)
     written = answers.Answers(evaluation.output, utterances, how, settings.resume)
     missing = sorted(written.missing, key=lambda utterance: utterance.samples)
@@ -399,8 +397,6 @@ def main():
 def evaluate(chosen, saved, settings):
     """Generate, unless answers were saved, and score; print the tables."""
     if not saved:
-        from support import processes
-
         processes.start()
         settings = choose_model(chosen[-1], settings)  # one for all
         utterances = read_corpus(chosen[-1], settings)

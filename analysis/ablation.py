@@ -20,6 +20,10 @@ from tyro.conf import Fixed, Positional, Suppress
 import evaluate
 import prompts
 from support import answers, cli, files, sound
+from support.later import when_used
+
+with when_used():
+    from support import processes
 
 DROPS = {f"{name}_pcc": name for name in prompts.SCORES} | {"wer": "WER", "per": "PER", "detection_f1": "found: F1"}
 
@@ -76,8 +80,6 @@ def show_drop(own, other, how):
 
 
 def main():
-    from support import processes  # imports torch
-
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     for evaluation in chosen:

@@ -5,6 +5,10 @@ import os
 
 import data
 from support import cli, files, predictions
+from support.later import when_used
+
+with when_used():
+    from support import processes
 
 WHOLE, PART, SETTINGS = GENERATED = ("predictions.jsonl", "predictions.jsonl.part", "predictions.settings.json")
 SCORED = ("metrics.json", "figure5.png")  # what scoring writes beside them
@@ -18,8 +22,6 @@ class Answers:
     """
 
     def __init__(self, folder, utterances, settings, resume):
-        from support import processes  # imports torch
-
         self.utterances, self.gather = utterances, processes.gather
         self.whole, self.part, written_with = (folder / name for name in GENERATED)
         lines = _resumed(folder, utterances, settings) if resume else {}

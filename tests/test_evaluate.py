@@ -4,7 +4,6 @@ import math
 import os
 from pathlib import Path
 import shutil
-from typing import get_args
 
 from conftest import ROOT, greedy, script
 import numpy as np
@@ -294,12 +293,6 @@ def test_settings_that_train_py_did_not_write_are_refused(run, tmp_path, content
     with pytest.raises(cli.InputError, match=message) as error:
         run_folder.adapters(tmp_path, None)
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_the_choices_that_are_accepted_beside_an_adapter_are_those_of_training():
-    fields = run_folder.TrainingSettings.model_fields
-    assert get_args(fields["strategy"].annotation) == get_args(models.Strategy)
-    assert get_args(fields["speech_adapter"].annotation) == get_args(models.SpeechAdapter)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from test_data import hub_table
 
 import data
 import model as models
-from support import cli, files, hub, pretrained
+from support import choices, cli, files, hub, pretrained
 
-MODEL, REVISION = models.HUB_MODEL, models.HUB_MODEL_REVISION
+MODEL, REVISION = choices.HUB_MODEL, choices.HUB_MODEL_REVISION
 CORPUS = f"datasets/{data.HUB_CORPUS}"
 NOBODY = "http://127.0.0.1:9"  # nothing listens at this address
 FIRST, SECOND = "1" * 40, "2" * 40  # commits that the moving revision names, one after the other

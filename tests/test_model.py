@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import cli, four_bits, memory, moved, pretrained, token_rows
+from support import choices, cli, four_bits, memory, moved, pretrained, token_rows
 from support.sound import read_audio
 
 SPEECH_ADAPTERS = ("merge", "continue", "none")
@@ -105,6 +105,10 @@ def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples)
     with torch.no_grad():
         ours = model(prepared) / sum(len(example.answer_ids) for example in batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_every_strategy_of_the_settings_says_what_trains():
+    assert get_args(choices.Strategy) == tuple(models.STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", models.STRATEGIES)
