@@ -109,6 +109,11 @@ class Evaluation:
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
 
     @property
+    def speech_adapter(self):
+        """The unmodified model hears through the shipped one."""
+        return self.training.speech_adapter if self.adapter else "merge"
+
+    @property
     def paper_row(self):
         """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
         if self.label == "base":
@@ -147,7 +152,7 @@ def choose_model(evaluation, settings):
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    commit = pretrained.check(chosen["model"], chosen["revision"])
+    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})
@@ -169,10 +174,9 @@ def load(evaluation, settings):
     gc.collect()  # the previous model leaves the GPU first
     base = settings.model, settings.revision, settings.dtype, settings.attention
     if evaluation.adapter is None:
-        return models.load_base(*base, "merge").eval()  # it hears through its speech adapter, and is never quantised
-    training = evaluation.training
-    model = models.load_base(*base, training.speech_adapter, training.quantize)
-    models.load_trained(model, evaluation.adapter, training.strategy)
+        return models.load_base(*base, evaluation.speech_adapter).eval()  # never quantised
+    model = models.load_base(*base, evaluation.speech_adapter, evaluation.training.quantize)
+    models.load_trained(model, evaluation.adapter, evaluation.training.strategy)
     return model.eval()
 
 

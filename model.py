@@ -38,7 +38,6 @@ import data
 import prompts
 from support import audio_cache, cli, files, hub, moved, pretrained, processes, token_rows, workers
 
-SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
 # A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
@@ -249,7 +248,7 @@ class LearningModel(HearingModel):
     def moved(self):
         """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
         folder, _, speech_adapter = self.source
-        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        started = load_file(folder / pretrained.SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
         return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
 
 
@@ -467,7 +466,7 @@ def control_token_ids(tokenizer):
 
 def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    folder = folder / SPEECH_ADAPTER
+    folder = folder / pretrained.SPEECH_ADAPTER
     config = pretrained.read_config(folder)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():

@@ -422,7 +422,7 @@ def write_model(folder, steps, seed, clips=3000):
         speech = split_off_adapter(network, initial)
     # The real adapter lists suffixes, which name modules of the audio encoder too: model.py must not fall for it.
     speech.peft_config["default"].target_modules = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    speech.save_pretrained(folder / models.SPEECH_ADAPTER)
+    speech.save_pretrained(folder / pretrained.SPEECH_ADAPTER)
     speech.unload().save_pretrained(folder)
 
 

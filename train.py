@@ -217,7 +217,8 @@ def train_step(model, weights, optimiser, micro_batches, supervised, clip, numbe
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     checkpoints.choose(settings.output, settings.resume, settings.checkpoint)  # says at once what is wrong there
-    settings.revision = pretrained.check(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
+    # refs/pr/70 moves, a commit does not
+    settings.revision = pretrained.check(settings.model, settings.revision, settings.speech_adapter)
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
