@@ -12,11 +12,9 @@ Every number can be computed again from predictions.jsonl.
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 import gc
-import json
-import math
 import os
 from pathlib import Path
-import textwrap
+import sys
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,8 +23,9 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, choices, cli, files, predictions, run_folder
+from support import answers, choices, cli, files, predictions, run_folder, screen
 from support.later import when_used
+from support.screen import cells, interval_cells, with_halves
 
 with when_used():
     import model as models
@@ -57,13 +56,12 @@ PAPER = {
     ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
 }
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
-CLOSE = 0.05  # a number this near to the paper's is marked
 OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
     "detection_f1": "found: F1",
-    "apa_unparsed": "unparsed",
-    "mdd_unparsed": "(MDD)",
-    "apa_truncated": "cut off",
-    "mdd_truncated": "(MDD)",
+    "apa_unparsed": "unparsed APA",
+    "mdd_unparsed": "unparsed MDD",
+    "apa_truncated": "cut off APA",
+    "mdd_truncated": "cut off MDD",
 }
 
 
@@ -103,7 +101,7 @@ class Settings(ModelSettings):
 class Evaluation:
     """What writes answers, and where they go."""
 
-    label: str  # "base" or "epoch-N"; "predictions" for a saved file
+    label: str  # "base" or "epoch-N"; "predictions" for a saved file that stands alone
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
@@ -115,12 +113,16 @@ class Evaluation:
 
     @property
     def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
+        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for later ones.
+
+        None where it is not known what wrote the answers, or where the paper has no such row.
+        """
         if self.label == "base":
             return "base", 0
-        strategy, epoch = (self.training.strategy, self.training.epoch) if self.training else ("lora", 3)
-        strategy = "unfreeze" if strategy == "unfreeze" else "lora"
-        return strategy, epoch if (strategy, epoch) in PAPER else 3
+        if self.training is None or self.label != f"epoch-{self.training.epoch}":
+            return None
+        strategy = "unfreeze" if self.training.strategy == "unfreeze" else "lora"
+        return strategy, self.training.epoch if (strategy, self.training.epoch) in PAPER else 3
 
 
 def evaluations(settings, output=None):
@@ -139,6 +141,15 @@ def evaluations(settings, output=None):
         own = output / folder.name if len(adapters) > 1 else output
         chosen.append(Evaluation(f"epoch-{training.epoch}", own, folder, training))
     return chosen
+
+
+def saved_evaluation(path, output=None):
+    """What wrote a predictions file, by what evaluate.py left beside it; a file that stands alone has no paper row."""
+    writer = answers.writer(path)
+    evaluation = Evaluation(writer.evaluated if writer else "predictions", output or path.parent, None, writer)
+    if evaluation.paper_row is None:
+        screen.say(f"{path}: which training wrote it is not known, so it is compared with none of the paper's rows")
+    return evaluation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +176,7 @@ def read_corpus(evaluation, settings):
     if settings.data_revision and os.path.isdir(source):
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
     utterances = data.read_corpus(source, settings.split, revision, settings.limit)
-    print(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
+    screen.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
 
@@ -186,6 +197,8 @@ def made_with(evaluation, utterances, settings):
     names = ("model", "revision", "dtype", "attention", "max_new_tokens")
     return {name: getattr(settings, name) for name in names} | {
         "evaluated": evaluation.label,
+        "strategy": evaluation.training.strategy if evaluation.adapter else None,
+        "epoch": evaluation.training.epoch if evaluation.adapter else None,
         "adapter": str(evaluation.adapter),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
         "scoring": sorted(settings.scoring),
@@ -206,13 +219,14 @@ def generate(evaluation, utterances, settings):
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
-        print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-        if distances := model.moved():
-            print(f"       {moved.describe(distances)}")
+        distances = model.moved()
+        shift = f"; {moved.describe(distances)}" if distances else ""
+        screen.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
     done = len(utterances) - len(missing)
-    with tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar:
+    bar = {"initial": done, "unit": "utterance", "ncols": screen.width(sys.stderr), "disable": rank > 0}
+    with tqdm(total=len(utterances), **bar) as bar:
         for first in range(0, len(missing), together):
             batches = missing[first : first + together]
             own = batches[rank * size : (rank + 1) * size]
@@ -236,6 +250,11 @@ class Row:
     numbers: dict
     intervals: dict  # key -> (low, high); empty where the file names no speakers
 
+    @property
+    def near(self):
+        """The numbers of the paper's row, by key."""
+        return dict(zip(TABLE_3, PAPER[self.paper_row])) if self.paper_row else {}
+
 
 def rows_of(records, label, paper_row):
     """A row for each scoring that predictions hold; prints why a number is missing."""
@@ -245,7 +264,7 @@ def rows_of(records, label, paper_row):
         numbers, reasons = metrics.score(records, scoring)
         rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring)))
         for key, reason in reasons.items():
-            print(f"{name}: no {key}: {reason}")
+            screen.say(f"{name}: no {key}: {reason}")
     return rows
 
 
@@ -257,46 +276,30 @@ def copying_floor(records):
     return Row("says everything right", None, metrics.score(copied)[0], metrics.intervals(copied, "greedy"))
 
 
-def table_3(rows, floors):
-    """The paper's rows of the strategies that were evaluated, and ours: (caption, columns, rows) of cli.show_table."""
-    strategies = {"base"} | ({row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"})
-    paper = [
-        (paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3))
-        for key, values in PAPER.items()
-        if key[0] in strategies
-    ]
-    return "Table 3", list(TABLE_3.values()), paper + with_intervals([*floors, *rows], TABLE_3)
-
-
-def paper_name(layers, epoch):
-    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
-
-
 def with_intervals(rows, columns):
     """Rows as text, each with its interval below where there is one."""
     lines = []
     for row in rows:
-        near = dict(zip(TABLE_3, PAPER[row.paper_row])) if row.paper_row and columns is TABLE_3 else None
-        lines.append((row.label, cells(row.numbers, columns, near)))
+        lines.append((row.label, cells(row.numbers, columns, row.near)))
         if row.intervals:
             name = f"  {metrics.LEVEL:.0%} {row.label.removeprefix('this run, ')}"
             lines.append((name, interval_cells(row.intervals, columns)))
     return lines
 
 
-def cells(numbers, columns, near=None):
-    """Numbers as text, "-" where there is none; those close to `near` are marked."""
-    texts = []
-    for key in columns:
-        value = numbers.get(key, math.nan)
-        mark = "*" if near and abs(value - near[key]) <= CLOSE else ""
-        texts.append("-" if math.isnan(value) else f"{value:.3f}{mark}")
-    return texts
+def table_3(rows, floors, as_text=with_intervals):
+    """Our rows, floors, and the paper's rows of the strategies that were evaluated, as (caption, columns, rows)."""
+    strategies = {"base"} | ({row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"})
+    paper = [
+        (paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3))
+        for key, values in PAPER.items()
+        if key[0] in strategies
+    ]
+    return "Table 3", list(TABLE_3.values()), as_text([*rows, *floors], TABLE_3) + paper
 
 
-def interval_cells(intervals, columns):
-    found = [intervals.get(key, (math.nan, math.nan)) for key in columns]
-    return ["-" if math.isnan(low) else f"{low:.2f}..{high:.2f}" for low, high in found]
+def paper_name(layers, epoch):
+    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
 
 
 def explain(rows):
@@ -304,30 +307,13 @@ def explain(rows):
     utterances = ", ".join(sorted({f"{row.numbers['utterances']:,}" for row in rows}))
     return [
         f"Measured on {utterances} utterances; the paper's rows are on the 2,500 of speechocean762's test part.",
-        "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
+        f"Scores are PCCs with human scores; the {metrics.LEVEL:.0%} interval is a bootstrap over speakers.",
         "F1, P, R: phone agreement by position, a reading that can give the paper's figures. found: F1: detection of "
         "mispronunciations, the field's convention; more of it: python -m analysis.phones.",
         "says everything right: writing what should have been said, without listening. cut off: the length limit came "
         "before the end.",
-        *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
+        *(f"*: within {screen.CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
     ]
-
-
-def write_metrics(rows, label, path):
-    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan.
-
-    _low and _high: the interval. expected_: what expected scoring changes, where greedy scoring was done as well.
-    """
-    values = {"evaluated": label}
-    for row in rows:
-        ends = {f"{key}_{end}": v for key, pair in row.intervals.items() for end, v in zip(("low", "high"), pair)}
-        found = row.numbers | ends
-        if row is rows[0]:
-            values |= found
-        else:
-            values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
 
 
 def draw_figure5(records, path):
@@ -363,19 +349,20 @@ def draw_figure5(records, path):
 def score(records, label, paper_row, folder):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
     rows = rows_of(records, label, paper_row)
-    write_metrics(rows, label, folder / "metrics.json")
+    predictions.write_metrics(rows, label, folder / "metrics.json")
     draw_figure5(records, folder / "figure5.png")
     return rows
 
 
 def show(rows, floors):
     """Print the tables, and what is in them."""
-    cli.show_table(*table_3(rows, floors))
-    cli.show_table("Mean error, detection", list(OUTPUTS.values()), with_intervals(rows, OUTPUTS))
-    print("", *(textwrap.fill(note, 118) for note in explain(rows)), sep="\n")
-    for row in rows:
-        pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
-        print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
+    screen.show_table(*table_3(rows, floors, with_halves), own=len(rows))
+    caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
+    screen.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
+    pvalues = [(row.label, [f"{row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]) for row in rows]
+    screen.show_table("p-values of the PCCs", prompts.SCORES, pvalues)
+    print()
+    screen.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 
 
 def main():
@@ -386,7 +373,7 @@ def main():
         others = {setting.name for setting in fields(settings)} - {"predictions", "output"}
         if idle := sorted(filter(cli.given, others)):
             raise cli.InputError(f"--predictions scores a saved file: leave out {' '.join(map(cli.flag, idle))}")
-        chosen = [Evaluation("predictions", settings.output or settings.predictions.parent)]
+        chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
     for evaluation in chosen:
@@ -412,7 +399,8 @@ def evaluate(chosen, saved, settings):
     if rows:
         show(rows, [copying_floor(records)])
         names = answers.SCORED if saved else (answers.WHOLE, *answers.SCORED)
-        print(f"\nwritten: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
+        print()
+        screen.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
     if not saved:
         processes.end()
 

@@ -19,6 +19,7 @@ import math
 import os
 from pathlib import Path
 import re
+import sys
 
 import numpy as np
 import soundfile
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import prompts
-from support import cli, files
+from support import cli, files, screen
 from support.later import when_used
 
 with when_used():
@@ -354,7 +355,7 @@ class Pretraining:
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
-        bar = tqdm(range(steps), desc=name, unit="step")
+        bar = tqdm(range(steps), desc=name, unit="step", ncols=screen.width(sys.stderr))
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
@@ -457,7 +458,7 @@ def main():
             raise cli.InputError(f"{folder} exists already: remove it or choose another --output")
     files.make_folder(settings.output, "--output")
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
-    print(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
+    screen.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)
     print(f"{model}: written")
 

@@ -36,7 +36,7 @@ from data import (
 )
 import metrics
 import prompts
-from support import choices, cli, files
+from support import choices, cli, files, screen
 from support.later import when_used
 
 with when_used():
@@ -223,7 +223,7 @@ def train(settings):
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
-    print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
+    screen.say(f"{settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
     files.make_folder(settings.audio_cache, "--audio-cache")
     identity = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
 
@@ -276,12 +276,14 @@ def read_data(settings):
     """Utterances to train on, those held out for validation, and the fingerprint of all; prints what was read."""
     _, settings.data_revision = find_corpus(settings.data, settings.data_revision)
     utterances = read_corpus(settings.data, "train", settings.data_revision, settings.limit)
-    print(f"corpus: {describe(utterances)}")
+    screen.say(f"corpus: {describe(utterances)}")
     if not settings.validation:
         return utterances, [], fingerprint(utterances)
     chosen, held_out = hold_out_speakers(utterances, settings.validation, settings.seed)
     speakers = len({utterance.speaker for utterance in held_out})
-    print(f"validation: {len(held_out):,} utterances of {speakers} speakers held out, {len(chosen):,} left to train on")
+    screen.say(
+        f"validation: {len(held_out):,} utterances of {speakers} speakers held out, {len(chosen):,} left to train on"
+    )
     return chosen, held_out, fingerprint(utterances)
 
 
@@ -300,14 +302,14 @@ def batch_arithmetic(examples, settings):
             f"processes of torchrun --nproc-per-node"
         )
     per_epoch, left = divmod(examples, step_size)
-    print(
+    screen.say(
         f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = {asked} a step; "
         f"{examples:,} examples = {per_epoch} steps an epoch"
     )
     if (settings.micro_batch, count) != (settings.batch_size, 1):
-        print(f"         computed {settings.micro_batch} at a time in each of {count} processes")
+        screen.say(f"computed {settings.micro_batch} at a time in each of {count} processes")
     if left:
-        print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
+        screen.say(f"the {left} examples over are left out of an epoch, other ones each time: the order is random")
     return step_size, per_epoch
 
 
@@ -327,10 +329,10 @@ def build_model(settings):
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     for token in model.started_rows:
-        print(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
+        screen.say(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    print(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
+    screen.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
     return model
 
 

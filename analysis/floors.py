@@ -14,7 +14,6 @@ Shapes: S samples, F features, U utterances, K scores.
 
 from dataclasses import dataclass
 from pathlib import Path
-import textwrap
 
 import numpy as np
 from tyro.conf import Positional
@@ -23,7 +22,7 @@ import data
 import evaluate
 import metrics
 import prompts
-from support import cli, predictions, sound
+from support import cli, predictions, screen, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -138,7 +137,7 @@ def floor_row(records, fitted):
 def main():
     settings = cli.parse(Settings, __doc__)
     records = predictions.read(settings.predictions)
-    saved = evaluate.Evaluation("predictions", settings.predictions.parent)
+    saved = evaluate.saved_evaluation(settings.predictions)
     source = {"data": settings.data, "data_revision": settings.data_revision}
     test, train = (
         evaluate.read_corpus(saved, evaluate.Settings(split=split, **source)) for split in (settings.split, "train")
@@ -147,7 +146,7 @@ def main():
     fitted = pauses_and_energy([utterance for utterance in train if utterance.scores], test)
     rows = evaluate.rows_of(records, saved.label, saved.paper_row)
     evaluate.show(rows, [evaluate.copying_floor(records), floor_row(records, fitted)])
-    print(textwrap.fill(NOTE, 118))
+    screen.say(NOTE)
 
 
 if __name__ == "__main__":

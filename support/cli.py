@@ -101,20 +101,13 @@ def reason(error):
     return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 
 
-def show_table(caption, columns, rows):
-    """Print a table. columns: titles; rows: list of (name, texts of its cells)."""
-    width = max(len(name) for name in [caption, *(name for name, _ in rows)]) + 1
-    print("\n" + caption.ljust(width) + "".join(title.rjust(11) + " " for title in columns))
-    for name, texts in rows:
-        print(name.ljust(width) + "".join(text.rjust(11 + text.endswith("*")).ljust(12) for text in texts))
-
-
 def run_script(name, main):
     """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
 
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
+    sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
     try:
         main()
         sys.stdout.flush()
