@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 evaluate.py --adapter out/   # on four GPUs; writes the same predictions
 
 Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --output, by default beside the adapter.
-Every number can be computed again from predictions.jsonl.
+Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
 from contextlib import ExitStack

@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -35,32 +36,42 @@ def show_table(caption, columns, rows, own=0, numbers=True):
 
     own: how many rows, from the first, are marked; numbers: whether the cells are numbers, or text.
     """
-    heads = columns
-    if numbers and width() - sum(_rooms(columns, rows)) < NAMES:
-        heads = [re.sub(r"\w{7,}", lambda word: word[0][:5] + ".", title) for title in columns]
-    table = Table(box=None, padding=0, pad_edge=False)
+    table = Table(box=None, padding=(0, 0 if numbers else 1, 0, 0), pad_edge=False)
     if own:
         table.add_column(width=2)
     table.add_column(overflow="fold")
-    for head, room in zip(heads, _rooms(heads, rows)):
-        style = {"justify": "right", "width": room} if numbers else {"overflow": "fold"}
-        table.add_column(_ended(head), **style)
+    if numbers:
+        columns, rows = _aligned(columns, rows)
+    for title in columns:
+        table.add_column(Text(title), no_wrap=numbers, overflow="fold")
     for number, (name, texts) in enumerate(rows):
         mark = [">" if number < own else ""] if own else []
-        table.add_row(*mark, _ended(name), *map(_ended, texts), style="bold" if number < own else "")
+        table.add_row(*mark, Padding(Text(name), (0, 1, 0, 0)), *map(Text, texts), style="bold" if number < own else "")
     say("", caption)
     Console(width=width(), highlight=False).print(table)
 
 
-def _rooms(heads, rows):
-    """Width of each column of numbers, with a space behind them, where a mark may stand; heads wrap between words."""
-    lines = [[line.rstrip("*") for _, texts in rows for line in texts[i].split("\n")] for i in range(len(heads))]
-    return [max(map(len, [*head.split(), *column])) + 1 for head, column in zip(heads, lines)]
+def _aligned(titles, rows):
+    """Titles and rows of numbers with each line at the right of its column; marks hang over the numbers' end."""
+    columns = [[texts[i] for _, texts in rows] for i in range(len(titles))]
+    rooms = list(map(_room, titles, columns))
+    if width() - sum(map(sum, rooms)) < NAMES:
+        titles = [re.sub(r"\w{7,}", lambda word: word[0][:5] + ".", title) for title in titles]
+        rooms = list(map(_room, titles, columns))
+    titles = [_right("\n".join(textwrap.wrap(title, room)), room, gap) for title, (room, gap) in zip(titles, rooms)]
+    return titles, [(name, [_right(text, *room) for text, room in zip(texts, rooms)]) for name, texts in rows]
 
 
-def _ended(text):
-    """A cell's text, a space behind each line that has no mark there."""
-    return Text("\n".join(line if line.endswith("*") else line + " " for line in text.split("\n")))
+def _room(title, texts):
+    """Width of a column, as its longest number or word of its title, and what is kept free behind it."""
+    lines = [line for text in texts for line in text.split("\n")]
+    room = max(len(part.rstrip("*")) for part in [*title.split(), *lines])
+    return room, 2 if any(len(line) > room for line in lines) else 1
+
+
+def _right(text, room, gap):
+    lines = [(line.rstrip("*"), "*" if line.endswith("*") else "") for line in text.split("\n")]
+    return "\n".join(number.rjust(room) + mark.ljust(gap) for number, mark in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
