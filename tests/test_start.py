@@ -1,7 +1,11 @@
 """How a command starts: what needs no model waits for no library."""
 
+import sys
+
 from conftest import ROOT, script
 import pytest
+
+from support import later
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "scipy", "matplotlib", "datasets", "httpx", "jiwer"}
 ANALYSIS = [path for path in sorted(ROOT.glob("analysis/*.py")) if "run_script" in path.read_text()]
@@ -23,3 +27,22 @@ def test_help_and_a_mistyped_flag_wait_for_no_heavy_library(command, argument, c
     assert result.returncode == code, result.stderr
     assert "--help" in result.stdout if code == 0 else ": error: " in result.stderr
     assert not imported(result) & HEAVY
+
+
+def test_an_import_waits_until_it_is_used_and_sees_what_is_put_into_the_module_later(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with later.when_used():
+        import colorsys
+        from xml import sax
+
+    assert "colorsys" not in sys.modules
+    assert colorsys.rgb_to_hsv(0, 0, 1) == (2 / 3, 1, 1) and "colorsys" in sys.modules
+    monkeypatch.setattr(sys.modules["colorsys"], "rgb_to_hsv", "another")
+    assert colorsys.rgb_to_hsv == "another"
+    assert sax.make_parser
+
+
+def test_an_import_that_would_bind_another_module_than_it_names_is_refused():
+    with pytest.raises(ImportError, match="import xml.dom: write `from"), later.when_used():
+        import xml.dom  # noqa: F401
+    import xml.dom  # noqa: F401  # imports are as before
