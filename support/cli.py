@@ -15,6 +15,8 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 import tyro
 
+from support import screen
+
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 SHOWN = 60  # characters of a wrong value that a message quotes
@@ -45,12 +47,13 @@ def parse(settings, description):
             raise InputError(f"{name} is empty: give it a value, or leave it out")
         if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
             raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
+    if {"-h", "--help"} & set(sys.argv):
+        os.environ.setdefault("COLUMNS", str(screen.width()))  # of tyro's frames; the process ends with them
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(
-                settings, prog=_program(), description=description, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            config = (tyro.conf.FlagCreatePairsOff,)
+            parsed = tyro.cli(settings, prog=_program(), description=_fitting(description), config=config)
     except SystemExit as end:
         if not end.code:
             raise
@@ -59,6 +62,16 @@ def parse(settings, description):
         return TypeAdapter(settings).validate_python(vars(parsed))
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
+
+
+def _fitting(description):
+    """A module's docstring in lines that fit the screen; of the new ones tyro keeps those that begin with a space."""
+    lines = []
+    for line in re.sub(r"(?<=\S)\n(?=\S)", " ", description).split("\n"):
+        parts = re.split(" +(?=# )", line) if len(line) > screen.width() else [line]
+        lines += [screen.fill(parts[0], indent=8 if line.startswith(" ") else 2)]
+        lines += [f"        {comment}" for comment in parts[1:]]
+    return "\n".join(lines)
 
 
 def _program():
