@@ -359,8 +359,8 @@ def show(rows, floors):
     screen.show_table(*table_3(rows, floors, with_halves), own=len(rows))
     caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
     screen.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
-    pvalues = [(row.label, [f"{row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]) for row in rows]
-    screen.show_table("p-values of the PCCs", prompts.SCORES, pvalues)
+    pvalues = [[f"{row.numbers[f'{name}_pvalue']:.1e}".replace("nan", "-") for name in prompts.SCORES] for row in rows]
+    screen.show_table("p-values of the PCCs", prompts.SCORES, list(zip((row.label for row in rows), pvalues)))
     print()
     screen.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 

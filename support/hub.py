@@ -6,9 +6,11 @@ most clusters. A revision such as refs/pr/70 moves; the commit does not.
 
 from fnmatch import fnmatch
 from pathlib import Path
+import sys
 
 from tqdm import tqdm
 
+from support import screen
 from support.cli import InputError, first_line, process_rank
 from support.later import when_used
 
@@ -70,7 +72,8 @@ class _Bar(tqdm):
     """Shows the progress of rank 0, on a terminal, once it takes more than a moment."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, delay=MOMENT, disable=process_rank() > 0 or None)
+        kwargs |= {"delay": MOMENT, "disable": process_rank() > 0 or None, "ncols": screen.width(sys.stderr)}
+        super().__init__(*args, **kwargs)
 
     def display(self, *args, **kwargs):
         if self._time() - self.start_t > MOMENT:  # a new description is shown without regard to `delay`
