@@ -6,17 +6,16 @@
     torchrun --nproc-per-node 4 evaluate.py --adapter out/   # on four GPUs; writes the same predictions
 
 Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --output, by default beside the adapter.
-Every number can be computed again from predictions.jsonl.
+Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 import gc
-import json
-import math
+import hashlib
 import os
 from pathlib import Path
-import textwrap
+import sys
 from typing import Annotated, Literal
 
 import numpy as np
@@ -26,7 +25,13 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, cli, files, predictions, run_folder
+from support import answers, choices, cli, files, predictions, run_folder, screen
+from support.later import when_used
+from support.screen import cells, with_halves
+
+with when_used():
+    import model as models
+    from support import moved, pretrained, processes
 
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
@@ -52,14 +57,15 @@ PAPER = {
     ("unfreeze", 3): (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
     ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
 }
+# Ids of its test part, sorted, one a line, as SHA-256: labels may change, ids do not
+PAPER_CORPUS = "0eb5426df00d6fc77dcd5d64bbe80d6324c92a1fc2e0053a2b49ec1b227e6f25"
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
-CLOSE = 0.05  # a number this near to the paper's is marked
 OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
     "detection_f1": "found: F1",
-    "apa_unparsed": "unparsed",
-    "mdd_unparsed": "(MDD)",
-    "apa_truncated": "cut off",
-    "mdd_truncated": "(MDD)",
+    "apa_unparsed": "unparsed APA",
+    "mdd_unparsed": "unparsed MDD",
+    "apa_truncated": "cut off APA",
+    "mdd_truncated": "cut off MDD",
 }
 
 
@@ -72,8 +78,8 @@ class ModelSettings:
     base: bool = False  # the model before fine-tuning, prompts without control tokens (the paper's epoch 0)
     model: str | None = None  # checkpoint folder or hub id of the base model
     revision: str | None = None  # of the hub id
-    dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # of the language model
+    dtype: choices.Dtype | None = None  # of frozen weights
+    attention: choices.Attention | None = None  # of the language model
     max_new_tokens: cli.Count = data.MAX_NEW_TOKENS  # an answer longer than this is cut off and counted
 
 
@@ -99,19 +105,28 @@ class Settings(ModelSettings):
 class Evaluation:
     """What writes answers, and where they go."""
 
-    label: str  # "base" or "epoch-N"; "predictions" for a saved file
+    label: str  # "base" or "epoch-N"; "predictions" for a saved file that stands alone
     output: Path
     adapter: Path | None = None  # None: the unmodified model
     training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
 
     @property
+    def speech_adapter(self):
+        """The unmodified model hears through the shipped one."""
+        return self.training.speech_adapter if self.adapter else "merge"
+
+    @property
     def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for others."""
+        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for later ones.
+
+        None where it is not known what wrote the answers, or where the paper has no such row.
+        """
         if self.label == "base":
             return "base", 0
-        strategy, epoch = (self.training.strategy, self.training.epoch) if self.training else ("lora", 3)
-        strategy = "unfreeze" if strategy == "unfreeze" else "lora"
-        return strategy, epoch if (strategy, epoch) in PAPER else 3
+        if self.training is None or self.label != f"epoch-{self.training.epoch}":
+            return None
+        strategy = "unfreeze" if self.training.strategy == "unfreeze" else "lora"
+        return strategy, self.training.epoch if (strategy, self.training.epoch) in PAPER else 3
 
 
 def evaluations(settings, output=None):
@@ -132,21 +147,27 @@ def evaluations(settings, output=None):
     return chosen
 
 
+def saved_evaluation(path, output=None):
+    """What wrote a predictions file, by what evaluate.py left beside it; a file that stands alone has no paper row."""
+    writer = answers.writer(path)
+    evaluation = Evaluation(writer.evaluated if writer else "predictions", output or path.parent, None, writer)
+    if evaluation.paper_row is None:
+        screen.say(f"{path}: which training wrote it is not known, so it is compared with none of the paper's rows")
+    return evaluation
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Generating. Model and processes are imported here: they import torch, and scoring a saved file needs none.
+# Generating
 
 
 def choose_model(evaluation, settings):
     """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
-    import model as models
-    from support import pretrained
-
-    defaults = models.HUB_MODEL, models.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
+    defaults = choices.HUB_MODEL, choices.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    commit = pretrained.check(chosen["model"], chosen["revision"])
+    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})
@@ -159,21 +180,18 @@ def read_corpus(evaluation, settings):
     if settings.data_revision and os.path.isdir(source):
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
     utterances = data.read_corpus(source, settings.split, revision, settings.limit)
-    print(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
+    screen.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
 
 def load(evaluation, settings):
     """The model that an evaluation is of, with its adapter; settings: of `choose_model`."""
-    import model as models
-
     gc.collect()  # the previous model leaves the GPU first
     base = settings.model, settings.revision, settings.dtype, settings.attention
     if evaluation.adapter is None:
-        return models.load_base(*base, "merge").eval()  # it hears through its speech adapter, and is never quantised
-    training = evaluation.training
-    model = models.load_base(*base, training.speech_adapter, training.quantize)
-    models.load_trained(model, evaluation.adapter, training.strategy)
+        return models.load_base(*base, evaluation.speech_adapter).eval()  # never quantised
+    model = models.load_base(*base, evaluation.speech_adapter, evaluation.training.quantize)
+    models.load_trained(model, evaluation.adapter, evaluation.training.strategy)
     return model.eval()
 
 
@@ -183,6 +201,8 @@ def made_with(evaluation, utterances, settings):
     names = ("model", "revision", "dtype", "attention", "max_new_tokens")
     return {name: getattr(settings, name) for name in names} | {
         "evaluated": evaluation.label,
+        "strategy": evaluation.training.strategy if evaluation.adapter else None,
+        "epoch": evaluation.training.epoch if evaluation.adapter else None,
         "adapter": str(evaluation.adapter),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
         "scoring": sorted(settings.scoring),
@@ -196,8 +216,6 @@ def generate(evaluation, utterances, settings):
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
     return nothing.
     """
-    from support import moved, processes
-
     how = made_with(evaluation, utterances, settings)
     written = answers.Answers(evaluation.output, utterances, how, settings.resume)
     missing = sorted(written.missing, key=lambda utterance: utterance.samples)
@@ -205,13 +223,14 @@ def generate(evaluation, utterances, settings):
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
-        print(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}")
-        if distances := model.moved():
-            print(f"       {moved.describe(distances)}")
+        distances = model.moved()
+        shift = f"; {moved.describe(distances)}" if distances else ""
+        screen.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
     done = len(utterances) - len(missing)
-    with tqdm(total=len(utterances), initial=done, unit="utterance", disable=rank > 0) as bar:
+    bar = {"initial": done, "unit": "utterance", "ncols": screen.width(sys.stderr), "disable": rank > 0}
+    with tqdm(total=len(utterances), **bar) as bar:
         for first in range(0, len(missing), together):
             batches = missing[first : first + together]
             own = batches[rank * size : (rank + 1) * size]
@@ -234,17 +253,25 @@ class Row:
     paper_row: tuple | None  # key of PAPER; None for what is not compared with it
     numbers: dict
     intervals: dict  # key -> (low, high); empty where the file names no speakers
+    near: dict = field(default_factory=dict)  # the paper's numbers by key, where they are of the same utterances
+
+
+def is_papers_corpus(records):
+    """Whether the lines of predictions.jsonl answer the paper's 2,500 test utterances: all of them, and no others."""
+    ids = "\n".join(sorted({record["id"] for record in records}))
+    return hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest() == PAPER_CORPUS
 
 
 def rows_of(records, label, paper_row):
     """A row for each scoring that predictions hold; prints why a number is missing."""
+    near = dict(zip(TABLE_3, PAPER[paper_row])) if paper_row and is_papers_corpus(records) else {}
     rows = []
     for scoring in metrics.scorings(records):
         name = f"this run, {label}" + (", expected" if scoring == "expected" else "")
         numbers, reasons = metrics.score(records, scoring)
-        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring)))
+        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring), near))
         for key, reason in reasons.items():
-            print(f"{name}: no {key}: {reason}")
+            screen.say(f"{name}: no {key}: {reason}")
     return rows
 
 
@@ -257,45 +284,19 @@ def copying_floor(records):
 
 
 def table_3(rows, floors):
-    """The paper's rows of the strategies that were evaluated, and ours: (caption, columns, rows) of cli.show_table."""
+    """Our rows, floors, and the paper's, as (caption, columns, rows)."""
+    paper = [(name, cells(dict(zip(TABLE_3, values)), TABLE_3)) for name, values in papers_rows(rows).items()]
+    return "Table 3", list(TABLE_3.values()), with_halves([*rows, *floors], TABLE_3) + paper
+
+
+def papers_rows(rows):
+    """{name: numbers} of the paper's rows of the strategies that were evaluated; "lora" where that is not known."""
     strategies = {"base"} | ({row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"})
-    paper = [
-        (paper_name(*key), cells(dict(zip(TABLE_3, values)), TABLE_3))
-        for key, values in PAPER.items()
-        if key[0] in strategies
-    ]
-    return "Table 3", list(TABLE_3.values()), paper + with_intervals([*floors, *rows], TABLE_3)
+    return {paper_name(*key): values for key, values in PAPER.items() if key[0] in strategies}
 
 
 def paper_name(layers, epoch):
     return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
-
-
-def with_intervals(rows, columns):
-    """Rows as text, each with its interval below where there is one."""
-    lines = []
-    for row in rows:
-        near = dict(zip(TABLE_3, PAPER[row.paper_row])) if row.paper_row and columns is TABLE_3 else None
-        lines.append((row.label, cells(row.numbers, columns, near)))
-        if row.intervals:
-            name = f"  {metrics.LEVEL:.0%} {row.label.removeprefix('this run, ')}"
-            lines.append((name, interval_cells(row.intervals, columns)))
-    return lines
-
-
-def cells(numbers, columns, near=None):
-    """Numbers as text, "-" where there is none; those close to `near` are marked."""
-    texts = []
-    for key in columns:
-        value = numbers.get(key, math.nan)
-        mark = "*" if near and abs(value - near[key]) <= CLOSE else ""
-        texts.append("-" if math.isnan(value) else f"{value:.3f}{mark}")
-    return texts
-
-
-def interval_cells(intervals, columns):
-    found = [intervals.get(key, (math.nan, math.nan)) for key in columns]
-    return ["-" if math.isnan(low) else f"{low:.2f}..{high:.2f}" for low, high in found]
 
 
 def explain(rows):
@@ -303,30 +304,13 @@ def explain(rows):
     utterances = ", ".join(sorted({f"{row.numbers['utterances']:,}" for row in rows}))
     return [
         f"Measured on {utterances} utterances; the paper's rows are on the 2,500 of speechocean762's test part.",
-        "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
+        f"Scores are PCCs with human scores; the {metrics.LEVEL:.0%} interval is a bootstrap over speakers.",
         "F1, P, R: phone agreement by position, a reading that can give the paper's figures. found: F1: detection of "
         "mispronunciations, the field's convention; more of it: python -m analysis.phones.",
         "says everything right: writing what should have been said, without listening. cut off: the length limit came "
         "before the end.",
-        *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.paper_row),
+        *(f"*: within {screen.CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.near),
     ]
-
-
-def write_metrics(rows, label, path):
-    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan.
-
-    _low and _high: the interval. expected_: what expected scoring changes, where greedy scoring was done as well.
-    """
-    values = {"evaluated": label}
-    for row in rows:
-        ends = {f"{key}_{end}": v for key, pair in row.intervals.items() for end, v in zip(("low", "high"), pair)}
-        found = row.numbers | ends
-        if row is rows[0]:
-            values |= found
-        else:
-            values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
 
 
 def draw_figure5(records, path):
@@ -363,19 +347,20 @@ def draw_figure5(records, path):
 def score(records, label, paper_row, folder):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
     rows = rows_of(records, label, paper_row)
-    write_metrics(rows, label, folder / "metrics.json")
+    predictions.write_metrics(rows, label, folder / "metrics.json")
     draw_figure5(records, folder / "figure5.png")
     return rows
 
 
 def show(rows, floors):
     """Print the tables, and what is in them."""
-    cli.show_table(*table_3(rows, floors))
-    cli.show_table("Mean error, detection", list(OUTPUTS.values()), with_intervals(rows, OUTPUTS))
-    print("", *(textwrap.fill(note, 118) for note in explain(rows)), sep="\n")
-    for row in rows:
-        pvalues = [f"{name} {row.numbers[f'{name}_pvalue']:.1e}" for name in prompts.SCORES]
-        print(f"p-values of the PCCs, {row.label}: {', '.join(pvalues)}")
+    screen.show_table(*table_3(rows, floors), own=len(rows))
+    caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
+    screen.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
+    pvalues = [[f"{row.numbers[f'{name}_pvalue']:.1e}".replace("nan", "-") for name in prompts.SCORES] for row in rows]
+    screen.show_table("p-values of the PCCs", prompts.SCORES, list(zip((row.label for row in rows), pvalues)))
+    print()
+    screen.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 
 
 def main():
@@ -386,7 +371,7 @@ def main():
         others = {setting.name for setting in fields(settings)} - {"predictions", "output"}
         if idle := sorted(filter(cli.given, others)):
             raise cli.InputError(f"--predictions scores a saved file: leave out {' '.join(map(cli.flag, idle))}")
-        chosen = [Evaluation("predictions", settings.output or settings.predictions.parent)]
+        chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
     for evaluation in chosen:
@@ -401,8 +386,6 @@ def main():
 def evaluate(chosen, saved, settings):
     """Generate, unless answers were saved, and score; print the tables."""
     if not saved:
-        from support import processes
-
         processes.start()
         settings = choose_model(chosen[-1], settings)  # one for all
         utterances = read_corpus(chosen[-1], settings)
@@ -414,7 +397,8 @@ def evaluate(chosen, saved, settings):
     if rows:
         show(rows, [copying_floor(records)])
         names = answers.SCORED if saved else (answers.WHOLE, *answers.SCORED)
-        print(f"\nwritten: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
+        print()
+        screen.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
     if not saved:
         processes.end()
 

@@ -19,7 +19,6 @@ import math
 import re
 
 import numpy as np
-from scipy import stats
 
 from prompts import SCORES, TASKS, parse_output
 
@@ -55,6 +54,8 @@ def correlation(predicted, human):
     Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
     says why; otherwise it is None.
     """
+    from scipy import stats  # takes a second
+
     n, reason = len(human), None
     pcc = float(pearson(predicted, human))
     # how a correlation of independent normal scores is distributed
@@ -393,6 +394,8 @@ def mcnemar(first, second):
     first, second: whether each decision is right. Returns (only the first is right, only the second is right, p-value).
     Items are taken as independent, which those of a speaker are not quite.
     """
+    from scipy import stats  # takes a second
+
     pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
     ours, theirs = pairs[True, False], pairs[False, True]
     return ours, theirs, float(stats.binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0

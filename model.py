@@ -26,10 +26,8 @@ from dataclasses import replace
 import json
 from pathlib import Path
 import re
-from typing import Annotated, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
@@ -41,9 +39,6 @@ import data
 import prompts
 from support import audio_cache, cards, cli, files, hub, moved, pretrained, processes, token_rows, workers
 
-HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
-HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
-SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
 # A regex, because "all-linear" or name suffixes would also hit the audio encoder: its modules have the same names.
@@ -69,13 +64,6 @@ TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
 SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
-
-# Types of settings that say how a model is loaded and trained
-Strategy = Literal[tuple(STRATEGIES)]
-SpeechAdapter = Literal["merge", "continue", "none"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Dtype = Literal["float32", "bfloat16"]
-Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +249,7 @@ class LearningModel(HearingModel):
     def moved(self):
         """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
         folder, _, speech_adapter = self.source
-        started = load_file(folder / SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        started = load_file(folder / pretrained.SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
         return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
 
 
@@ -479,7 +467,7 @@ def control_token_ids(tokenizer):
 
 def _with_speech_adapter(network, folder, adapter_name="default", **changes):
     """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    folder = folder / SPEECH_ADAPTER
+    folder = folder / pretrained.SPEECH_ADAPTER
     config = pretrained.read_config(folder)
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
     for key, value in changes.items():

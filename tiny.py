@@ -19,21 +19,28 @@ import math
 import os
 from pathlib import Path
 import re
+import sys
 
 import numpy as np
-from peft import LoraConfig, get_peft_model
 import soundfile
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-import torch
-from torch import nn
-import torch.nn.functional as F
 from tqdm import tqdm
-import transformers
 
 import data
-from model import LORA_TARGETS, SPEECH_ADAPTER, SpeechModel
 import prompts
-from support import cli, files, pretrained
+from support import cli, files, screen
+from support.later import when_used
+
+with when_used():
+    import peft
+    import tokenizers
+    from tokenizers import pre_tokenizers
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    import transformers
+
+    import model as models
+    from support import pretrained
 
 
 @dataclass
@@ -252,14 +259,14 @@ def new_tokenizer():
     So is every line of the two prompts: with an ordinary tokenizer the APA prompt alone has over 500 tokens, most of
     a tiny model's work.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     answers = [prompts.mdd_target(*lists) for lists in (("", PHONES), (" ".join(LEXICON), reversed(PHONES)))]
     answers += [prompts.apa_target(dict.fromkeys(prompts.SCORES, score)) for score in range(11)]
     answers += [*LEXICON, *PHONES, *(f" {word}" for word in (*LEXICON, *PHONES))]
     settings = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, **settings)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, show_progress=False, **settings)
     tokenizer.train_from_iterator(answers * 10, trainer)
     lines = {line for prompt in prompts.PROMPTS.values() for line in re.findall(r"[^\n]+\n*", prompt)}
     tokenizer.add_tokens(sorted(lines | set(QUESTIONS.values()), key=lambda line: (-len(line), line)))
@@ -299,9 +306,9 @@ def new_network(tokenizer):
 class Clip:
     words: list[str]
     phones: list[str]
-    features: torch.Tensor  # (F, 80)
+    features: "torch.Tensor"  # (F, 80)
     labels: np.ndarray  # (A, 2, 2), of `synthesise`, at 20 and 60 of the 80 ms of every embedding
-    audio: torch.Tensor | None = None  # (A, D), its embeddings, once the encoder has been trained
+    audio: "torch.Tensor | None" = None  # (A, D), its embeddings, once the encoder has been trained
 
 
 class Pretraining:
@@ -348,7 +355,7 @@ class Pretraining:
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
-        bar = tqdm(range(steps), desc=name, unit="step")
+        bar = tqdm(range(steps), desc=name, unit="step", ncols=screen.width(sys.stderr))
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
@@ -407,26 +414,26 @@ def write_model(folder, steps, seed, clips=3000):
     torch.manual_seed(seed)
     tokenizer, extractor = new_tokenizer(), transformers.Phi4MultimodalFeatureExtractor()
     network = new_network(tokenizer)
-    targets = [name for name, _ in network.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    targets = [name for name, _ in network.named_modules() if re.fullmatch(models.LORA_TARGETS, name)]
     initial = {name: network.get_submodule(name).weight.detach().clone() for name in targets}
-    Pretraining(SpeechModel(network, tokenizer, extractor), seed, clips).run(steps)
+    Pretraining(models.SpeechModel(network, tokenizer, extractor), seed, clips).run(steps)
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
-    speech = split_off_adapter(network, initial)
+    with torch.no_grad():
+        speech = split_off_adapter(network, initial)
     # The real adapter lists suffixes, which name modules of the audio encoder too: model.py must not fall for it.
     speech.peft_config["default"].target_modules = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    speech.save_pretrained(folder / SPEECH_ADAPTER)
+    speech.save_pretrained(folder / pretrained.SPEECH_ADAPTER)
     speech.unload().save_pretrained(folder)
 
 
-@torch.no_grad()
 def split_off_adapter(network, initial, rank=8):
     """Move the largest part of what pretraining changed in the language model into a LoRA, as the real model has it.
 
     Base and adapter together compute what the network computed before; the base alone hears badly.
     """
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-    network = get_peft_model(network, config)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=models.LORA_TARGETS, task_type="CAUSAL_LM")
+    network = peft.get_peft_model(network, config)
     for name, before in initial.items():
         layer = network.base_model.model.get_submodule(name)
         left, sizes, right = torch.linalg.svd(layer.weight - before, full_matrices=False)
@@ -451,7 +458,7 @@ def main():
             raise cli.InputError(f"{folder} exists already: remove it or choose another --output")
     files.make_folder(settings.output, "--output")
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
-    print(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
+    screen.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)
     print(f"{model}: written")
 

@@ -21,7 +21,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
-import torch
 
 from data import (
     HUB_CORPUS,
@@ -35,12 +34,16 @@ from data import (
     read_corpus,
 )
 import metrics
-import model as models
 import prompts
-from support import checkpoints, cli, files, memory, pretrained, processes, sharding
-from support.moved import describe as describe_moved
-from support.run import not_finite, open_run
-from support.workers import MOST, load_steps
+from support import choices, cli, files, screen
+from support.later import when_used
+
+with when_used():
+    import torch
+
+    import model as models
+    from support import checkpoints, memory, moved, pretrained, processes, sharding, workers
+    from support import run as runs
 
 
 @dataclass
@@ -55,16 +58,16 @@ class Settings:
     max_tokens: cli.Count = 2048  # an example longer than this is an error, never cut
 
     # Model (paper 3.2)
-    model: str = models.HUB_MODEL  # checkpoint folder or hub id
-    revision: str | None = models.HUB_MODEL_REVISION  # of the hub id: transformers' own format
-    strategy: models.Strategy = "lora"  # what trains: LoRA; encoder and projector as well; all weights, without LoRA
-    speech_adapter: models.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
-    rank: models.Rank | None = 64  # of the fresh LoRA (not in the paper; our choice)
+    model: str = choices.HUB_MODEL  # checkpoint folder or hub id
+    revision: str | None = choices.HUB_MODEL_REVISION  # of the hub id: transformers' own format
+    strategy: choices.Strategy = "lora"  # what trains: LoRA; encoder and projector as well; all weights, without LoRA
+    speech_adapter: choices.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
+    rank: choices.Rank | None = 64  # of the fresh LoRA (not in the paper; our choice)
     alpha: cli.Count | None = 128  # of the fresh LoRA, scale alpha / rank (our choice)
     dropout: cli.Fraction | None = 0.05  # of the fresh LoRA's input (our choice)
-    quantize: Literal["nf4"] | None = None  # QLoRA: keep the language model's frozen layers in 4 bits
-    dtype: models.Dtype | None = None  # of frozen weights (trained ones: float32); not given: bfloat16 on CUDA
-    attention: models.Attention = "sdpa"  # implementation
+    quantize: choices.Quantize | None = None  # QLoRA: keep the language model's frozen layers in 4 bits
+    dtype: choices.Dtype | None = None  # of frozen weights (trained ones: float32); not given: bfloat16 on CUDA
+    attention: choices.Attention = "sdpa"  # implementation
 
     # Optimisation (paper 4.2)
     epochs: cli.Count = 3  # passes over the corpus (Table 3 reports 1-4, 3 is best)
@@ -88,7 +91,7 @@ class Settings:
     seed: cli.Seed = 0  # of weights, order, dropout and held-out speakers (our choice)
     output: Path = Path("out")  # folder for adapters, settings and log
     audio_cache: Path = Path("audio-cache")  # folder for audio embeddings; runs share it, and it may be removed
-    workers: Annotated[int, Field(ge=0, le=MOST)] | None = None  # that prepare steps; not given: 2 beside a GPU, else 0
+    workers: choices.Workers | None = None  # that prepare steps; not given: 2 beside a GPU, else 0
     save_minutes: cli.Positive = 30.0  # time between checkpoints within an epoch
     resume: bool = False  # go on with the run in --output, from its newest checkpoint
     checkpoint: Path | None = None  # with --resume: go on from this one
@@ -198,7 +201,7 @@ def train_step(model, weights, optimiser, micro_batches, supervised, clip, numbe
     loss, tokens, computed = processes.total(sum(losses), tokens, computed)
     norm = float(processes.whole_tensor(torch.nn.utils.clip_grad_norm_(weights.values(), clip)))  # before clipping
     if not math.isfinite(loss + norm):
-        raise not_finite(number, micro_batches, losses, loss, norm)
+        raise runs.not_finite(number, micro_batches, losses, loss, norm)
     optimiser.step()
     optimiser.zero_grad()
     return {
@@ -213,16 +216,17 @@ def train_step(model, weights, optimiser, micro_batches, supervised, clip, numbe
 def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     checkpoints.choose(settings.output, settings.resume, settings.checkpoint)  # says at once what is wrong there
-    settings.revision = pretrained.check(settings.model, settings.revision)  # refs/pr/70 moves, a commit does not
+    # refs/pr/70 moves, a commit does not
+    settings.revision = pretrained.check(settings.model, settings.revision, settings.speech_adapter)
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
-    print(f"         {settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
+    screen.say(f"{settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
     files.make_folder(settings.audio_cache, "--audio-cache")
     identity = {key: value for key, value in plain(settings).items() if key not in MAY_CHANGE}
 
-    with open_run(settings, identity, corpus, per_epoch) as run:
+    with runs.open_run(settings, identity, corpus, per_epoch) as run:
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(settings.seed)
         model = build_model(settings)
@@ -241,7 +245,7 @@ def train(settings):
         model.train()
         for epoch in run.epochs():
             order = run.left(epoch_steps(len(examples), step_size, settings.seed, epoch))
-            with load_steps(examples, order, settings.micro_batch, model.prepare, settings.workers) as prepared:
+            with workers.load_steps(examples, order, settings.micro_batch, model.prepare, settings.workers) as prepared:
                 for supervised, micro_batches in prepared:
                     rate = learning_rate(run.step, steps, settings.learning_rate, warmup)
                     for group in optimiser.param_groups:
@@ -250,10 +254,10 @@ def train(settings):
                         numbers = train_step(
                             distributed, weights, optimiser, micro_batches, supervised, settings.clip, run.step + 1
                         )
-                    moved = model.moved() if run.at_last_step else {}
-                    if moved:
-                        run.say(f"epoch {epoch}: {describe_moved(moved)}")
-                    run.record({"learning_rate": rate, **numbers, **moved})  # saves when due; ends here when to stop
+                    shift = model.moved() if run.at_last_step else {}
+                    if shift:
+                        run.say(f"epoch {epoch}: {moved.describe(shift)}")
+                    run.record({"learning_rate": rate, **numbers, **shift})  # saves when due; ends here when to stop
 
             models.save_trained(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
             if held_out and epoch not in run.validated:
@@ -271,12 +275,14 @@ def read_data(settings):
     """Utterances to train on, those held out for validation, and the fingerprint of all; prints what was read."""
     _, settings.data_revision = find_corpus(settings.data, settings.data_revision)
     utterances = read_corpus(settings.data, "train", settings.data_revision, settings.limit)
-    print(f"corpus: {describe(utterances)}")
+    screen.say(f"corpus: {describe(utterances)}")
     if not settings.validation:
         return utterances, [], fingerprint(utterances)
     chosen, held_out = hold_out_speakers(utterances, settings.validation, settings.seed)
     speakers = len({utterance.speaker for utterance in held_out})
-    print(f"validation: {len(held_out):,} utterances of {speakers} speakers held out, {len(chosen):,} left to train on")
+    screen.say(
+        f"validation: {len(held_out):,} utterances of {speakers} speakers held out, {len(chosen):,} left to train on"
+    )
     return chosen, held_out, fingerprint(utterances)
 
 
@@ -295,14 +301,14 @@ def batch_arithmetic(examples, settings):
             f"processes of torchrun --nproc-per-node"
         )
     per_epoch, left = divmod(examples, step_size)
-    print(
+    screen.say(
         f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = {asked} a step; "
         f"{examples:,} examples = {per_epoch} steps an epoch"
     )
     if (settings.micro_batch, count) != (settings.batch_size, 1):
-        print(f"         computed {settings.micro_batch} at a time in each of {count} processes")
+        screen.say(f"computed {settings.micro_batch} at a time in each of {count} processes")
     if left:
-        print(f"         the {left} examples over are left out of an epoch, other ones each time: the order is random")
+        screen.say(f"the {left} examples over are left out of an epoch, other ones each time: the order is random")
     return step_size, per_epoch
 
 
@@ -322,10 +328,10 @@ def build_model(settings):
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     for token in model.started_rows:
-        print(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
+        screen.say(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    print(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
+    screen.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
     return model
 
 
@@ -345,7 +351,6 @@ def make_examples(utterances, model, longest):
 # Validation: choosing an epoch without looking at the test part
 
 
-@torch.no_grad()
 def validate(model, examples, settings):
     """Loss per supervised token and the metrics on held-out speakers; collective.
 
@@ -355,8 +360,8 @@ def validate(model, examples, settings):
     size, loss, supervised, records = settings.batch_size * settings.accumulation, 0.0, 0, []
     steps = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # compiled layers are for the training step
-        with load_steps(
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled layers are for the training step
+        with workers.load_steps(
             examples, steps, settings.micro_batch, model.prepare, settings.workers, settings.shard
         ) as prepared:
             for tokens, micro_batches in prepared:

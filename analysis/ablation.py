@@ -19,7 +19,11 @@ from tyro.conf import Fixed, Positional, Suppress
 
 import evaluate
 import prompts
-from support import answers, cli, files, sound
+from support import answers, cli, files, screen, sound
+from support.later import when_used
+
+with when_used():
+    from support import processes
 
 DROPS = {f"{name}_pcc": name for name in prompts.SCORES} | {"wer": "WER", "per": "PER", "detection_f1": "found: F1"}
 
@@ -63,7 +67,7 @@ def ablate(evaluation, utterances, settings):
     if cli.process_rank():
         return [], []
     own = evaluate.rows_of(own, evaluation.label, evaluation.paper_row)
-    return own, evaluate.score(records, other.label, None, other.output)  # the paper has no such row
+    return own, evaluate.score(records, other.label, other.paper_row, other.output)
 
 
 def show_drop(own, other, how):
@@ -72,12 +76,10 @@ def show_drop(own, other, how):
         (mine.label, [f"{mine.numbers[key] - theirs.numbers[key]:+.3f}".replace("+nan", "-") for key in DROPS])
         for mine, theirs in zip(own, other, strict=True)
     ]
-    cli.show_table(f"Own audio less {how}", list(DROPS.values()), drops)
+    screen.show_table(f"Own audio less {how}", list(DROPS.values()), drops)
 
 
 def main():
-    from support import processes  # imports torch
-
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     for evaluation in chosen:

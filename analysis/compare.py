@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 import metrics
 import prompts
-from support import cli, predictions
+from support import cli, predictions, screen
 
 COMPARED = (
     *(f"{name}_{kind}" for kind in ("pcc", "mae") for name in prompts.SCORES),
@@ -89,14 +89,17 @@ def main():
             raise cli.InputError(
                 f"{settings.first} or {settings.second} names no speakers, or one alone: evaluate it again"
             )
-        cli.show_table(*table)
+        screen.show_table(*table)
     ours, theirs, pvalue = metrics.mcnemar(*map(decided_well, records))
-    print(f"""
-A: {settings.first}
-B: {settings.second}
-difference A - B with its interval and p-value: paired bootstrap over speakers, {metrics.RESAMPLES:,} resamples.
-Detection, phone by phone: A alone is right {ours:,} times, B alone {theirs:,} times; McNemar's exact test,
-p = {pvalue:.2g} (it takes phones as independent, which those of one speaker are not quite).""")
+    print()
+    screen.say(
+        f"A: {settings.first}",
+        f"B: {settings.second}",
+        f"difference A - B with its interval and p-value: paired bootstrap over speakers, {metrics.RESAMPLES:,} "
+        f"resamples.",
+        f"Detection, phone by phone: A alone is right {ours:,} times, B alone {theirs:,} times; McNemar's exact test, "
+        f"p = {pvalue:.2g} (it takes phones as independent, which those of one speaker are not quite).",
+    )
 
 
 if __name__ == "__main__":

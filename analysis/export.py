@@ -18,13 +18,19 @@ import re
 import shutil
 from typing import Literal
 
-from tokenizers import Tokenizer
 from tyro.conf import Positional
 
 from analysis import assessor
 import evaluate
 import prompts
-from support import cards, cli, files, hub, predictions
+from support import choices, cli, files, hub, predictions
+from support.later import when_used
+
+with when_used():
+    import tokenizers
+
+    import model as models
+    from support import cards, folded, pretrained
 
 SHARD = 2e9  # bytes of a file of weights, about; our choice: small beside what is needed anyway
 REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -56,7 +62,7 @@ class Settings:
     epochs: str | None = None  # of a run folder: last (default), best (on held-out speakers), or a number
     model: str | None = None  # checkpoint folder or hub id of the base model; default: that of the training
     revision: str | None = None  # of the hub id
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the new checkpoint; default: that of the training
+    dtype: choices.Dtype | None = None  # of the new checkpoint; default: that of the training
     format: Literal["transformers", "microsoft"] = "transformers"  # names of the weights, and the files beside them
     like: Path | None = None  # for --format microsoft: a copy of microsoft/Phi-4-multimodal-instruct
 
@@ -104,19 +110,16 @@ def export(settings):
 
 def trained_weights(evaluation, settings):
     """What a training made of its base: folded.Folded, tokenizer, its settings as they hold now, folder of the base."""
-    import model as models
-    from support import folded, pretrained
-
     training, adapter = evaluation.training, evaluation.adapter
     name, revision = settings.model or training.model, settings.revision or training.revision
-    base, commit = hub.fetch(name, revision or models.HUB_MODEL_REVISION, "model", [*pretrained.FILES, *BESIDE])
+    base, commit = hub.fetch(name, revision or choices.HUB_MODEL_REVISION, "model", [*pretrained.FILES, *BESIDE])
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and {name} is a folder: leave it out")
     files.read_json(base / "config.json", pretrained.ModelConfig)
     tokenizer, _ = pretrained.load_reading(base, f"model {name!r}")
     tokenizer.add_tokens([*prompts.CONTROL_TOKENS.values()], special_tokens=True)
     full, way = training.strategy == "full", training.speech_adapter
-    shipped = [] if way == "none" else [folded.read_adapter(base / models.SPEECH_ADAPTER)]
+    shipped = [] if way == "none" else [folded.read_adapter(base / pretrained.SPEECH_ADAPTER)]
     trained = [] if full else [folded.read_adapter(adapter)]
     dtype = settings.dtype or training.dtype or models.default_dtype()
     weights = folded.Folded(
@@ -166,8 +169,6 @@ def microsoft_name(name):
 
 def check_names(names, like):
     """Microsoft's index must have the same weights, but for its two adapters. Raises InputError."""
-    from support import pretrained
-
     index = like / pretrained.WEIGHTS_INDEX
     listed = files.read_json(index, pretrained.WeightsIndex).weight_map
     theirs = {name.replace("base_layer.", "") for name in listed if "lora" not in name}
@@ -188,7 +189,7 @@ def copy_files(source, folder, kinds):
 def add_control_tokens(folder, tokenizer):
     """Add the control tokens to tokenizer.json. Raises InputError where a token's id is not that of training."""
     path, control = folder / "tokenizer.json", [*prompts.CONTROL_TOKENS.values()]
-    own = Tokenizer.from_file(str(path))
+    own = tokenizers.Tokenizer.from_file(str(path))
     own.add_special_tokens(control)
     for token in (*control, *prompts.TURN_TOKENS):
         if own.token_to_id(token) != (trained := tokenizer.convert_tokens_to_ids(token)):

@@ -14,7 +14,6 @@ Shapes: S samples, F features, U utterances, K scores.
 
 from dataclasses import dataclass
 from pathlib import Path
-import textwrap
 from typing import Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ import data
 import evaluate
 import metrics
 import prompts
-from support import answers, cli, files, predictions, sound
+from support import answers, cli, files, predictions, screen, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -167,7 +166,7 @@ def main():
     records = predictions.read(settings.predictions)
     run = settings.predictions.parent
     known = (run / "metrics.json").exists() and settings.predictions.name == answers.WHOLE
-    evaluation = read_evaluation(run) if known else evaluate.Evaluation("predictions", run)
+    evaluation = read_evaluation(run) if known else evaluate.saved_evaluation(settings.predictions)
     source = {"data": settings.data, "data_revision": settings.data_revision}
     test, train = (
         evaluate.read_corpus(evaluation, evaluate.Settings(split=split, **source))
@@ -176,9 +175,8 @@ def main():
     where = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
     test = find_utterances(records, test, f"{where} ({settings.split})")
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    floors = [evaluate.copying_floor(records), silent_row(records), fitted_row(records, train, test)]
-    evaluate.show(rows, floors)
-    print(textwrap.fill(NOTE, 118))
+    evaluate.show(rows, [evaluate.copying_floor(records), silent_row(records), fitted_row(records, train, test)])
+    screen.say(NOTE)
 
 
 if __name__ == "__main__":

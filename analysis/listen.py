@@ -24,7 +24,7 @@ from analysis import assessor
 import evaluate
 import metrics
 import prompts
-from support import cli, files, sound
+from support import cli, files, screen, sound
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
 ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
@@ -65,7 +65,7 @@ def show(result, colour):
     if "error" in result:
         return f"error: {result['error']}"
     low, high = prompts.SCORE_RANGE
-    lines = [result["file"], *(f"warning: {warning['message']}" for warning in result["warnings"]), ""]
+    lines = [result["file"], *(screen.fill(f"warning: {warning['message']}") for warning in result["warnings"]), ""]
     if result["scores"]:
         lines.append(f"{'':10}  expected  most likely  {low}{high:>{high - low}}")
         for name, score in result["scores"].items():
@@ -75,7 +75,8 @@ def show(result, colour):
         lines.append("no scores")
     if result["heard"]:
         heard = result["heard"]
-        lines += ["", f"words heard   {heard['words']}", f"phones heard  {' '.join(heard['phones'])}"]
+        texts = f"words heard   {heard['words']}", f"phones heard  {' '.join(heard['phones'])}"
+        lines += ["", *(screen.fill(text, indent=14) for text in texts)]
     if result["words"]:
         width = max(len(word["word"]) for word in result["words"])
         marked = [

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 import evaluate
 import metrics
-from support import cli, files, predictions
+from support import cli, files, predictions, screen
 
 DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
     "detection_f1": "F1",
@@ -43,11 +43,6 @@ HEAD = "\t".join(["phone", *COLUMNS]) + "\n"  # first line of phones.tsv
 @dataclass
 class Settings:
     predictions: Positional[Path]  # predictions.jsonl of evaluate.py
-
-
-def detection_table(rows):
-    """Detection and the parts of the PER as a table, (caption, columns, rows). rows: of evaluate.Row."""
-    return "Detection", list(DETECTION.values()), evaluate.with_intervals(rows, DETECTION)
 
 
 def phone_report(heard, written):
@@ -82,7 +77,7 @@ def phone_tables(records):
     for entry in report:
         instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         if entry["phone"]:
-            texts = evaluate.cells(entry, ("precision", "recall"))
+            texts = screen.cells(entry, ("precision", "recall"))
             phones.append((entry["phone"], [str(entry["support"]), *texts, instead]))
         for written, count in entry["confusions"]:
             share = f"{count / entry['support']:.3f}" if entry["phone"] else "-"
@@ -113,9 +108,11 @@ def main():
     numbers, _ = metrics.score(transcribed)
     row = evaluate.Row("this run", None, numbers, metrics.intervals(transcribed))
     phones, confusions = phone_tables(records)
-    cli.show_table(*detection_table([evaluate.copying_floor(records), row]))
-    cli.show_table(*confusions)
-    print("", *NOTES, sep="\n")
+    rows = screen.with_halves([row, evaluate.copying_floor(records)], DETECTION)
+    screen.show_table("Detection", list(DETECTION.values()), rows, own=1)
+    screen.show_table(*confusions)
+    print()
+    screen.say(*NOTES, "±: half of the interval.")
     with files.whole(path) as temporary:
         lines = ["\t".join([phone, *texts]) + "\n" for phone, texts in phones[2]]
         temporary.write_text(HEAD + "".join(lines), encoding="utf-8")

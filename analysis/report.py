@@ -27,7 +27,7 @@ from analysis import errors, floors, phones, pictures, standing
 import evaluate
 import metrics
 import prompts
-from support import answers, cli, files, log, predictions
+from support import answers, cli, files, log, predictions, screen
 
 SHOWN = 40  # utterances with the largest errors
 FIRST = 10  # of them, that are not folded away
@@ -174,14 +174,14 @@ def plain(caption, columns, rows):
     return Table(caption, columns, [Line(name, [Cell(text) for text in texts]) for name, texts in rows])
 
 
-def row_table(caption, columns, rows, floors=(), near=None):
-    """A table of evaluate.Row, those of the run first. columns: {key: title}; near: numbers that get a mark, by key."""
+def row_table(caption, columns, rows, floors=()):
+    """A table of evaluate.Row, those of the run first. columns: {key: title}."""
     lines = []
     for row in [*rows, *floors]:
         cells = []
         for key in columns:
             value = row.numbers.get(key, math.nan)
-            close = near and row in rows and abs(value - near.get(key, math.nan)) <= evaluate.CLOSE
+            close = abs(value - row.near.get(key, math.nan)) <= screen.CLOSE
             cells.append(cell(value, row.intervals.get(key, (math.nan, math.nan)), "*" if close else ""))
         lines.append(Line(row.label, cells, row in rows))
     return Table(caption, ["name", *columns.values()], lines)
@@ -202,8 +202,7 @@ def run_table(found, papers_corpus):
 def make_tables(evaluated, found, papers_corpus):
     """The tables of the page by name. found: of standing.standings."""
     rows = evaluated.rows
-    near = dict(zip(evaluate.TABLE_3, evaluate.PAPER[rows[0].paper_row])) if papers_corpus else None
-    every = row_table("Table 3", evaluate.TABLE_3, rows, evaluated.floors, near)
+    every = row_table("Table 3", evaluate.TABLE_3, rows, evaluated.floors)
     tables = {
         "run": run_table(found, papers_corpus),
         "all": every,
@@ -211,12 +210,8 @@ def make_tables(evaluated, found, papers_corpus):
         "detection": row_table("Detection", phones.DETECTION, rows[:1], evaluated.floors[:2]),
     }
     if papers_corpus:
-        strategies = {"base", rows[0].paper_row[0]} | ({"lora"} if rows[0].paper_row[0] == "base" else set())
-        every.rows += [
-            Line(evaluate.paper_name(*key), [cell(value) for value in values])
-            for key, values in evaluate.PAPER.items()
-            if key[0] in strategies
-        ]
+        papers = evaluate.papers_rows(rows).items()
+        every.rows += [Line(name, [cell(value) for value in values]) for name, values in papers]
         published = [
             Line(name, [cell(math.nan if value is None else value) for value in values])
             for name, values in standing.PUBLISHED.items()
@@ -254,8 +249,9 @@ def notes_of(evaluated, papers_corpus):
         "detection of mispronunciations, the field's convention. cut off: the length limit came before the end.",
         phones.NOTES[0],
     ]
+    if row.near:
+        notes.append(f"*: within {screen.CLOSE} of '{evaluate.paper_name(*row.paper_row)}'.")
     if papers_corpus:
-        notes.append(f"*: within {evaluate.CLOSE} of '{evaluate.paper_name(*row.paper_row)}'.")
         notes.append("Published systems: on the same utterances; \u2020: given the sentence that should be read.")
     return notes
 
@@ -308,7 +304,7 @@ def draw(settings, evaluated, found):
 
 def make_page(settings, evaluated, command):
     """The page as HTML text, and its figures by name. command: what makes the page again."""
-    papers_corpus = standing.is_papers_corpus(evaluated.records)
+    papers_corpus = evaluate.is_papers_corpus(evaluated.records)
     found = standing.standings(evaluated.rows[0], evaluated.floors, papers_corpus)
     figures = draw(settings, evaluated, found)
     tables = make_tables(evaluated, found, papers_corpus)

@@ -12,7 +12,7 @@ import statistics
 
 from tyro.conf import Positional
 
-from support import cli, predictions
+from support import cli, predictions, screen
 
 
 @dataclass
@@ -52,9 +52,10 @@ def main():
     settings = cli.parse(Settings, __doc__)
     results = read_runs(settings.runs)
     named = ", ".join(f"{run} ({numbers['evaluated']})" for run, numbers in results.items())
-    print(f"{len(results)} runs, {next(iter(results.values()))['utterances']:,} utterances each: {named}")
-    cli.show_table("", ["mean", "std", "min", "max", "runs"], spread(list(results.values())))
-    print("\nstd: of the sample (n - 1). runs: those that have the number; a constant prediction has no correlation.")
+    screen.say(f"{len(results)} runs, {next(iter(results.values()))['utterances']:,} utterances each: {named}")
+    screen.show_table("metrics.json", ["mean", "std", "min", "max", "runs"], spread(list(results.values())))
+    print()
+    screen.say("std: of the sample (n - 1). runs: those that have the number; a constant has no correlation.")
 
 
 if __name__ == "__main__":

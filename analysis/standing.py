@@ -4,10 +4,8 @@ For analysis.report; `read_floors` of analysis.floors computes the rows that sta
 """
 
 from dataclasses import dataclass
-import hashlib
 import math
 
-import evaluate
 import prompts
 
 NUMBERS = {f"{name}_pcc": name for name in prompts.SCORES} | {"detection_f1": "detection F1", "per": "PER"}
@@ -23,14 +21,6 @@ PUBLISHED = {
     "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.6385, 0.0272),
 }
 BEST = "HMamba (2025) \u2020"  # in every number of the list
-# The ids of speechocean762's test part, sorted, one a line, as SHA-256: labels may change, ids do not
-TEST_PART = "0eb5426df00d6fc77dcd5d64bbe80d6324c92a1fc2e0053a2b49ec1b227e6f25"
-
-
-def is_papers_corpus(records):
-    """Whether the lines of predictions.jsonl answer the paper's 2,500 test utterances: all of them, and no others."""
-    ids = "\n".join(sorted({record["id"] for record in records}))
-    return hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest() == TEST_PART
 
 
 @dataclass
@@ -69,14 +59,15 @@ def standings(row, floors, papers_corpus):
 
     papers_corpus: whether the paper's and the published numbers are of these utterances; others are not shown.
     """
-    paper = dict(zip(evaluate.TABLE_3, evaluate.PAPER[row.paper_row])) if papers_corpus else {}  # has no detection F1
     best = dict(zip(NUMBERS, PUBLISHED[BEST])) if papers_corpus else {}
     found = []
     for key in NUMBERS:
         known = [(floor.numbers[key], floor.label) for floor in floors if not math.isnan(floor.numbers[key])]
         floor, floor_of = (min if key in LESS_IS_BETTER else max)(known, default=(math.nan, ""))
         value, interval = row.numbers[key], row.intervals.get(key, (math.nan, math.nan))
-        found.append(Standing(key, value, interval, floor, floor_of, paper.get(key, math.nan), best.get(key, math.nan)))
+        found.append(
+            Standing(key, value, interval, floor, floor_of, row.near.get(key, math.nan), best.get(key, math.nan))
+        )
     return found
 
 

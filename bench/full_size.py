@@ -42,7 +42,7 @@ import tyro
 import data
 import model as models
 import prompts
-from support import cli, files
+from support import cli, files, pretrained
 
 SHARDS = 5
 RANK, ALPHA, DROPOUT = 320, 640, 0.01  # of the shipped speech adapter
@@ -159,10 +159,10 @@ def write_inputs(folder, shape, utterances):
             for part in (config, new_tokenizer(texts, config.vocab_size), Phi4MultimodalFeatureExtractor()):
                 part.save_pretrained(temporary)
             write_shards(temporary, weights)
-            lora.save_pretrained(temporary / models.SPEECH_ADAPTER)
+            lora.save_pretrained(temporary / pretrained.SPEECH_ADAPTER)
             save_file(
                 {name: random_weight(name, weight) for name, weight in adapter.items()},
-                temporary / models.SPEECH_ADAPTER / "adapter_model.safetensors",
+                temporary / pretrained.SPEECH_ADAPTER / "adapter_model.safetensors",
                 {"format": "pt"},
             )
 

@@ -15,7 +15,7 @@ import workload  # noqa: F401  first: it finds the project
 from analysis import pronunciations
 import data
 import metrics
-from support import cli
+from support import cli, screen
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main():
         of = measure(test, lexicons)
         marked = f"{of['false_marks'] / of['phones']:.2%}", f"{of['marked_sentences']:,} of {of['sentences']:,}"
         rows.append((name, [*marked, f"{of['hidden']} of {of['wrong_words']:,}", str(of["left_out"])]))
-    cli.show_table("pronunciations", ["false marks", "in sentences", "hidden words", "left out"], rows)
+    screen.show_table("pronunciations", ["false marks", "in sentences", "hidden words", "left out"], rows)
     print("\nfalse marks: of the perfect reader's phones. left out: sentences with a word that none has.")
 
 

@@ -4,10 +4,30 @@ import json
 import os
 
 import data
-from support import cli, files, predictions
+from support import choices, cli, files, predictions
+from support.later import when_used
+
+with when_used():
+    from support import processes
 
 WHOLE, PART, SETTINGS = GENERATED = ("predictions.jsonl", "predictions.jsonl.part", "predictions.settings.json")
 SCORED = ("metrics.json", "figure5.png")  # what scoring writes beside them
+
+
+class Writer(files.Shape):
+    """What of predictions.settings.json is read again: which model wrote the answers."""
+
+    evaluated: str  # its label
+    strategy: choices.Strategy | None = None  # of its training; None for the unmodified model
+    epoch: int | None = None
+
+
+def writer(path):
+    """The Writer of a saved predictions file; None where it is not known: then the file stands alone."""
+    beside = path.with_name(SETTINGS)
+    # While there is a part, the settings are those of the part
+    known = path.name == WHOLE and beside.is_file() and not path.with_name(PART).exists()
+    return files.read_json(beside, Writer) if known else None
 
 
 class Answers:
@@ -18,8 +38,6 @@ class Answers:
     """
 
     def __init__(self, folder, utterances, settings, resume):
-        from support import processes  # imports torch
-
         self.utterances, self.gather = utterances, processes.gather
         self.whole, self.part, written_with = (folder / name for name in GENERATED)
         lines = _resumed(folder, utterances, settings) if resume else {}

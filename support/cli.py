@@ -16,6 +16,8 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 import tyro
 
+from support import screen
+
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 SHOWN = 60  # characters of a wrong value that a message quotes
@@ -46,12 +48,13 @@ def parse(settings, description):
             raise InputError(f"{name} is empty: give it a value, or leave it out")
         if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
             raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
+    if {"-h", "--help"} & set(sys.argv):
+        os.environ.setdefault("COLUMNS", str(screen.width()))  # of tyro's frames; the process ends with them
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(
-                settings, prog=_program(), description=description, config=(tyro.conf.FlagCreatePairsOff,)
-            )
+            config = (tyro.conf.FlagCreatePairsOff,)
+            parsed = tyro.cli(settings, prog=_program(), description=_fitting(description), config=config)
     except SystemExit as end:
         if not end.code:
             raise
@@ -60,6 +63,16 @@ def parse(settings, description):
         return TypeAdapter(settings).validate_python(vars(parsed))
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
+
+
+def _fitting(description):
+    """A module's docstring in lines that fit the screen; of the new ones tyro keeps those that begin with a space."""
+    lines = []
+    for line in re.sub(r"(?<=\S)\n(?=\S)", " ", description).split("\n"):
+        parts = re.split(" +(?=# )", line) if len(line) > screen.width() else [line]
+        lines += [screen.fill(parts[0], indent=8 if line.startswith(" ") else 2)]
+        lines += [f"        {comment}" for comment in parts[1:]]
+    return "\n".join(lines)
 
 
 def _program():
@@ -108,20 +121,13 @@ def reason(error):
     return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 
 
-def show_table(caption, columns, rows):
-    """Print a table. columns: titles; rows: list of (name, texts of its cells)."""
-    width = max(len(name) for name in [caption, *(name for name, _ in rows)]) + 1
-    print("\n" + caption.ljust(width) + "".join(title.rjust(11) + " " for title in columns))
-    for name, texts in rows:
-        print(name.ljust(width) + "".join(text.rjust(11 + text.endswith("*")).ljust(12) for text in texts))
-
-
 def run_script(name, main):
     """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
 
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
+    sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
     try:
         main()
         sys.stdout.flush()

@@ -6,12 +6,17 @@ most clusters. A revision such as refs/pr/70 moves; the commit does not.
 
 from fnmatch import fnmatch
 from pathlib import Path
+import sys
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from tqdm import tqdm
 
+from support import screen
 from support.cli import InputError, first_line, process_rank
+from support.later import when_used
+
+with when_used():
+    import huggingface_hub
+    from huggingface_hub import constants, errors
 
 MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
 
@@ -27,8 +32,9 @@ def fetch(name, revision, kind, patterns):
     wanted = {"repo_id": str(name), "revision": revision, "repo_type": kind}
     try:
         if not _listed(wanted):
-            HfApi().repo_info(**wanted)  # says at once what snapshot_download would say after half a minute's attempts
-        folder = Path(snapshot_download(**wanted, allow_patterns=patterns, tqdm_class=_Bar))
+            # says at once what snapshot_download would say after half a minute's attempts
+            huggingface_hub.HfApi().repo_info(**wanted)
+        folder = Path(huggingface_hub.snapshot_download(**wanted, allow_patterns=patterns, tqdm_class=_Bar))
     except Exception as error:  # the hub, HTTP, Xet and the disk each have their own
         raise InputError(
             f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
@@ -49,15 +55,15 @@ def size(name, commit, kind, pattern):
 def _listed(wanted):
     """The files of a revision as the hub listed them when it was last fetched; none if it never was."""
     try:
-        return get_cached_repo_tree(**wanted)
-    except CachedRepoTreeNotFoundError:
+        return huggingface_hub.get_cached_repo_tree(**wanted)
+    except errors.CachedRepoTreeNotFoundError:
         return []
 
 
 def _reason(error):
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return "there is none of this name that may be read (if it is yours: hf auth login)"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "there is no such revision"
     return first_line(error.__cause__ or error).rstrip(".")
 
@@ -66,7 +72,8 @@ class _Bar(tqdm):
     """Shows the progress of rank 0, on a terminal, once it takes more than a moment."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, delay=MOMENT, disable=process_rank() > 0 or None)
+        kwargs |= {"delay": MOMENT, "disable": process_rank() > 0 or None, "ncols": screen.width(sys.stderr)}
+        super().__init__(*args, **kwargs)
 
     def display(self, *args, **kwargs):
         if self._time() - self.start_t > MOMENT:  # a new description is shown without regard to `delay`

@@ -1,5 +1,6 @@
 """What evaluate.py writes: predictions.jsonl, an answer in each line, and metrics.json; both are checked when read."""
 
+import json
 from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field
@@ -104,3 +105,21 @@ def read_metrics(path):
         return files.read_json(path, Metrics).model_dump()
     except cli.InputError as error:
         raise cli.InputError(f"{error}; evaluate the run first") from error
+
+
+def write_metrics(rows, label, path):
+    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan.
+
+    rows: an evaluate.Row for each scoring. _low and _high: the interval. expected_: what expected scoring changes,
+    where greedy scoring was done as well.
+    """
+    values = {"evaluated": label}
+    for row in rows:
+        ends = {f"{key}_{end}": v for key, pair in row.intervals.items() for end, v in zip(("low", "high"), pair)}
+        found = row.numbers | ends
+        if row is rows[0]:
+            values |= found
+        else:
+            values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")

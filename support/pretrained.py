@@ -19,7 +19,8 @@ from support import cli, files, four_bits, hub
 WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
 FILES = "config generation_config preprocessor_config tokenizer tokenizer_config special_tokens_map added_tokens"
 FILES = [*(f"{name}.json" for name in FILES.split()), WEIGHTS_INDEX, WEIGHTS]
-FILES += ["speech-lora/*.json", "speech-lora/*.safetensors"]
+SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
+FILES += [f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
 Size = Annotated[int, Field(ge=1, le=10**6)]  # of a model; what is beyond takes minutes to fail
@@ -123,15 +124,21 @@ def check_fit(weights, own):
             raise ValueError(f"it does not fit the model: {key} is {[*value.shape]}, not {[*own[key].shape]}")
 
 
-def check(name, revision):
+def check(name, revision, speech_adapter):
     """Stop before anything slow has started: no checkpoint, or 5.6 billion parameters without a GPU.
 
-    Nothing large is fetched. Returns the commit that `revision` of a hub id names, None for a folder.
+    speech_adapter: "none" where the shipped one is not needed. Nothing large is fetched. Returns the commit that
+    `revision` of a hub id names, None for a folder.
     """
     folder, commit = hub.fetch(name, revision, "model", ["config.json"])
     if not (folder / "config.json").is_file():
         raise cli.InputError(f"model {name} holds no checkpoint: there is no config.json in it")
     files.read_json(folder / "config.json", ModelConfig)
+    if speech_adapter != "none" and not commit and not (folder / SPEECH_ADAPTER).is_dir():
+        raise cli.InputError(
+            f"model {name} has no {SPEECH_ADAPTER}/, the adapter through which it hears: copy it from the checkpoint, "
+            f"or train with --speech-adapter none"
+        )
     if not torch.cuda.is_available() and hub.size(name, commit, "model", WEIGHTS) > LARGEST_CPU_MODEL:
         raise cli.InputError(
             f"{name} needs a CUDA GPU and this machine has none: run where there is one (the paper used 80 GB), "
@@ -194,7 +201,9 @@ def read_config(folder):
     """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
     files.read_json(folder / "adapter_config.json", AdapterConfig)
     with loading(f"{folder}/adapter_config.json"):
-        return LoraConfig.from_pretrained(folder.absolute())
+        config = LoraConfig.from_pretrained(folder.absolute())
+    config.base_model_name_or_path = None  # PEFT puts in the model's name, and warns where another one stands there
+    return config
 
 
 def load_exactly(network, weights, adapter_name="default", new=None):

@@ -4,6 +4,7 @@ The training loop asks it in one line for each of these, so that nothing stands 
 """
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 import json
 import math
@@ -13,9 +14,10 @@ import time
 
 from tqdm import tqdm
 
-from support import checkpoints, cli, files, log, memory, processes
+from support import checkpoints, cli, files, log, memory, processes, screen
 
 ESTIMATE_AFTER = 10  # steps
+PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Stopped(Exception):
@@ -64,7 +66,7 @@ class Run:
 
         weights: {name: parameter} of what trains; record: settings as they are used, plain values.
         """
-        print("settings: " + " ".join(f"{key}={record[key]}" for key in vars(self.settings)))
+        self._show_settings(record)
         with files.whole(self.output / "settings.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
         self.weights, self.optimiser = weights, optimiser
@@ -73,7 +75,7 @@ class Run:
             saved_by, now = len(self._state["random"]), processes.count()
             print(f"resumed after step {self.step}")
             if saved_by != now:
-                print(f"         saved by {saved_by} processes, now {now}: dropout will be another")
+                print(f"saved by {saved_by} processes, now {now}: dropout will be another")
             self._state = None
         (self.validated, *_) = processes.gather(log.read_validated(self.output / "validation.jsonl", self.step))
         self._began = self._saved = time.perf_counter()
@@ -81,7 +83,16 @@ class Run:
         self._stop = enter(StopRequest())
         self._log = enter(log.open_log(self.output / "log.jsonl", self.step))
         self._track = enter(log.tracker(self.settings.track, self.output, record, self.step))
-        self._bar = enter(tqdm(total=self.steps, initial=self.step, unit="step", disable=cli.process_rank() > 0))
+        bar = {"bar_format": PROGRESS, "ncols": screen.width(sys.stderr), "disable": cli.process_rank() > 0}
+        self._bar = enter(tqdm(total=self.steps, initial=self.step, **bar))
+
+    def _show_settings(self, record):
+        """Print what differs from the defaults; settings.json has all."""
+        defaults = json.loads(json.dumps(asdict(type(self.settings)()), default=str))
+        changed = {key: (record[key], default) for key, default in defaults.items() if record[key] != default}
+        rows = [(cli.flag(key), ["-" if v is None else str(v) for v in pair]) for key, pair in changed.items()]
+        screen.show_table("Settings that are not the defaults", ["this run", "default"], rows, numbers=False)
+        print(f"all of them: {self.output}/settings.json\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Where it stands
@@ -135,7 +146,7 @@ class Run:
     def say(self, text):
         """Print a line above the progress bar."""
         if cli.process_rank() == 0:
-            tqdm.write(text)
+            tqdm.write(screen.fill(text))
 
     def record_validation(self, numbers, shown):
         """Log the numbers of this epoch on held-out speakers; shown: {title: key} of those that are printed."""
@@ -193,8 +204,8 @@ class StopRequest:
 
 def _progress(line):
     return (
-        f"loss {line['loss']:.4f} lr {line['learning_rate']:.1e} grad {line['gradient_norm']:.2f} "
-        f"{line['supervised_tokens'] / line['seconds']:.0f} supervised, {line['tokens_per_second']:.0f} tokens/s"
+        f"{line['tokens_per_second']:,.0f} tokens/s, loss {line['loss']:.3f}, lr {line['learning_rate']:.1e}, "
+        f"grad {line['gradient_norm']:.2f}"
     )
 
 

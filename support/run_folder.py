@@ -2,26 +2,26 @@
 
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from support import cli, files
+from support import choices, cli, files
 
 
 class TrainingSettings(files.Shape):
-    """settings.json, which train.py writes beside an adapter; the choices are those of its command line."""
+    """settings.json, which train.py writes beside an adapter."""
 
     epoch: Annotated[int, Field(ge=1, le=cli.LARGEST)]
-    strategy: Literal["lora", "unfreeze", "full"]
-    speech_adapter: Literal["merge", "continue", "none"]
+    strategy: choices.Strategy
+    speech_adapter: choices.SpeechAdapter
     model: str
     data: str
     revision: str | None = None
     data_revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    quantize: Literal["nf4"] | None = None
+    dtype: choices.Dtype | None = None
+    attention: choices.Attention | None = None
+    quantize: choices.Quantize | None = None
 
 
 class ValidatedEpoch(files.Shape):

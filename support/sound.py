@@ -14,6 +14,11 @@ import numpy as np
 
 from support import files
 from support.cli import InputError
+from support.later import when_used
+
+with when_used():
+    from scipy import signal
+    import soundfile
 
 SAMPLE_RATE = 16_000  # Hz; what speech models expect
 FRAME = 400  # samples (25 ms), one analysis window; nothing shorter is a recording
@@ -36,8 +41,6 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
     shorter than one frame, not finite, at full scale in more than `most_clipped` of a channel, or of a rate below
     `lowest_rate` in Hz: its upper band would be empty.
     """
-    from scipy.signal import resample_poly
-
     audio, rate = _decode(recording() or b"", lowest_rate, longest)  # (S, channels); the hub may have no bytes
     clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max() if most_clipped < 1 else 0.0
     if clipped > most_clipped:  # not after resampling, which rounds flat tops
@@ -51,7 +54,7 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
         raise InputError(f"recording has {np.sum(~np.isfinite(audio))} samples that are not finite")
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
-        audio = resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
+        audio = signal.resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
     if len(audio) < FRAME:
         raise InputError(f"recording has {len(audio)} samples at 16 kHz, less than one frame of {FRAME}")
     return audio
@@ -59,8 +62,6 @@ def read_audio(recording, lowest_rate=LOWEST_RATE, longest=math.inf, most_clippe
 
 def rate_of(recording):
     """Sampling rate in Hz of a recording that `read_audio` has read."""
-    import soundfile
-
     with soundfile.SoundFile(_Content(_with_length(recording()))) as file:
         return file.samplerate
 
@@ -94,8 +95,6 @@ def _decode(content, lowest_rate, longest):
     Raises InputError for what is unreadable, cut off, empty, too large, longer than `longest` seconds, or of a rate
     below `lowest_rate`.
     """
-    import soundfile
-
     content = _with_length(content)
     try:
         with soundfile.SoundFile(_Content(content)) as file:

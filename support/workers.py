@@ -22,7 +22,6 @@ from support import audio_cache, cli, processes
 
 PREFETCHED = 2  # steps that each worker process prepares ahead
 SILENCE = 600  # seconds without a step after which workers are given up; one is prepared in a few
-MOST = 64  # two keep a GPU busy; thousands bring a machine down
 
 
 @dataclass

@@ -277,11 +277,11 @@ def test_detection_and_confusions_are_printed_and_each_phone_is_written_to_a_fil
     for _ in range(2):  # its own file is replaced
         run(monkeypatch, phones, path)
     printed = capsys.readouterr().out
-    found = [
-        line.split()[-9:] for line in printed.splitlines() if line.startswith(("says everything right  ", "this run"))
-    ]
-    assert found[0] == ["0.000", "-", "0.000", "1.000", "0.000", "-", "0.250", "0.000", "0.000"]
-    assert found[1] == ["0.667", "0.500", "1.000", "0.000", "0.333", "0.000", "0.000", "0.250", "0.000"]
+    ours, copied, *_ = (
+        line.split()[-9:] for line in printed.splitlines() if line.startswith(("  says everything right  ", "> this"))
+    )
+    assert copied == ["0.000", "-", "0.000", "1.000", "0.000", "-", "0.250", "0.000", "0.000"]
+    assert ours == ["0.667", "0.500", "1.000", "0.000", "0.333", "0.000", "0.000", "0.250", "0.000"]
     assert "IY > nothing" in printed
     lines = [line.split("\t") for line in (tmp_path / "phones.tsv").read_text(encoding="utf-8").splitlines()]
     assert lines[0][:4] == ["phone", "heard", "precision", "recall"]
@@ -480,12 +480,12 @@ def copied(corpus, tmp_path_factory):
 def test_the_floors_stand_beside_the_files_rows(monkeypatch, copied, corpus, tmp_path, capsys):
     run(monkeypatch, floors, copied, "--data", corpus)
     printed = capsys.readouterr().out.splitlines()
-    names = [line.split("  ")[0] for line in printed]
-    wanted = ["says everything right", "writes nothing", "pauses and energy", "this run, predictions"]
+    names = [line[2:].split("  ")[0] for line in printed]
+    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
     assert [name for name in names if name in wanted][:4] == wanted
     train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
     numbers = floors.fitted_row(predictions.read(copied), train, test[:12]).numbers
-    (line,) = [line.split() for line in printed if line.startswith("pauses and energy  ")]
+    (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
     assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES] and line[7:] == ["-"] * 5
     assert not list(tmp_path.iterdir()) and len(list(copied.parent.iterdir())) == 1
 

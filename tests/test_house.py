@@ -21,7 +21,7 @@ MAY_IMPORT = {  # of the project's own; bench and tests may import all
     "recipes": {"data", "metrics", "support", "recipes", "common"},  # common: recipes/common.py, beside the scripts
 }
 WITHOUT_TORCH = {"prompts", "metrics", "data"}  # nowhere in the file
-TORCH_WHEN_NEEDED = {"evaluate", "analysis"}  # only inside functions that need a model
+TORCH_WHEN_NEEDED = {"train", "evaluate", "tiny", "analysis"}  # only when_used, or inside functions that need a model
 OWN = {*METHOD, "support", "analysis", "recipes", "bench", "tests", "common"}
 
 
@@ -35,10 +35,11 @@ def imported(nodes):
 
 
 def at_module_level(tree):
-    """The nodes that run when a file is imported: all but those inside functions."""
+    """The nodes that run when a file is imported: all but those inside functions, and imports that wait."""
     for node in ast.iter_child_nodes(tree):
         yield node
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        waits = isinstance(node, ast.With) and ast.unparse(node.items[0]) == "when_used()"
+        if not waits and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from at_module_level(node)
 
 
@@ -81,6 +82,8 @@ def test_the_root_holds_the_papers_files_alone():
         ("data.py", "from torch.nn import functional", "torch"),
         ("evaluate.py", "if True:\n    import transformers", "transformers"),
         ("analysis/listen.py", "class Page:\n    import model", "model"),
+        ("train.py", "with when_used():\n    from analysis import floors", "analysis"),
+        ("train.py", "with open_run():\n    import torch", "torch"),
         ("recipes/signs.py", "import train", "train"),
     ],
 )
@@ -91,8 +94,9 @@ def test_a_wrong_arrow_is_found(tmp_path, file, source, wrong):
 
 
 @pytest.mark.parametrize("file", ["evaluate.py", "analysis/listen.py", "tiny.py", "bench/step.py"])
-def test_torch_may_be_imported_where_a_model_is_needed(tmp_path, file):
+@pytest.mark.parametrize("place", ["def f", "with when_used"])
+def test_torch_may_be_imported_where_a_model_is_needed(tmp_path, file, place):
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("import data\n\n\ndef f():\n    import model, torch")
+    (tmp_path / file).write_text(f"import data\n\n\n{place}():\n    import model, torch")
 
     assert wrong_arrows(tmp_path) == []

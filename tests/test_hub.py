@@ -18,9 +18,9 @@ from test_data import hub_table
 
 import data
 import model as models
-from support import cli, files, hub, pretrained
+from support import choices, cli, files, hub, pretrained
 
-MODEL, REVISION = models.HUB_MODEL, models.HUB_MODEL_REVISION
+MODEL, REVISION = choices.HUB_MODEL, choices.HUB_MODEL_REVISION
 CORPUS = f"datasets/{data.HUB_CORPUS}"
 NOBODY = "http://127.0.0.1:9"  # nothing listens at this address
 FIRST, SECOND = "1" * 40, "2" * 40  # commits that the moving revision names, one after the other
@@ -197,11 +197,11 @@ def reach(server, tmp_path, monkeypatch):
 
 def test_without_a_gpu_a_model_of_the_hub_is_judged_by_its_size_before_any_of_it_is_fetched(reach):
     reach()
-    assert pretrained.check(MODEL, REVISION) == FIRST
+    assert pretrained.check(MODEL, REVISION, "merge") == FIRST
     for offline in (False, True):
         seen = reach(offline=offline).seen
         with pytest.raises(cli.InputError, match="^some/large needs a CUDA GPU.*tiny.py.*$"):
-            pretrained.check("some/large", FIRST)
+            pretrained.check("some/large", FIRST, "merge")
         assert bool(seen) != offline and not [request for request in seen if "safetensors" in request]
 
 
@@ -251,9 +251,13 @@ def test_a_download_that_was_cut_short_is_refused_offline_and_completed_online(r
 
 def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint, new_model):
     server, model = reach(), new_model()
-    shutil.copytree(checkpoint, "model", ignore=lambda *_: [models.SPEECH_ADAPTER])  # a name like a hub id's
+    shutil.copytree(checkpoint, "model", ignore=lambda *_: [pretrained.SPEECH_ADAPTER])  # a name like a hub id's
+    with pytest.raises(cli.InputError, match="^model model has no speech-lora/.*--speech-adapter none$"):
+        pretrained.check("model", None, "merge")
     with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be read"):
         models.load_base("model", None, "float32", "sdpa", "merge")
+    assert pretrained.check("model", None, "none") is None
+    models.load_base("model", None, "float32", "sdpa", "none")
     with pytest.raises(cli.InputError, match="out/epoch-1/adapter_config.json cannot be read"):
         models.load_trained(model, "out/epoch-1", "lora")
     assert not server.seen

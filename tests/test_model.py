@@ -6,6 +6,7 @@ from pathlib import Path
 import pickle
 import re
 import shutil
+from typing import get_args
 from unittest.mock import Mock
 
 from bitsandbytes.nn import Linear4bit
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import cli, four_bits, memory, moved, pretrained, token_rows
+from support import choices, cli, four_bits, memory, moved, pretrained, token_rows
 from support.sound import read_audio
 
 SPEECH_ADAPTERS = ("merge", "continue", "none")
@@ -104,6 +105,10 @@ def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples)
     with torch.no_grad():
         ours = model(prepared) / sum(len(example.answer_ids) for example in batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_every_strategy_of_the_settings_says_what_trains():
+    assert get_args(choices.Strategy) == tuple(models.STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", models.STRATEGIES)
@@ -504,10 +509,10 @@ def test_a_group_that_matches_nothing_is_an_error(new_model, monkeypatch):
 def test_continue_trains_the_shipped_adapter_and_starts_from_the_same_function_as_merge(
     new_model, checkpoint, examples
 ):
-    config = json.loads((checkpoint / models.SPEECH_ADAPTER / "adapter_config.json").read_text())
+    config = json.loads((checkpoint / pretrained.SPEECH_ADAPTER / "adapter_config.json").read_text())
     several = {way: new_model(speech_adapter=way, rank=4).eval() for way in SPEECH_ADAPTERS}
     assert several["continue"].network.peft_config["default"].r == config["r"] != 4
-    shipped = load_file(checkpoint / models.SPEECH_ADAPTER / models.ADAPTER_FILE)
+    shipped = load_file(checkpoint / pretrained.SPEECH_ADAPTER / models.ADAPTER_FILE)
     ours = get_peft_model_state_dict(several["continue"].network)
     assert all(torch.equal(ours[key], value) for key, value in shipped.items())
     outputs = {way: logits(model, examples[:2]) for way, model in several.items()}
@@ -674,17 +679,20 @@ def changed(name, **values):
         (changed("preprocessor_config", feature_size=7), "preprocessor_config.json: feature_size 7"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "no end-of-text token: tokenizer_config.json"),
-        (lambda folder: shutil.rmtree(folder / models.SPEECH_ADAPTER), f"{models.SPEECH_ADAPTER}.* cannot be read"),
+        (
+            lambda folder: shutil.rmtree(folder / pretrained.SPEECH_ADAPTER),
+            "copy has no speech-lora/.*--speech-adapter none",
+        ),
         (lose_user_token, r"no token <\|user\|>"),
         (pickled(""), "cannot be loaded"),
-        (pickled(f"{models.SPEECH_ADAPTER}/adapter_"), "cannot be loaded"),
+        (pickled(f"{pretrained.SPEECH_ADAPTER}/adapter_"), "cannot be loaded"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint, tmp_path, damage, message):
     folder = copy_of(checkpoint, tmp_path)
     damage(folder)
     with pytest.raises(cli.InputError, match=f"^.*{message}.*$") as error:
-        pretrained.check(str(folder), None)
+        pretrained.check(str(folder), None, "merge")
         load(folder, "merge")
     assert "\n" not in str(error.value) and not os.path.exists("executed")
 
@@ -692,7 +700,20 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
 def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
     write_large_model(tmp_path / "large")
     with pytest.raises(cli.InputError, match="^.*needs a CUDA GPU.*python tiny.py.*$"):
-        pretrained.check(tmp_path / "large", None)
+        pretrained.check(tmp_path / "large", None, "none")
+
+
+@pytest.mark.filterwarnings("error:The PEFT config")
+def test_adapters_of_a_model_that_was_elsewhere_load_without_a_warning(new_model, checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    shipped, trained = folder / pretrained.SPEECH_ADAPTER / "adapter_config.json", tmp_path / "epoch-1"
+    change_json(shipped, base_model_name_or_path="elsewhere")
+    models.save_trained(new_model(), trained, {"strategy": "lora"})
+    change_json(trained / "adapter_config.json", base_model_name_or_path="elsewhere")
+    model = load(folder, "merge")
+    models.load_trained(model, trained, "lora")
+
+    assert model.network.peft_config["default"].base_model_name_or_path == str(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -749,7 +770,7 @@ def test_beside_quantised_weights_the_shipped_adapter_stays_active_frozen_and_wi
     speech = [p for name, p in model.core.named_parameters() if ".lora_" in name and ".speech." in name]
     assert len(speech) == 2 * 3 * 4 and not any(p.requires_grad for p in speech)
     folder = copy_of(checkpoint, tmp_path)
-    change_json(folder / models.SPEECH_ADAPTER / "adapter_config.json", lora_dropout=0.5)
+    change_json(folder / pretrained.SPEECH_ADAPTER / "adapter_config.json", lora_dropout=0.5)
     layers = load(folder, "merge", "nf4").core.named_modules()
     dropouts = [m for name, m in layers if name.endswith("lora_dropout.speech")]
     assert len(dropouts) == 3 * 4 and all(getattr(m, "p", 0.0) == 0 for m in dropouts)  # 0 may be PyTorch's Identity

@@ -232,10 +232,10 @@ def test_the_papers_numbers_stand_beside_its_own_corpus_alone(page_of, monkeypat
     assert "are left out: they are on the 2,500" in page
     assert not re.search(r"paper, lora|HMamba|\*</td>|\*:", page)
     ids = hashlib.sha256(b"a\nb\nc").hexdigest()
-    monkeypatch.setattr(standing, "TEST_PART", ids)
+    monkeypatch.setattr(evaluate, "PAPER_CORPUS", ids)
     page = page_of(lines)
     assert "paper, lora, epoch 3" in page and "HMamba" in page and "<td>1.000*</td>" in page
-    assert not standing.is_papers_corpus(lines[:-1] + [mdd("d")])
+    assert not evaluate.is_papers_corpus(lines[:-1] + [mdd("d")])
 
 
 def test_flagging_everything_is_a_floor_of_detection():
@@ -447,7 +447,10 @@ def lines(corpus):
     ]
 
 
-@pytest.mark.parametrize("folder, label, row", [(".", "epoch-2", 2), (".", "predictions", 3), ("base", "base", None)])
+@pytest.mark.parametrize(
+    "folder, label, row",
+    [(".", "epoch-2", "unfreeze, epoch 2"), (".", "predictions", None), ("base", "base", "unmodified")],
+)
 def test_the_page_of_a_run_has_all_tables_its_recordings_and_how_to_make_it_again(
     monkeypatch, corpus, lines, tmp_path, folder, label, row
 ):

@@ -12,6 +12,7 @@ import data
 import model as models
 import prompts
 from support import cli
+from support.pretrained import SPEECH_ADAPTER
 import tiny
 
 
@@ -128,7 +129,7 @@ def test_the_checkpoint_has_the_real_ones_files_and_settings(checkpoint):
     }
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["model_type"] == "phi4_multimodal" and config["tie_word_embeddings"]
-    adapter = json.loads((checkpoint / models.SPEECH_ADAPTER / "adapter_config.json").read_text())
+    adapter = json.loads((checkpoint / SPEECH_ADAPTER / "adapter_config.json").read_text())
     assert sorted(adapter["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
 
 

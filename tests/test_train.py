@@ -368,8 +368,10 @@ def test_the_time_of_the_rest_is_estimated_after_ten_steps():
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_step(run):
     out, text = run[0] / "out", run[1].stdout + run[1].stderr
     first = "\n".join(run[1].stdout.splitlines()[:10])
-    for expected in ("= 8 a step; 20 examples = 2 steps", "trained: LoRA", "settings: data=", "10 utterances of 1 "):
+    for expected in ("= 8 a step; 20 examples = 2 steps", "trained: LoRA", "10 utterances of 1 "):
         assert expected in first
+    assert re.search("^--learning-rate +0.01 +2e-05 *$", run[1].stdout, re.MULTILINE) and "--betas" not in text
+    assert "supervised" not in text and re.search(r"[\d,]+ tokens/s, loss \d", text)
     log = read_lines(out / "log.jsonl")
     assert [(line["step"], line["epoch"]) for line in log] == [(1, 1), (2, 1), (3, 2), (4, 2)]
     assert log[-1]["loss"] < log[0]["loss"]
