@@ -106,8 +106,9 @@ class Service:
     def __init__(self, assess):
         self.assess, self.requests, self.asked = assess, 0, asyncio.Queue()
         self.model_thread = ThreadPoolExecutor(1)
-        spawn = multiprocessing.get_context("spawn")
-        self.decoders = pebble.ProcessPool(DECODERS, initializer=start_decoder, context=spawn)
+        context = multiprocessing.get_context("forkserver")  # of a process without threads, which has imported much
+        context.set_forkserver_preload(["analysis.serve", "scipy.signal", "silero_vad", "soundfile"])
+        self.decoders = pebble.ProcessPool(DECODERS, initializer=start_decoder, context=context)
         self.decoders.schedule(int)  # so that they start now
 
     async def result(self, content, text):
