@@ -59,6 +59,7 @@ ARRIVING = 30  # s that a request may take to arrive
 DECODERS = 2  # processes
 DECODING = 15  # s; the slowest file that was found takes 4, 30 s of speech take 0.5
 DECODED = 2**28  # bytes that decoding may take; 30 s of FLAC with 96 kHz in stereo take half of it
+SLOW = ["analysis.assessor", "scipy.signal", "silero_vad", "soundfile", "starlette.applications", "uvicorn"]  # imports
 GOODBYE = 5  # s that open requests have when the service ends
 STATUS = {cli.InputError: 422, ClientDisconnect: 400, Exception: 500}
 
@@ -103,11 +104,11 @@ def decode(content, text, lexicon):
 class Service:
     """Answers the questions of many requests with one model, in batches. assess: an assessor.Assessor."""
 
-    def __init__(self, assess):
+    def __init__(self, assess):  # decoders are forks of a process that has imported what takes seconds
         self.assess, self.requests, self.asked = assess, 0, asyncio.Queue()
         self.model_thread = ThreadPoolExecutor(1)
-        context = multiprocessing.get_context("forkserver")  # of a process without threads, which has imported much
-        context.set_forkserver_preload(["analysis.serve", "scipy.signal", "silero_vad", "soundfile"])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(SLOW)
         self.decoders = pebble.ProcessPool(DECODERS, initializer=start_decoder, context=context)
         self.decoders.schedule(int)  # so that they start now
 
