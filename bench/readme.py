@@ -155,7 +155,7 @@ def serve(result):
 
 {MODELS[result["model"]]}, {result["requests"]} requests, {result["hostile"]} of them hostile, {len(runs["1"])} runs: \
 {lost} lost, {wrong} wrong. MB of the service before and after each run: {", ".join(service)}; of its other \
-processes: {", ".join(others)}. Hostile: {", ".join(result["kinds"])}."""
+processes: {", ".join(others)}. Load average at the end: {result["load"][0]}. Hostile: {", ".join(result["kinds"])}."""
 
 
 def write_tables():

@@ -17,13 +17,13 @@ from conftest import ROOT, script, sound, tone
 import numpy as np
 import processes
 import pytest
+import uvicorn
 
 from analysis import assessor, serve
 import data
 import prompts
 from support import cli
 
-uvicorn = pytest.importorskip("uvicorn")
 SENTENCE = "we see it"
 
 
