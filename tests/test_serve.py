@@ -117,9 +117,10 @@ def test_many_requests_at_once_get_the_answers_of_single_ones(ask, assess, recor
 
 def test_a_recording_that_the_model_fails_on_loses_no_other(running, ask, assess, recordings, monkeypatch):
     _, service = running
-    go_on, answer = threading.Event(), assess.answer
+    started, go_on, answer = threading.Event(), threading.Event(), assess.answer
 
     def failing(questions):
+        started.set()
         go_on.wait(60)
         if any(question.text == "it" for question in questions):
             raise RuntimeError("no memory")
@@ -127,8 +128,10 @@ def test_a_recording_that_the_model_fails_on_loses_no_other(running, ask, assess
 
     monkeypatch.setattr(assess, "answer", failing)
     with ThreadPoolExecutor(5) as threads:
-        answers = [threads.submit(ask, recordings[0], text) for text in (SENTENCE, "it", SENTENCE, SENTENCE, SENTENCE)]
-        while service.asked.qsize() < 4:  # the model has one, and is asked for the others together
+        answers = [threads.submit(ask, recordings[0])]
+        assert started.wait(60)
+        answers += [threads.submit(ask, recordings[0], text) for text in ("it", SENTENCE, SENTENCE, SENTENCE)]
+        while service.asked.qsize() < 4:  # they go to the model together
             time.sleep(0.01)
         go_on.set()
         answers = [future.result() for future in answers]
@@ -273,6 +276,7 @@ def test_nothing_is_written_to_the_disk_or_the_log(ask, monkeypatch, tmp_path, c
     content = sound(np.stack([tone(25.0, 44_100)] * 2, axis=1), 44_100)
     assert 8_000_000 < len(content) < serve.LARGEST
     assert ask(content, "we see it")[0] == 200 and ask(content, "secret")[0] in (200, 422)
+    assert ask(bytes(3 * serve.LARGEST))[0] == 413
     assert list(tmp_path.iterdir()) == [] and "".join(capfd.readouterr()) == ""
 
 
