@@ -23,11 +23,15 @@ import sys
 import jinja2
 from tyro.conf import Positional
 
-from analysis import errors, floors, phones, pictures, standing
+from analysis import errors, floors, phones, standing
 import evaluate
 import metrics
 import prompts
 from support import answers, cli, files, log, predictions, screen
+from support.later import when_used
+
+with when_used():
+    from analysis import pictures
 
 SHOWN = 40  # utterances with the largest errors
 FIRST = 10  # of them, that are not folded away

@@ -162,10 +162,25 @@ def export(result):
     return f"{table([*header, 'seconds', 'peak GB (without mapped)'], rows)}\n\n{MODELS[result['model']]}."
 
 
+def serve(result):
+    """Requests a second and seconds until an answer, one at a time and together; what was lost, wrong, or kept."""
+    rows, runs = [], result["figures"]
+    for at_a_time, found in runs.items():
+        seconds = [spread([run[key] for run in found]) for key in ("median", "late")]
+        rows.append([f"{at_a_time} at a time", spread([run["rate"] for run in found], 1), *seconds])
+    lost, wrong = (sum(run[name] for found in runs.values() for run in found) for name in ("lost", "wrong"))
+    service, others = ([f"{mb:,}" for mb in column] for column in zip(*result["memory_mb"]))
+    return f"""{table(["", "requests/s", "median, s", "95 % below, s"], rows)}
+
+{MODELS[result["model"]]}, {result["requests"]} requests, {result["hostile"]} of them hostile, {len(runs["1"])} runs: \
+{lost} lost, {wrong} wrong. MB of the service before and after each run: {", ".join(service)}; of its other \
+processes: {", ".join(others)}. Load average at the end: {result["load"][0]}. Hostile: {", ".join(result["kinds"])}."""
+
+
 def write_tables():
     """Put a table of every result between its marks in the README."""
     text = README.read_text()
-    for describe in (train_step, evaluate, scaling, full_size, export):
+    for describe in (train_step, evaluate, scaling, full_size, export, serve):
         name = describe.__name__
         parts = []
         results = [json.loads(path.read_text()) for path in (BENCH / "results").glob(f"{name}-*.json")]

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -70,3 +71,18 @@ def together(script, arguments, cwd, count=2, prepare=None):
     return [
         Process(script, arguments, cwd, world | {"RANK": str(r), "LOCAL_RANK": str(r)}, prepare) for r in range(count)
     ]
+
+
+# What a sound file may do to the process that decodes it: analysis/serve.py
+
+
+def hang(*_):
+    time.sleep(60)
+
+
+def crash(*_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hoard(*_):
+    return bytearray(2**30)

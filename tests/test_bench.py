@@ -31,8 +31,8 @@ def imported(name):
     return module
 
 
-workload, train_step, evaluation, scaling, readme, full_size = map(
-    imported, ("workload", "train_step", "evaluate", "scaling", "readme", "full_size")
+workload, train_step, evaluation, scaling, readme, full_size, service = map(
+    imported, ("workload", "train_step", "evaluate", "scaling", "readme", "full_size", "serve")
 )
 STEP = 8  # examples, where a benchmark has 64
 
@@ -249,4 +249,23 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     readme.write_tables()
     assert copy.read_text() == text
     names = {json.loads(path.read_text())["benchmark"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    assert {name.split("-")[0] for name in names} == {"train_step", "evaluate", "scaling", "full_size", "batch_sizes"}
+    measured = {"train_step", "evaluate", "scaling", "full_size", "batch_sizes", "serve"}
+    assert {name.split("-")[0] for name in names} == measured
+
+
+def test_the_service_is_compared_with_single_answers_number_by_number():
+    right = {"scores": [{"expected": 6.5, "mode": 7}], "words": None}
+    near, far, other = (
+        {"scores": [{"expected": x, "mode": mode}]} for x, mode in ((6.500001, 7), (6.501, 7), (6.5, 8))
+    )
+    assert service.alike(right, right) and service.alike(right, near | {"words": None})
+    assert not any(service.alike(right, wrong | {"words": None}) for wrong in (far, other)) and not service.alike(
+        right, near
+    )
+
+
+def test_no_hostile_request_has_a_good_answer(noise):
+    (utterance,) = data.read_corpus(noise, "test", limit=1)
+    requests = service.hostile(utterance.recording(), "ME")
+    assert len({request.kind for request in requests}) == 10 == len(requests)
+    assert all(request.status is None or request.status >= 400 for request in requests)
