@@ -74,11 +74,11 @@ class Folded:
         self.dtype, self.layers, self.quantised = getattr(torch, dtype), re.compile(rf"({layers})\.weight"), quantised
         self.before, self.after, self.measured = before, after, Measured()
         with pretrained.loading(f"checkpoint {folder}"):
-            self.frozen = _open(folder.glob(pretrained.WEIGHTS))  # name -> the file that it is in
+            self.frozen = _listed(folder.glob(pretrained.WEIGHTS))
         with pretrained.loading(f"what was trained, on the checkpoint {folder},"):
-            self.trained = _open([replaced] if replaced else [])
-            for name, file in self.trained.items():
-                self._check(name, file.get_slice(name).get_shape())
+            self.trained = _listed([replaced] if replaced else [])
+            for name, (_, shape) in self.trained.items():
+                self._check(name, shape)
             for adapter in (*before, *after):
                 if different := adapter.pairs.keys() ^ filter(self.layers.fullmatch, self.frozen):
                     raise ValueError(f"{len(different)} layers differ, such as {min(different)}")
@@ -86,18 +86,17 @@ class Folded:
                     self._check(name, [len(pair["B"]), pair["A"].shape[1]])
 
     def _check(self, name, shape):
-        if name not in self.frozen or self.frozen[name].get_slice(name).get_shape() != [*shape]:
+        if name not in self.frozen or self.frozen[name][1] != [*shape]:
             raise ValueError(f"{name} {[*shape]} is none of its weights")
 
     def empty(self):
         """{name: a tensor of the type and shape that the weight will have, which holds nothing}."""
-        shapes = {name: file.get_slice(name).get_shape() for name, file in self.frozen.items()}
-        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in shapes.items()}
+        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, (_, shape) in self.frozen.items()}
 
     @torch.no_grad()
     def fold(self, name):
         """One weight, in `dtype`; counted in `measured`. Raises ValueError where it is not finite."""
-        weight = self.frozen[name].get_tensor(name)
+        weight = _read(self.frozen, name)
         if self.quantised and self.layers.fullmatch(name):
             held = four_bits.rounded(weight.to(self.dtype))
             self.measured.checkpoint += _square(weight)
@@ -108,7 +107,7 @@ class Folded:
             began = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.before)
             now = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.after)
             if name in self.trained:
-                now = self.trained[name].get_tensor(name).float()
+                now = _read(self.trained, name).float()
             weight = now.to(self.dtype)
             if not torch.equal(now, began):
                 self._measure(began, now, weight)
@@ -139,10 +138,19 @@ class Folded:
             (folder / pretrained.WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _open(paths):
-    """{name of a weight: the open safetensors file that it is in}; no weight is read yet."""
-    opened = [safe_open(path, "pt") for path in sorted(paths)]
-    return {name: file for file in opened for name in file.keys()}
+def _listed(paths):
+    """{name of a weight: (safetensors file that it is in, its shape)}; no weight is read yet."""
+    found = {}
+    for path in sorted(paths):
+        with safe_open(path, "pt") as file:
+            found |= {name: (path, file.get_slice(name).get_shape()) for name in file.keys()}
+    return found
+
+
+def _read(listed, name):
+    """A weight. Its file is opened for it alone: what was read from an open one stays in memory."""
+    with safe_open(listed[name][0], "pt") as file:
+        return file.get_tensor(name)
 
 
 def _square(weight):

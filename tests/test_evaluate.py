@@ -236,6 +236,7 @@ def test_a_saved_file_gives_the_metrics_and_tables_that_its_evaluation_gave(
         trained = json.loads((folder / "settings.json").read_text())
         (folder / "settings.json").write_text(json.dumps(trained | {"strategy": strategy, "epoch": epoch}))
     monkeypatch.setattr(evaluate, "load", lambda *_: Parrot())
+    monkeypatch.setattr(evaluate, "is_papers_corpus", lambda records: True)  # so that numbers are marked
     for arguments, label in ((["--base"], "base"), *((["--epochs", epoch], f"epoch-{epoch}") for epoch in epochs)):
         where = tmp_path / label
         adapter = ["--data", trained["data"], "--model", trained["model"]] if label == "base" else ["--adapter", "out"]
