@@ -187,14 +187,27 @@ def copy_files(source, folder, kinds):
 
 
 def add_control_tokens(folder, tokenizer):
-    """Add the control tokens to tokenizer.json. Raises InputError where a token's id is not that of training."""
-    path, control = folder / "tokenizer.json", [*prompts.CONTROL_TOKENS.values()]
+    """Add the control tokens to tokenizer.json, with the ids that they have in `tokenizer`.
+
+    All added tokens go into the vocabulary as well: the ids of those that are not there are counted when the file is
+    read, and come out otherwise where the vocabulary has holes. Raises InputError where a prompt would be read as
+    other tokens than in training.
+    """
+    path = folder / "tokenizer.json"
+    content = files.read_json(path, dict)
+    vocabulary, added, ids = content["model"]["vocab"], content["added_tokens"], tokenizer.get_vocab()
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    for token in {*prompts.CONTROL_TOKENS.values()} - {token["content"] for token in added}:
+        added.append({"id": ids[token], "content": token, **flags})
+    for token in added:
+        token["id"] = vocabulary[token["content"]] = ids.get(token["content"], token["id"])
+    added.sort(key=lambda token: token["id"])
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     own = tokenizers.Tokenizer.from_file(str(path))
-    own.add_special_tokens(control)
-    for token in (*control, *prompts.TURN_TOKENS):
-        if own.token_to_id(token) != (trained := tokenizer.convert_tokens_to_ids(token)):
-            raise cli.InputError(f"{token} is {own.token_to_id(token)} in {path.name} and was {trained} in training")
-    own.save(str(path))
+    for task in prompts.TASKS:
+        text = prompts.build_prompt(task)
+        if own.encode(text, add_special_tokens=False).ids != tokenizer.encode(text, add_special_tokens=False):
+            raise cli.InputError(f"{path.name} reads the {task} prompt as other tokens than in training")
 
 
 def change_json(path, **values):

@@ -9,7 +9,7 @@ from peft import PeftModel
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
-from transformers import AutoTokenizer, Phi4MultimodalForCausalLM
+from transformers import AutoTokenizer, Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
 
 from analysis import export
 import data
@@ -165,6 +165,19 @@ def test_the_control_tokens_are_in_the_tokenizer_whatever_class_reads_it(adapter
     assert json.loads((tmp_path / "new/prompts.json").read_text())["MDD"] == prompts.build_prompt("MDD")
     stops = json.loads((tmp_path / "new/generation_config.json").read_text())["eos_token_id"]
     assert stops == [own.convert_tokens_to_ids(prompts.END), own.eos_token_id]
+
+
+def test_the_control_tokens_keep_their_ids_where_the_vocabulary_has_holes(adapter, checkpoint, tmp_path):
+    (tmp_path / "holes").mkdir()
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    content["model"]["vocab"]["<|tag|>"] = 5000
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 5000, "content": "<|tag|>"})
+    (tmp_path / "holes" / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "holes" / "tokenizer.json"))
+    tokenizer.add_tokens([*prompts.CONTROL_TOKENS.values()], special_tokens=True)
+    export.add_control_tokens(tmp_path / "holes", tokenizer)
+    own = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "holes" / "tokenizer.json"))
+    assert own.get_vocab() == tokenizer.get_vocab() and own.get_vocab()["<|tag|>"] == 5000
 
 
 def test_weights_in_several_files_are_the_same_weights(adapter, tmp_path, monkeypatch):
