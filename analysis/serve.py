@@ -81,9 +81,7 @@ def start_decoder():
     """Load what `decode` needs, then limit the process' memory (on Linux; macOS has no such limit)."""
     import torch
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C in a terminal reaches every process; the service ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the service ends this one
     torch.set_num_threads(1)
     doubts.speech_seconds(torch.zeros(sound.SAMPLE_RATE))
     if sys.platform == "linux":
