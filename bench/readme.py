@@ -147,18 +147,18 @@ def export(result):
     """What an exported checkpoint answers beside the adapter, and what the export took."""
     rows = [
         [
-            f"{way['strategy']}, {way['speech_adapter']}",
+            f"{way['strategy']}, {way['speech_adapter']}" + ", calm" * way["calm"],
             way["dtype"],
             f"{way['equal']} of {way['answers']}",
             f"{way['expected']:.1g}",
             f"{way['logits']:.1g}",
-            f"{way['spread']:.1f}",
+            f"{way['eager']:.1g}",
             f"{way['seconds']:.0f}",
             f"{way['peak_gb']:.1f} ({way['peak_own_gb']:.1f})",
         ]
         for way in result["ways"]
     ]
-    header = ["", "type", "equal answers", "expected scores differ by", "logits by", "their spread"]
+    header = ["", "type", "equal answers", "expected scores by", "logits by", "logits by attention"]
     return f"{table([*header, 'seconds', 'peak GB (without mapped)'], rows)}\n\n{MODELS[result['model']]}."
 
 

@@ -176,3 +176,28 @@ def run(where, tmp_path_factory):
     result = script(ROOT / "train.py", *where, *sizes, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder, result
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Starts Chromium with further flags; a test is skipped where that, its driver or selenium is not installed."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and chromedriver):
+        pytest.skip("chromium and chromedriver are not installed")
+    drivers = []
+
+    def start(*flags):
+        options = webdriver.ChromeOptions()
+        options.binary_location = program
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        quiet = "no-first-run disable-background-networking disable-component-update disable-sync disable-quic"
+        own = ["headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *quiet.split()]
+        for flag in (*own, f"user-data-dir={tmp_path / 'profile'}", *flags):
+            options.add_argument(f"--{flag}")
+        drivers.append(webdriver.Chrome(options, webdriver.ChromeService(chromedriver)))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.quit()

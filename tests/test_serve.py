@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -337,33 +336,14 @@ def marked(questions):
 
 
 @pytest.fixture
-def browser(tmp_path):
+def browser(chromium, tmp_path):
     """Chromium whose microphone plays a file."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("chromium and chromedriver are not installed")
     (tmp_path / "microphone.wav").write_bytes(sound(tone(3.0, 48_000), 48_000, subtype="PCM_16"))
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-dev-shm-usage",
+    return chromium(
         "use-fake-device-for-media-stream",
         "use-fake-ui-for-media-stream",
         f"use-file-for-fake-audio-capture={tmp_path / 'microphone.wav'}",
-        f"user-data-dir={tmp_path / 'profile'}",
-    ):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
+    )
 
 
 def test_the_page_may_load_nothing_from_elsewhere_and_runs_its_own_script_alone(running):
