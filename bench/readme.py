@@ -153,12 +153,13 @@ def export(result):
             f"{way['expected']:.1g}",
             f"{way['logits']:.1g}",
             f"{way['eager']:.1g}",
+            f"{way['base']:.1g}",
             f"{way['seconds']:.0f}",
             f"{way['peak_gb']:.1f} ({way['peak_own_gb']:.1f})",
         ]
         for way in result["ways"]
     ]
-    header = ["", "type", "equal answers", "expected scores by", "logits by", "logits by attention"]
+    header = ["", "type", "equal answers", "expected scores by", "logits by", "another attention", "no adapter"]
     return f"{table([*header, 'seconds', 'peak GB (without mapped)'], rows)}\n\n{MODELS[result['model']]}."
 
 
