@@ -249,7 +249,7 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     readme.write_tables()
     assert copy.read_text() == text
     names = {json.loads(path.read_text())["benchmark"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    measured = {"train_step", "evaluate", "scaling", "full_size", "batch_sizes", "serve"}
+    measured = {"train_step", "evaluate", "scaling", "full_size", "batch_sizes", "serve", "export"}
     assert {name.split("-")[0] for name in names} == measured
 
 
