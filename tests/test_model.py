@@ -708,7 +708,7 @@ def test_adapters_of_a_model_that_was_elsewhere_load_without_a_warning(new_model
     folder = copy_of(checkpoint, tmp_path)
     shipped, trained = folder / pretrained.SPEECH_ADAPTER / "adapter_config.json", tmp_path / "epoch-1"
     change_json(shipped, base_model_name_or_path="elsewhere")
-    models.save_trained(new_model(), trained, {"strategy": "lora"})
+    models.save_trained(new_model(), trained, TRAINED)
     change_json(trained / "adapter_config.json", base_model_name_or_path="elsewhere")
     model = load(folder, "merge")
     models.load_trained(model, trained, "lora")
