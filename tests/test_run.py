@@ -218,7 +218,9 @@ def test_the_micro_batch_may_change_between_the_parts_of_a_run(command, uninterr
 def test_of_two_runs_into_one_folder_one_is_refused_and_the_other_is_whole(command, uninterrupted, tmp_path):
     both = [Process("train", command, tmp_path) for _ in range(2)]
     (_, done), (code, refused) = sorted((process.wait() for process in both), key=lambda end: end[0])
-    assert code == 2 and "out is in use by process" in refused.splitlines()[-1] and "Traceback" not in refused
+    late = "settings.json is there already"  # where the machine is so busy that the other one has ended
+    assert code == 2 and "Traceback" not in refused
+    assert any(reason in refused.splitlines()[-1] for reason in ("out is in use by process", late))
     assert "adapters in out/epoch-*" in done
     assert_same_run(tmp_path / "out", uninterrupted)
 
