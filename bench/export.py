@@ -90,7 +90,8 @@ def write_adapter(settings):
                 small = CALM if ADDING.search(name) and settings.calm else 1
                 weights[f"{key}B.weight"] = small * LEARNT * torch.randn(outputs, 64).sign()
             elif name == "model.embed_tokens.weight":
-                where["embed_tokens"] = [full_size.VOCABULARY - 35, full_size.VOCABULARY - 34]
+                last = max(full_size.SPECIAL_TOKENS.values())
+                where["embed_tokens"] = [last + 1, last + 2]  # as the control tokens are added
                 rows = torch.cat([opened.get_slice(name)[token : token + 1] for token in where["embed_tokens"]])
                 weights["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = rows.float()
     folder.mkdir(parents=True)
