@@ -8,7 +8,7 @@ control tokens into the tokenizer: transformers loads the folder without PEFT an
 it shows. `--format microsoft` gives the names and files that vLLM and SGLang serve; code, configuration and processor
 come from a copy of Microsoft's own repository (`--like`), of which no code is run here.
 
-Folded weights are computed in float32 and rounded once. One file of weights is in memory at a time.
+What was learnt is added in float32 and rounded once. One file of weights is in memory at a time.
 """
 
 from dataclasses import dataclass, fields
@@ -118,18 +118,20 @@ def trained_weights(evaluation, settings):
     files.read_json(base / "config.json", pretrained.ModelConfig)
     tokenizer, _ = pretrained.load_reading(base, f"model {name!r}")
     tokenizer.add_tokens([*prompts.CONTROL_TOKENS.values()], special_tokens=True)
-    full, way = training.strategy == "full", training.speech_adapter
+    way, quantised = training.speech_adapter, training.quantize == "nf4"
     shipped = [] if way == "none" else [folded.read_adapter(base / pretrained.SPEECH_ADAPTER)]
-    trained = [] if full else [folded.read_adapter(adapter)]
+    trained = [] if training.strategy == "full" else [folded.read_adapter(adapter)]
+    beside = shipped if quantised or way == "continue" else []  # else it was merged
     dtype = settings.dtype or training.dtype or models.default_dtype()
     weights = folded.Folded(
         base,
         dtype,
         models.LORA_TARGETS,
-        before=shipped,
-        after=trained if way == "continue" else shipped + trained,
+        merged=[] if beside else shipped,
+        before=beside,
+        after=trained if way == "continue" else beside + trained,
         replaced=None if training.strategy == "lora" else adapter / models.TRAINED_FILE,
-        quantised=training.quantize == "nf4",
+        quantised=quantised,
     )
     return weights, tokenizer, training.model_copy(update={"model": name, "revision": commit, "dtype": dtype}), base
 

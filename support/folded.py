@@ -1,6 +1,7 @@
 """Folded weights: what the weights of a checkpoint are after training, one at a time, without building the network.
 
-Sums are computed in float32 and rounded once. Weights have the names that they have in the checkpoint's files.
+It starts from the weights as training held them: in its type, with a merged adapter, or in 4 bits. What was learnt is
+added in float32, and the sum is rounded once. Weights have the names that they have in the checkpoint's files.
 """
 
 from dataclasses import dataclass
@@ -65,21 +66,21 @@ class Folded:
     """A checkpoint's weights as training left them.
 
     folder: of the checkpoint; dtype: of the result, "float32" or "bfloat16"; layers: regex of those that have LoRA;
-    before, after: the Adapters that the network had when training began and has now; replaced: file of weights that
-    were trained themselves, or None; quantised: whether the layers were kept in 4 bits. Raises InputError where these
-    do not fit together.
+    merged: Adapters that were folded into the weights before training; before, after: those that stood beside them
+    when training began, and now; replaced: file of weights that were trained themselves, or None; quantised: whether
+    the layers were kept in 4 bits. Raises InputError where these do not fit together.
     """
 
-    def __init__(self, folder, dtype, layers, before, after, replaced=None, quantised=False):
+    def __init__(self, folder, dtype, layers, merged, before, after, replaced=None, quantised=False):
         self.dtype, self.layers, self.quantised = getattr(torch, dtype), re.compile(rf"({layers})\.weight"), quantised
-        self.before, self.after, self.measured = before, after, Measured()
+        self.merged, self.before, self.after, self.measured = merged, before, after, Measured()
         with pretrained.loading(f"checkpoint {folder}"):
             self.frozen = _listed(folder.glob(pretrained.WEIGHTS))
         with pretrained.loading(f"what was trained, on the checkpoint {folder},"):
             self.trained = _listed([replaced] if replaced else [])
             for name, (_, shape) in self.trained.items():
                 self._check(name, shape)
-            for adapter in (*before, *after):
+            for adapter in (*merged, *before, *after):
                 if different := adapter.pairs.keys() ^ filter(self.layers.fullmatch, self.frozen):
                     raise ValueError(f"{len(different)} layers differ, such as {min(different)}")
                 for name, pair in adapter.pairs.items():
@@ -96,9 +97,12 @@ class Folded:
     @torch.no_grad()
     def fold(self, name):
         """One weight, in `dtype`; counted in `measured`. Raises ValueError where it is not finite."""
-        weight = _read(self.frozen, name)
+        weight = _read(self.frozen, name, self.dtype)
+        for adapter in self.merged:
+            if name in adapter.pairs:
+                weight = (weight.float() + adapter.delta(name)).to(self.dtype)
         if self.quantised and self.layers.fullmatch(name):
-            held = four_bits.rounded(weight.to(self.dtype))
+            held = four_bits.rounded(weight)
             self.measured.checkpoint += _square(weight)
             self.measured.quantised += _square(held.float() - weight.float())
             weight = held
@@ -107,11 +111,10 @@ class Folded:
             began = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.before)
             now = weight.float() + sum(deltas.get(id(adapter), 0) for adapter in self.after)
             if name in self.trained:
-                now = _read(self.trained, name).float()
+                now = _read(self.trained, name, torch.float32)
             weight = now.to(self.dtype)
             if not torch.equal(now, began):
                 self._measure(began, now, weight)
-        weight = weight.to(self.dtype)
         for adapter in self.after:
             if name in adapter.rows:
                 tokens, rows = adapter.rows[name]
@@ -147,10 +150,10 @@ def _listed(paths):
     return found
 
 
-def _read(listed, name):
-    """A weight. Its file is opened for it alone: what was read from an open one stays in memory."""
+def _read(listed, name, dtype):
+    """A copy of a weight. Its file is opened for it alone: what was read from an open one stays in memory."""
     with safe_open(listed[name][0], "pt") as file:
-        return file.get_tensor(name)
+        return file.get_tensor(name).to(dtype, copy=True)
 
 
 def _square(weight):

@@ -190,13 +190,22 @@ def test_weights_in_several_files_are_the_same_weights(adapter, tmp_path, monkey
     assert all(weight.equal(one[name]) for part in parts for name, weight in part.items())
 
 
-def test_folded_weights_are_rounded_once(adapter, checkpoint, tmp_path):
-    _, said = exported(tmp_path / "exact", adapter)
-    _, rounded_said = exported(tmp_path / "rounded", adapter, dtype="bfloat16")
-    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "rounded"))
-    assert all(weight.equal(exact[name].bfloat16()) for name, weight in rounded.items())
-    assert "0.00% of that change" in said[0] and "0.00%" not in rounded_said[0]
-    assert json.loads((tmp_path / "rounded/config.json").read_text())["dtype"] == "bfloat16"
+@pytest.mark.parametrize("way", ["merge", "continue", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folded_layer_is_what_training_held_with_what_was_learnt_rounded_once(
+    new_model, checkpoint, corpus, tmp_path, dtype, way
+):
+    train(new_model, checkpoint, corpus, tmp_path / "epoch-1", way=way, dtype=dtype)
+    _, said = exported(tmp_path / "new", tmp_path / "epoch-1")
+    weights = load_file(tmp_path / "new/model.safetensors")
+    core = as_evaluated(checkpoint, tmp_path / "epoch-1").core
+    layers = {name: module for name, module in core.named_modules() if hasattr(module, "lora_A")}
+    for name, layer in layers.items():
+        held = layer.get_base_layer().weight
+        expected = held.float() + layer.get_delta_weight("default")
+        assert weights[f"{name}.weight"].equal(expected.to(held.dtype))
+    assert len(layers) == 4 * len(core.model.layers) and ("0.00% of that change" in said[0]) == (dtype == "float32")
+    assert json.loads((tmp_path / "new/config.json").read_text())["dtype"] == dtype
 
 
 def test_from_four_bits_the_layers_are_those_that_training_fitted_to(new_model, checkpoint, corpus, tmp_path):
