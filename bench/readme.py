@@ -150,17 +150,15 @@ def export(result):
             f"{way['strategy']}, {way['speech_adapter']}" + ", calm" * way["calm"],
             way["dtype"],
             f"{way['equal']} of {way['answers']}",
-            f"{way['expected']:.1g}",
-            f"{way['logits']:.1g}",
-            f"{way['eager']:.1g}",
-            f"{way['base']:.1g}",
+            *(f"{way[key]:.2g}" for key in ("expected", "logits", "exact", "eager", "base")),
             f"{way['seconds']:.0f}",
             f"{way['peak_gb']:.1f} ({way['peak_own_gb']:.1f})",
         ]
         for way in result["ways"]
     ]
-    header = ["", "type", "equal answers", "expected scores by", "logits by", "another attention", "no adapter"]
-    return f"{table([*header, 'seconds', 'peak GB (without mapped)'], rows)}\n\n{MODELS[result['model']]}."
+    header = ["", "type", "equal answers", "expected scores by", "logits by", "in float32 by"]
+    header += ["another attention", "no adapter", "seconds", "peak GB (without mapped)"]
+    return f"{table(header, rows)}\n\n{MODELS[result['model']]}."
 
 
 def serve(result):
