@@ -122,9 +122,11 @@ def trained_weights(evaluation, settings):
     shipped = [] if way == "none" else [folded.read_adapter(base / pretrained.SPEECH_ADAPTER)]
     trained = [] if training.strategy == "full" else [folded.read_adapter(adapter)]
     beside = shipped if quantised or way == "continue" else []  # else it was merged
-    dtype = settings.dtype or training.dtype or models.default_dtype()
+    held = training.dtype or models.default_dtype()
+    dtype = settings.dtype or held
     weights = folded.Folded(
         base,
+        held,
         dtype,
         models.LORA_TARGETS,
         merged=[] if beside else shipped,

@@ -177,11 +177,11 @@ def run(script, arguments, stop_at=None):
     `peak_gb` counts what is mapped from the checkpoint as well, which the system drops when memory is short and reads
     again; `peak_own_gb` does not.
     """
-    started, stopped, own = time.perf_counter(), False, 0.0
+    started, stopped, peak, own = time.perf_counter(), False, 0.0, 0.0
     command = [sys.executable, "-c", LAUNCHER, script, *map(str, arguments)]
     process = subprocess.Popen(command, cwd=workload.BENCH.parent, stdout=subprocess.DEVNULL)  # tables of no meaning
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        own = max(own, own_memory(process.pid))
+        peak, own = max(peak, held(process.pid, "VmHWM")), max(own, held(process.pid, "RssAnon"))
         if stop_at and not stopped and any(stop_at[0].glob(stop_at[1])):
             process.kill()
             stopped = True
@@ -191,15 +191,15 @@ def run(script, arguments, stop_at=None):
     if process.returncode != (-signal.SIGKILL if stopped else 0):
         killed = ", killed, as where memory is short" if process.returncode == -signal.SIGKILL else ""
         raise cli.RunError(f"{' '.join(command[3:])} ended with {process.returncode}{killed}")
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # a Mac counts in bytes
-    peak = usage.ru_maxrss * kilobyte / 1e9
+    if sys.platform == "darwin":  # Linux counts what the parent had at the fork as well
+        peak = usage.ru_maxrss / 1e9
     return {"seconds": time.perf_counter() - started, "peak_gb": peak, "peak_own_gb": own}
 
 
-def own_memory(process):
-    """GB that a process holds beside what it maps from files; 0 where the system does not tell."""
+def held(process, what):
+    """GB of memory of a process, by its name in /proc/PID/status; 0 where there is none."""
     status = Path(f"/proc/{process}/status")
-    found = re.search(r"RssAnon:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{what}:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 

@@ -1,7 +1,7 @@
 """Folded weights: what the weights of a checkpoint are after training, one at a time, without building the network.
 
-It starts from the weights as training held them: in its type, with a merged adapter, or in 4 bits. What was learnt is
-added in float32, and the sum is rounded once. Weights have the names that they have in the checkpoint's files.
+To the weights as training held them (in its type, with a merged adapter, or in 4 bits) what was learnt is added in
+float32, and the sum is rounded once. Weights have the names that they have in the checkpoint's files.
 """
 
 from dataclasses import dataclass
@@ -65,14 +65,15 @@ class Measured:
 class Folded:
     """A checkpoint's weights as training left them.
 
-    folder: of the checkpoint; dtype: of the result, "float32" or "bfloat16"; layers: regex of those that have LoRA;
-    merged: Adapters that were folded into the weights before training; before, after: those that stood beside them
-    when training began, and now; replaced: file of weights that were trained themselves, or None; quantised: whether
-    the layers were kept in 4 bits. Raises InputError where these do not fit together.
+    folder: of the checkpoint; held, dtype: "float32" or "bfloat16", in training and of the result; layers: regex of
+    those that have LoRA; merged: Adapters that were folded into the weights before training; before, after: those that
+    stood beside them when training began, and now; replaced: file of weights that were trained themselves, or None;
+    quantised: whether the layers were kept in 4 bits. Raises InputError where these do not fit together.
     """
 
-    def __init__(self, folder, dtype, layers, merged, before, after, replaced=None, quantised=False):
-        self.dtype, self.layers, self.quantised = getattr(torch, dtype), re.compile(rf"({layers})\.weight"), quantised
+    def __init__(self, folder, held, dtype, layers, merged, before, after, replaced=None, quantised=False):
+        self.held, self.dtype = getattr(torch, held), getattr(torch, dtype)
+        self.layers, self.quantised = re.compile(rf"({layers})\.weight"), quantised
         self.merged, self.before, self.after, self.measured = merged, before, after, Measured()
         with pretrained.loading(f"checkpoint {folder}"):
             self.frozen = _listed(folder.glob(pretrained.WEIGHTS))
@@ -97,10 +98,10 @@ class Folded:
     @torch.no_grad()
     def fold(self, name):
         """One weight, in `dtype`; counted in `measured`. Raises ValueError where it is not finite."""
-        weight = _read(self.frozen, name, self.dtype)
+        weight = _read(self.frozen, name, self.held)
         for adapter in self.merged:
             if name in adapter.pairs:
-                weight = (weight.float() + adapter.delta(name)).to(self.dtype)
+                weight = (weight.float() + adapter.delta(name)).to(self.held)
         if self.quantised and self.layers.fullmatch(name):
             held = four_bits.rounded(weight)
             self.measured.checkpoint += _square(weight)
@@ -115,6 +116,7 @@ class Folded:
             weight = now.to(self.dtype)
             if not torch.equal(now, began):
                 self._measure(began, now, weight)
+        weight = weight.to(self.dtype)
         for adapter in self.after:
             if name in adapter.rows:
                 tokens, rows = adapter.rows[name]
@@ -151,9 +153,9 @@ def _listed(paths):
 
 
 def _read(listed, name, dtype):
-    """A copy of a weight. Its file is opened for it alone: what was read from an open one stays in memory."""
+    """A weight. Its file is opened for it alone: what was read from an open one stays in memory."""
     with safe_open(listed[name][0], "pt") as file:
-        return file.get_tensor(name).to(dtype, copy=True)
+        return file.get_tensor(name).to(dtype)
 
 
 def _square(weight):
