@@ -150,14 +150,14 @@ def export(result):
             f"{way['strategy']}, {way['speech_adapter']}" + ", calm" * way["calm"],
             way["dtype"],
             f"{way['equal']} of {way['answers']}",
-            *(f"{way[key]:.2g}" for key in ("expected", "logits", "exact", "eager", "base")),
+            *(f"{way[key]:.2g}" for key in ("expected", "logits", "exact", "adapter", "base")),
             f"{way['seconds']:.0f}",
             f"{way['peak_gb']:.1f} ({way['peak_own_gb']:.1f})",
         ]
         for way in result["ways"]
     ]
     header = ["", "type", "equal answers", "expected scores by", "logits by", "in float32 by"]
-    header += ["another attention", "no adapter", "seconds", "peak GB (without mapped)"]
+    header += ["the adapter's own", "no adapter's", "seconds", "peak GB (without mapped)"]
     return f"{table(header, rows)}\n\n{MODELS[result['model']]}."
 
 
