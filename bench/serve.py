@@ -119,7 +119,9 @@ def service(settings):
     environment = os.environ | {"PYTHONPATH": str(workload.BENCH.parent)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield psutil.Process(process.pid), int(re.search(r":(\d+)/", process.stdout.readline())[1])
+            if not (address := re.search(r":(\d+)/", process.stdout.readline())):
+                raise cli.RunError("analysis.serve has not started; its own lines say why")
+            yield psutil.Process(process.pid), int(address[1])
         finally:
             process.send_signal(signal.SIGINT)
 
