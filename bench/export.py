@@ -111,7 +111,7 @@ def write_adapter(settings):
 
 
 def calm_copy(model, folder):
-    """A checkpoint with random weights whose blocks add little to what they are given, as those of a trained one do.
+    """A checkpoint with random weights whose blocks add little to what they are given.
 
     Else each block outweighs its input, and what was rounded by 0.2 % is 2 % of the logits 32 blocks later.
     """
