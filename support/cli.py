@@ -128,12 +128,23 @@ def run_script(name, main):
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
     sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
+    code = _exit_code(name, main)
+    if "RANK" in os.environ:
+        # Nothing may follow: a thread of Gloo that still holds the last tensor it sent aborts the process while Python
+        # ends (pytorch/pytorch#190489), and destroy_process_group need not end it: DTensor keeps the group.
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(name, main):
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
-        sys.exit(1)
+        return 1
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
@@ -142,7 +153,8 @@ def run_script(name, main):
             name += f" (rank {process_rank()})"
         print(f"{name}: error: {error}", file=sys.stderr)
         too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG  # the name of a file, which the user gave
-        sys.exit(2 if too_long or isinstance(error, InputError) else 1)
+        return 2 if too_long or isinstance(error, InputError) else 1
+    return 0
 
 
 def process_rank():

@@ -15,7 +15,7 @@ import time
 
 from conftest import ROOT, read_lines, script
 import numpy as np
-from processes import Process, together
+from processes import Process, free_ports, together
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -352,6 +352,38 @@ def test_torchrun_trains_and_evaluates_as_one_process_does(command, tmp_path):
     finish(Process("evaluate", [*arguments, "--output", "one"], tmp_path))
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+SLOW_THREADS = """
+import os, sys
+from support import cli, processes
+
+def main():
+    processes.start()
+    import torch.distributed.fsdp  # imported after the start, as by generating: its default arguments keep the group
+    processor = {sorted(os.sched_getaffinity(0))[-cli.process_rank()]}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, processor)
+        if open(f"/proc/self/task/{thread}/comm").read() == "pt_gloo_runloop\\n":
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))  # runs when nothing else does
+    processes.gather("the last thing that is said")
+    processes.end()
+
+for port in sys.argv[1:]:
+    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for rank in "01":
+        if not os.fork():
+            os.environ["RANK"] = rank
+            sys.exit(cli.run_script("slow.py", main))
+    print(*(os.waitpid(-1, 0)[1] for rank in "01"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the priority of a thread")
+def test_a_thread_that_gives_back_a_tensor_while_python_ends_does_not_abort_a_run_that_was_well(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_THREADS)
+    ended = script(tmp_path / "slow.py", *free_ports(5), cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+    assert ended.stdout == 5 * "0 0\n", ended.stderr
 
 
 def fails_on_rank_1():

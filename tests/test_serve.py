@@ -1,6 +1,7 @@
 """The service over HTTP, on the loopback."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 import http.client
 import json
 import os
@@ -309,9 +310,9 @@ def test_a_users_mistake_is_named_before_a_model_is_loaded(monkeypatch):
 def test_it_says_its_address_answers_and_ends_with_ctrl_c(run, recordings, tmp_path):
     arguments = ["--adapter", run[0] / "out", "--port", 0, "--max-new-tokens", 5]
     command = [sys.executable, "-m", "analysis.serve", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell has its background jobs ignore it
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes, preexec_fn=default)
     try:
         address = process.stdout.readline()
         port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", address)[1])
