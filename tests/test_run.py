@@ -375,7 +375,7 @@ for port in sys.argv[1:]:
         if not os.fork():
             os.environ["RANK"] = rank
             sys.exit(cli.run_script("slow.py", main))
-    print(*(os.waitpid(-1, 0)[1] for rank in "01"))
+    print(*(os.waitpid(-1, 0)[1] for rank in "01"), flush=True)
 """
 
 
