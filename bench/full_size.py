@@ -217,7 +217,7 @@ def train(case, folder, output, *more, stop_at=None):
 
 def measure(case, folder):
     """Figures of each process of a case, by its name. What the case wrote is removed, for the disk's sake."""
-    output, figures = folder / f"run{files.UNFINISHED}", {}
+    output, figures = folder / "run-of-benchmark", {}
     shutil.rmtree(output, ignore_errors=True)
     if case == "resume":
         figures["train.py, killed"] = train(case, folder, output, stop_at=(output / "checkpoints", "step-*.pt"))

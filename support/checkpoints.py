@@ -68,7 +68,7 @@ def choose(run, resume, named):
     that train.py did not write.
     """
     there = [path for name in WRITTEN for path in sorted(run.glob(name))] if run.is_dir() else []
-    there = [path for path in there if path.suffix != files.UNFINISHED]
+    there = [path for path in there if not path.name.startswith(".")]
     found = [path for path in there if path.parent != run]
     if there and not resume:
         raise cli.InputError(

@@ -4,23 +4,25 @@ What is read from outside is distrusted here: a file must be a regular one, its 
 `Shape`. Every fault is one InputError that names the file, the field, the value and the reason.
 """
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import errno
 import fcntl
 from functools import cache
 import os
 from pathlib import Path
+import re
 import shutil
 import socket
 import stat
 import sys
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from support.cli import InputError, RunError, first_line, process_rank, reason
 
-UNFINISHED = ".unfinished"  # ends the name of what is being written; what a killed process left is removed by `lock`
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
 
@@ -53,9 +55,9 @@ def _without_waiting(path, flags):
 
 
 def read_text(path):
-    """Content of a regular file of UTF-8 text. Raises InputError."""
+    """Content of a regular file of UTF-8 text, without the byte-order mark that some editors write. Raises InputError."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
@@ -100,9 +102,73 @@ def _adapter(shape):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
+OURS = "pronunciation"  # begins the name of a lock, and of what is being written
+HOST = re.sub(r"\W", "", socket.gethostname())
+
+
+def signature(command: str) -> str:
+    """What the file that marks a folder says of its writer, such as "pronunciation/train.py"."""
+    return f"{OURS}/{command}"
+
 
 @contextmanager
-def whole(path):
+def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: str = "--output") -> Iterator[None]:
+    """Own a folder for one command, such as "train.py": the one rule for what may be overwritten.
+
+    A lock keeps a second start of the command out. Then the folder must be new to the command: nothing in it has a name
+    of `writes` (glob patterns), or the file `mark` in it says `"pronunciation/COMMAND"`, as the command writes it
+    before all else. Makes the folder, and removes what a killed process of this machine left half written. The system
+    frees the lock with the process, however that ends. Raises InputError. Rank 0 owns for all.
+    """
+    if process_rank():
+        yield
+        return
+    lock = FileLock(folder / f".{OURS}-{Path(command).name}.lock", timeout=0, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{folder} is in use by another {command}: wait until it ends, or choose another {setting}"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            reason = f"{error.strerror} ({error.filename})"
+            raise InputError(f"cannot write into {folder}: {reason}; choose another {setting}") from error
+        print(f"{folder} cannot be locked: see to it that no other run writes into it", file=sys.stderr)
+    try:
+        _check_ours(folder, command, mark, writes, setting)
+        for left in [*folder.glob(f".{OURS}-*"), *folder.glob(f"*/.{OURS}-*")]:
+            if (writer := re.match(rf".{OURS}-{HOST}-(\d+)-", left.name)) and not _lives(int(writer[1])):
+                _remove(left)
+        yield
+    finally:
+        lock.release()
+
+
+def _check_ours(folder, command, mark, writes, setting):
+    there = sorted(path for pattern in writes for path in folder.glob(pattern))
+    try:
+        ours = f'"{signature(command)}"' in read_text(folder / mark)
+    except InputError:
+        ours = False
+    if there and not ours:
+        raise InputError(
+            f"{there[0]} is there already, and no {mark} beside it says that {command} wrote it: choose another "
+            f"{setting}, or move it away"
+        )
+
+
+def _lives(process):
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
 
     A folder is replaced only by one that has all of its files: any other holds something that was not written here.
@@ -112,7 +178,7 @@ def whole(path):
     if process_rank():
         yield Path(os.devnull)
         return
-    temporary = path.with_name(path.name + UNFINISHED)
+    temporary = path.with_name(f".{OURS}-{HOST}-{os.getpid()}-{path.name}")
     try:
         _remove(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +226,7 @@ def make_folder(folder, setting):
     """Make a folder that will be written into now, so that a run does not fail on it after hours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f"trial-{os.getpid()}{UNFINISHED}"
+        trial = folder / f".{OURS}-{HOST}-{os.getpid()}-trial"
         trial.touch()
         trial.unlink()
     except OSError as error:
@@ -200,6 +266,6 @@ def lock(folder, work, setting, clear=True):
             ) from error
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})", file=file, flush=True)
-        for left in [*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")] if clear else []:
+        for left in [*folder.glob(f".{OURS}-*"), *folder.glob(f"*/.{OURS}-*")] if clear else []:
             _remove(left)
         yield
