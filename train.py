@@ -70,7 +70,7 @@ class Method:
 class Settings(Method):
     # The run's: where, how fast, how it is shown. With --resume they may change
     data: str = HUB_CORPUS  # corpus folder in the release's layout, or hub id
-    data_revision: str = HUB_CORPUS_REVISION  # of the hub id; the labels changed in April 2026
+    data_revision: str | None = HUB_CORPUS_REVISION  # of the hub id; the labels changed in April 2026
     max_tokens: cli.Count = 2048  # an example longer than this is an error, never cut
     micro_batch: cli.Count | None = None  # examples computed at once on a device; not given: --batch-size
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
