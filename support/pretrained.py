@@ -1,6 +1,7 @@
 """The pretrained model: which files it needs, what they must look like, and how transformers and PEFT read them."""
 
 from contextlib import contextmanager
+from pathlib import Path
 import re
 from typing import Annotated, Literal
 import warnings
@@ -20,6 +21,7 @@ WEIGHTS, WEIGHTS_INDEX = "model*.safetensors", "model.safetensors.index.json"
 FILES = "config generation_config preprocessor_config tokenizer tokenizer_config special_tokens_map added_tokens"
 FILES = [*(f"{name}.json" for name in FILES.split()), WEIGHTS_INDEX, WEIGHTS]
 SPEECH_ADAPTER = "speech-lora"  # folder of the shipped speech adapter inside the checkpoint
+ADAPTER_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."  # PEFT's names
 FILES += [f"{SPEECH_ADAPTER}/*.json", f"{SPEECH_ADAPTER}/*.safetensors"]
 LARGEST_CPU_MODEL = 4e9  # bytes of weights; a checkpoint above this is of no use without a GPU
 
@@ -113,6 +115,17 @@ def read_weights(path):
         if not (weight.is_floating_point() and weight.isfinite().all()):
             raise ValueError(f"{name} in {path} holds values that are not finite numbers of floating point")
     return weights
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of the LoRA in a folder, under the names that PEFT gives them. Raises ValueError, as `read_weights` does.
+
+    Microsoft's own adapter has PEFT's prefix; transformers' converter of checkpoints writes bare names
+    (`model.layers.0.self_attn.qkv_proj.lora_A.weight`), in which PeftModel.from_pretrained finds nothing, and says
+    nothing: it leaves every lora_B at zero. Both are read.
+    """
+    weights = read_weights(folder / ADAPTER_FILE)
+    return {name if name.startswith(PEFT_PREFIX) else PEFT_PREFIX + name: weight for name, weight in weights.items()}
 
 
 def check_fit(weights, own):
