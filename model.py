@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import prompts
-from support import audio_cache, cards, cli, files, hub, moved, pretrained, processes, token_rows, workers
+from support import audio_cache, cards, cli, files, moved, pretrained, processes, token_rows, workers
 
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
@@ -419,7 +419,7 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    folder, commit = hub.fetch(name, revision, "model", pretrained.FILES)
+    folder, commit = pretrained.fetch(name, revision)
     what = f"model {name!r}" + (f" (revision {revision})" if commit else "")
     tokenizer, extractor = pretrained.load_reading(folder, what)
     tokenizer.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)

@@ -76,7 +76,7 @@ class Folded:
         self.layers, self.quantised = re.compile(rf"({layers})\.weight"), quantised
         self.merged, self.before, self.after, self.measured = merged, before, after, Measured()
         with pretrained.loading(f"checkpoint {folder}"):
-            self.frozen = _listed(folder.glob(pretrained.WEIGHTS))
+            self.frozen = _listed(folder / file for file in pretrained.weight_files(folder))
         with pretrained.loading(f"what was trained, on the checkpoint {folder},"):
             self.trained = _listed([replaced] if replaced else [])
             for name, (_, shape) in self.trained.items():
