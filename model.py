@@ -28,7 +28,7 @@ from pathlib import Path
 import re
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -249,7 +249,7 @@ class LearningModel(HearingModel):
     def moved(self):
         """How far training has moved the adapter's layers; see moved.measure. Empty without an adapter."""
         folder, _, speech_adapter = self.source
-        started = load_file(folder / pretrained.SPEECH_ADAPTER / ADAPTER_FILE) if speech_adapter == "continue" else {}
+        started = pretrained.read_adapter(folder / pretrained.SPEECH_ADAPTER) if speech_adapter == "continue" else {}
         return moved.measure(self.core, started) if isinstance(self.network, PeftModel) else {}
 
 
@@ -474,8 +474,7 @@ def _with_speech_adapter(network, folder, adapter_name="default", **changes):
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
     with pretrained.loading(f"speech adapter {folder}"):
-        weights = pretrained.read_weights(folder / ADAPTER_FILE)
-        pretrained.load_exactly(network, weights, adapter_name, new=r"trainable_tokens_delta")
+        pretrained.load_exactly(network, pretrained.read_adapter(folder), adapter_name, new=r"trainable_tokens_delta")
     return network
 
 
@@ -589,7 +588,7 @@ def load_trained(model, folder, strategy):
             raise cli.InputError(f"{what}: its control tokens are not this base model's")
         model.network = _attach(model.network, config)
         with pretrained.loading(what):
-            pretrained.load_exactly(model.network, pretrained.read_weights(folder / ADAPTER_FILE))
+            pretrained.load_exactly(model.network, pretrained.read_adapter(folder))
         token_rows.merge(model)
     if parameters := _outside_adapter(model, strategy):
         with pretrained.loading(what):

@@ -37,7 +37,7 @@ def read_adapter(folder):
     """The Adapter in a folder. Raises InputError for what is none."""
     config, pairs, rows = pretrained.read_config(folder), {}, {}
     with pretrained.loading(f"adapter {folder}"):
-        for key, weight in pretrained.read_weights(folder / "adapter_model.safetensors").items():
+        for key, weight in pretrained.read_adapter(folder).items():
             if found := LORA.fullmatch(key):
                 pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = weight
             elif found := ROWS.fullmatch(key):
