@@ -431,7 +431,7 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
             if ".lora_" in key:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
     elif speech_adapter == "merge":
-        network = _with_speech_adapter(network, folder).merge_and_unload()
+        network = pretrained.fold(_with_speech_adapter(network, folder))
     rows = network.get_input_embeddings().weight.shape[0]
     if max(control_token_ids(tokenizer)) >= rows:
         raise cli.InputError(f"{what} has {rows} embedding rows, none to spare for the control tokens")
