@@ -61,7 +61,6 @@ STRATEGIES = {  # paper 3.2; "full" is not in the paper
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 TRAINED_FILE = "trained.safetensors"  # trained weights outside the adapter
-SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 CANDIDATES = 16  # likeliest tokens by bfloat16 logits that are compared in float32; a tie of more was never seen
 
@@ -438,22 +437,12 @@ def load_base(name, revision, dtype, attention, speech_adapter, quantize=None):
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.source = (folder, commit, speech_adapter)
-    model.started_rows = _start_rows(network.get_input_embeddings().weight, tokenizer)
+    tokens = dict(zip(prompts.CONTROL_TOKENS.values(), control_token_ids(tokenizer)))
+    matrix = network.get_input_embeddings().weight
+    model.started_rows, model.spare_rows = pretrained.spare_rows(matrix, tokens)
+    for token in model.started_rows:
+        matrix.data[tokens[token]] = matrix.data[tokenizer.convert_tokens_to_ids(prompts.USER)].clone()
     return model
-
-
-def _start_rows(matrix, tokenizer):
-    """Start control tokens whose spare rows are next to nothing from the row of <|user|>; returns those tokens.
-
-    The model normalises a row before it is read, so the gradient of a row with a thousandth of the usual norm is a
-    thousand times the usual one: it would rule the clipped norm of every step. matrix: the embedding, (V, D).
-    """
-    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)  # (V,)
-    user = tokenizer.convert_tokens_to_ids(prompts.USER)
-    small = [token for token in control_token_ids(tokenizer) if norms[token] < SPARE * norms.median()]
-    for token in small:
-        matrix.data[token] = matrix.data[user].clone()
-    return tokenizer.convert_ids_to_tokens(small)
 
 
 def control_token_ids(tokenizer):

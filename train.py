@@ -327,6 +327,7 @@ def build_model(settings):
         model.compile_layers()
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    screen.say(f"model: {model.spare_rows}")
     for token in model.started_rows:
         screen.say(f"model: {token} starts from the row of {prompts.USER}: its own spare row is next to nothing")
     total = sum(parameter.numel() for parameter in model.parameters())
