@@ -25,6 +25,7 @@ from pydantic import Field
 from data import (
     HUB_CORPUS,
     HUB_CORPUS_REVISION,
+    MAX_NEW_TOKENS,
     Examples,
     describe,
     epoch_steps,
@@ -217,7 +218,9 @@ def train(settings):
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     checkpoints.choose(settings.output, settings.resume, settings.checkpoint)  # says at once what is wrong there
     # refs/pr/70 moves, a commit does not
-    settings.revision = pretrained.check(settings.model, settings.revision, settings.speech_adapter)
+    settings.revision = pretrained.check(
+        settings.model, settings.revision, settings.speech_adapter, settings.max_tokens + MAX_NEW_TOKENS
+    )
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs

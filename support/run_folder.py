@@ -22,6 +22,7 @@ class TrainingSettings(files.Shape):
     dtype: choices.Dtype | None = None
     attention: choices.Attention | None = None
     quantize: choices.Quantize | None = None
+    max_tokens: cli.Count = 2048
 
 
 class ValidatedEpoch(files.Shape):
