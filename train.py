@@ -234,6 +234,7 @@ def train(settings):
             set_seed(settings.seed)
         model = build_model(settings)
         examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (chosen, held_out))
+        pretrained.check_hearing(model, chosen)
         # From here on each process has random numbers of its own: dropout differs, the weights do not
         torch.manual_seed(settings.seed + (cli.process_rank() << 32))
         distributed = sharding.distribute(model, model.layers, settings.shard)
