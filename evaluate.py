@@ -168,7 +168,8 @@ def choose_model(evaluation, settings):
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter)
+    tokens = getattr(evaluation.training, "max_tokens", 0) + settings.max_new_tokens
+    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter, tokens)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})
@@ -379,7 +380,9 @@ def main():
         chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
-    mark, written = (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
+    mark, written = (
+        (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
+    )
     with ExitStack() as owned:
         for evaluation in chosen:
             owned.enter_context(files.own(evaluation.output, "evaluate.py", mark, written))

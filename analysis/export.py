@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from analysis import assessor
 import evaluate
 import prompts
-from support import choices, cli, files, hub, predictions
+from support import choices, cli, files, predictions
 from support.later import when_used
 
 with when_used():
@@ -112,7 +112,7 @@ def trained_weights(evaluation, settings):
     """What a training made of its base: folded.Folded, tokenizer, its settings as they hold now, folder of the base."""
     training, adapter = evaluation.training, evaluation.adapter
     name, revision = settings.model or training.model, settings.revision or training.revision
-    base, commit = hub.fetch(name, revision or choices.HUB_MODEL_REVISION, "model", [*pretrained.FILES, *BESIDE])
+    base, commit = pretrained.fetch(name, revision or choices.HUB_MODEL_REVISION, BESIDE)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and {name} is a folder: leave it out")
     files.read_json(base / "config.json", pretrained.ModelConfig)

@@ -37,7 +37,7 @@ def read_adapter(folder):
     """The Adapter in a folder. Raises InputError for what is none."""
     config, pairs, rows = pretrained.read_config(folder), {}, {}
     with pretrained.loading(f"adapter {folder}"):
-        for key, weight in pretrained.read_weights(folder / "adapter_model.safetensors").items():
+        for key, weight in pretrained.read_adapter(folder).items():
             if found := LORA.fullmatch(key):
                 pairs.setdefault(f"{found[1]}.weight", {})[found[2]] = weight
             elif found := ROWS.fullmatch(key):
@@ -76,7 +76,7 @@ class Folded:
         self.layers, self.quantised = re.compile(rf"({layers})\.weight"), quantised
         self.merged, self.before, self.after, self.measured = merged, before, after, Measured()
         with pretrained.loading(f"checkpoint {folder}"):
-            self.frozen = _listed(folder.glob(pretrained.WEIGHTS))
+            self.frozen = _listed(folder / file for file in pretrained.weight_files(folder))
         with pretrained.loading(f"what was trained, on the checkpoint {folder},"):
             self.trained = _listed([replaced] if replaced else [])
             for name, (_, shape) in self.trained.items():

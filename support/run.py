@@ -77,6 +77,7 @@ class TrainingSettings(files.Shape):
     dtype: choices.Dtype | None = None
     attention: choices.Attention | None = None
     quantize: choices.Quantize | None = None
+    max_tokens: cli.Count = 2048
     prompts: str | None = None  # their digest; None: of an older version of this project
 
 
