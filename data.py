@@ -432,19 +432,16 @@ def encode_score_slots(tokenizer):
 
 @dataclass
 class MicroBatch:
-    """Padded examples. Where audio goes and what is supervised are positions in the rows laid end to end (B x T)."""
+    """Padded examples, as the model takes them."""
 
     input_ids: np.ndarray  # (B, T)
-    placeholders: np.ndarray  # (P,)
-    supervised: np.ndarray  # (N,), positions whose *next* token is supervised
-    targets: np.ndarray  # (N,), those next tokens
+    labels: np.ndarray  # (B, T); IGNORE where there is no loss
+    utterances: list[Utterance]  # of each row
     tokens: int  # without padding
-    utterances: list[str]  # id of each row
-    recordings: list = ()  # of each row; workers.Preparation reads them
 
 
-def collate(examples, pad_id, audio_id):
-    """Examples as one MicroBatch, padded on the right: labels masked, and shifted by one.
+def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
+    """Examples as one MicroBatch, padded on the right, with the labels masked.
 
     A row's positions are then those it has alone, and causal attention needs no mask: what comes after a row's end is
     seen by nothing in it. Labels are built from lengths, not guessed from ids: IGNORE on the prompt up to and including
@@ -457,17 +454,7 @@ def collate(examples, pad_id, audio_id):
         start, end = len(example.prompt_ids), len(example)
         input_ids[row, :end] = example.prompt_ids + example.answer_ids
         labels[row, start:end] = example.answer_ids
-    following = np.full_like(labels, IGNORE)  # (B, T)
-    following[:, :-1] = labels[:, 1:]  # position t predicts token t+1
-    supervised = np.flatnonzero(following != IGNORE)  # (N,)
-    return MicroBatch(
-        input_ids=input_ids,
-        placeholders=np.flatnonzero(input_ids == audio_id),
-        supervised=supervised,
-        targets=following.reshape(-1)[supervised],
-        tokens=sum(map(len, examples)),
-        utterances=[example.utterance.id if example.utterance else "" for example in examples],
-    )
+    return MicroBatch(input_ids, labels, [example.utterance for example in examples], sum(map(len, examples)))
 
 
 def epoch_steps(examples, step_size, seed, epoch):

@@ -25,13 +25,14 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, choices, cli, files, predictions, run_folder, screen
+from support import answers, choices, cli, files, predictions, screen
+from support import run as runs
 from support.later import when_used
 from support.screen import cells, with_halves
 
 with when_used():
     import model as models
-    from support import moved, pretrained, processes
+    from support import pretrained, processes
 
 # Paper, Table 3 (speechocean762 test set): PCC of the four scores, WER, PER, and F1, precision, recall. The last three
 # are defined as detection (4.3), but their values fit phone agreement; see metrics.py.
@@ -108,7 +109,7 @@ class Evaluation:
     label: str  # "base" or "epoch-N"; "predictions" for a saved file that stands alone
     output: Path
     adapter: Path | None = None  # None: the unmodified model
-    training: run_folder.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
+    training: runs.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
 
     @property
     def speech_adapter(self):
@@ -135,7 +136,7 @@ def evaluations(settings, output=None):
         raise cli.InputError("nothing to evaluate: give --adapter, --base for the unmodified model, or --predictions")
     if settings.epochs and not settings.adapter:
         raise cli.InputError(f"--epochs {settings.epochs} chooses among those of a run: give --adapter as well")
-    adapters = run_folder.adapters(settings.adapter, settings.epochs) if settings.adapter else []
+    adapters = runs.adapters(settings.adapter, settings.epochs) if settings.adapter else []
     output = output or settings.adapter or Path("out/base")
     chosen = []
     if settings.base:
@@ -223,8 +224,8 @@ def generate(evaluation, utterances, settings):
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
-        distances = model.moved()
-        shift = f"; {moved.describe(distances)}" if distances else ""
+        distances = models.moved(model)
+        shift = f"; {models.describe_moved(distances)}" if distances else ""
         screen.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()

@@ -55,7 +55,7 @@ def _without_waiting(path, flags):
 
 
 def read_text(path):
-    """Content of a regular file of UTF-8 text, without the byte-order mark that some editors write. Raises InputError."""
+    """Content of a regular file of UTF-8 text without its byte-order mark. Raises InputError."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
