@@ -19,7 +19,8 @@ from tyro.conf import Positional
 from analysis import assessor
 import evaluate
 import prompts
-from support import choices, cli, files, hub, predictions, run_folder, screen
+from support import choices, cli, files, hub, predictions, screen
+from support import run as runs
 from support.later import when_used
 
 with when_used():
@@ -81,6 +82,8 @@ def export(settings: Settings) -> str:
             raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
         model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
         said = fold(model, dtype)
+        embedding = model.core.get_input_embeddings().weight
+        embedding.data[model.control_ids] = model.control.data.to(embedding)
         weights = {key: weight.to(getattr(torch, dtype)) for key, weight in model.core.state_dict().items()}
         weights = {key: weight for key, weight in weights.items() if key not in model.core.all_tied_weights_keys}
         if like:
@@ -230,7 +233,7 @@ prompts as they were trained, around `<|audio_1|>`; a chat template would put ot
 SCORED = ("accuracy_pcc", "fluency_pcc", "prosodic_pcc", "total_pcc", "wer", "per", "detection_f1")
 
 
-def card(made: run_folder.TrainingSettings, said: str, measured: str, engines: bool) -> str:
+def card(made: runs.TrainingSettings, said: str, measured: str, engines: bool) -> str:
     """README.md of an exported checkpoint. said: of `fold`; measured: of `scores`; engines: Microsoft's layout.
 
     The front matter names no folders: the hub would read their names as its own ids.
