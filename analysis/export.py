@@ -98,7 +98,7 @@ def export(settings: Settings) -> str:
                 (folder / file.name).write_bytes(files.read_bytes(file))
         add_control_tokens(folder, model.tokenizer)
         stops = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]  # as evaluated
-        change_json(folder / "generation_config.json", eos_token_id=stops)
+        change_json(folder / "generation_config.json", eos_token_id=stops, suppress_tokens=model.control_ids)
         change_json(folder / "config.json", dtype=dtype, torch_dtype=dtype)
         texts = {task: prompts.build_prompt(task) for task in prompts.TASKS}
         (folder / "prompts.json").write_text(json.dumps(texts, indent=2) + "\n")
