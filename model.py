@@ -481,6 +481,63 @@ def describe_moved(moved: dict[str, float]) -> str:
 # Saving
 
 
+CARD = """\
+---
+library_name: peft
+license: mit
+{front}---
+
+LoRA for English pronunciation evaluation after arXiv 2509.02915: epoch {epoch} on {data}, strategy `{strategy}`. It
+fits `{model}`{way}, and no other base. settings.json has all settings.
+
+    python evaluate.py --adapter FOLDER                      # scores it
+    python -m analysis.export NEW_FOLDER --adapter FOLDER    # a checkpoint that transformers loads alone
+{lines}"""
+LOADING = """
+With transformers and PEFT alone, `base` and `adapter` being the two folders:
+
+```python
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+
+tokens = {tokens}
+tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+tokenizer.add_tokens(tokens, special_tokens=True)
+model = Phi4MultimodalForCausalLM.from_pretrained(base, dtype="auto")
+{merge}trained = load_file(f"{{adapter}}/trained.safetensors")
+rows = model.get_input_embeddings().weight.data
+rows[tokenizer.convert_tokens_to_ids(tokens)] = trained.pop("control").to(rows)
+if wrong := model.load_state_dict(trained, strict=False).unexpected_keys:
+    raise ValueError(wrong)
+model = PeftModel.from_pretrained(model, adapter)
+```
+"""
+MERGING = """\
+config = LoraConfig.from_pretrained(f"{{base}}/speech-lora")
+config.target_modules = {targets!r}
+model = get_peft_model(model, config)
+prefix = "base_model.model."  # some copies leave it out, and PEFT would find nothing and say nothing
+speech = load_file(f"{{base}}/speech-lora/adapter_model.safetensors").items()
+speech = {{prefix + name.removeprefix(prefix): weight for name, weight in speech}}
+if wrong := set_peft_model_state_dict(model, speech).unexpected_keys:
+    raise ValueError(wrong)
+model = model.merge_and_unload()
+"""
+
+
+def adapter_card(settings: dict[str, Any]) -> str:
+    """README.md of an adapter: what it fits, and the lines that load it. settings: train.py's, with the epoch."""
+    ways = {"merge": " with its speech adapter folded in", "none": " without its speech adapter", "continue": ""}
+    merge = MERGING.format(targets=LORA_TARGETS) if settings["speech_adapter"] == "merge" else ""
+    return CARD.format(
+        **settings,
+        front=f"base_model: {settings['model']}\n" if settings["revision"] else "",  # a folder is no id of the hub
+        way=" in 4 bits, as evaluate.py loads it" if settings["quantize"] else ways[settings["speech_adapter"]],
+        lines="" if settings["quantize"] else LOADING.format(tokens=[*prompts.CONTROL_TOKENS.values()], merge=merge),
+    )
+
+
 def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> None:
     """Write the trained weights, with settings and prompts beside them, whole or not at all; rank 0 alone.
 
@@ -498,6 +555,7 @@ def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> 
         )
         asked = {task: prompts.build_prompt(task) for task in prompts.TASKS}
         (temporary / "prompts.json").write_text(json.dumps(asked, indent=2) + "\n")
+        (temporary / "README.md").write_text(adapter_card(settings))
         (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
