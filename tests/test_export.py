@@ -42,7 +42,7 @@ def train(new_model, checkpoint, corpus, tmp_path):
         torch.manual_seed(0)
         for parameter in models.trained_parameters(model).values():
             parameter.data.add_(size * torch.randn_like(parameter))
-        model.control.data.mul_(100)  # as rows of the head, which is tied to the embedding, they would be written
+        model.control.data.mul_(8)  # as rows of the head, which is tied to the embedding, they would be written
         models.save_trained(model, tmp_path / "epoch-1", settings)
         return tmp_path / "epoch-1"
 
