@@ -203,10 +203,12 @@ def _utterance(id, recording, record, speaker):
     if speaker is None:
         raise cli.InputError("no speaker")
     record = files.check(Record, record, "its record")
+    audio = sound.read_audio(recording)
+    sound.check_level(audio)
     return Utterance(
         id=id,
         recording=recording,
-        samples=len(sound.read_audio(recording)),
+        samples=len(audio),
         text=record.text,
         scores=_shared_scores(*(getattr(record, name) for name in prompts.SCORES)),
         words=tuple(map(_word, record.words)),

@@ -11,11 +11,11 @@ A recording is a path, or the content of a sound file as bytes: WAV, FLAC, MP3 o
 
 from dataclasses import dataclass, replace
 from functools import partial
-import math
+import io
 import os
 from pathlib import Path
 
-import numpy as np
+import soundfile
 
 from analysis import doubts, pronunciations
 import data
@@ -26,9 +26,6 @@ from support import cli, files, sound
 
 VERSION = 1  # of the dict; another one means that a field has another name or meaning
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
-# Below this a recording counts as silence. Our choice: the corpus' quietest utterance has -47.5 dBFS, and a muted
-# microphone leaves only the noise of its converter.
-SILENCE = -60.0  # dBFS, root mean square without the constant offset
 BATCH = 16  # recordings answered together
 
 
@@ -103,20 +100,16 @@ def ask(recording, text, lexicons):
     if not isinstance(recording, bytes) and not os.path.isfile(recording):  # Path.is_file raises for a long name
         raise cli.InputError(f"{file} is not a file: give a recording (WAV, FLAC, MP3, Ogg)")
     content = recording if isinstance(recording, bytes) else files.read_bytes(recording)
-    read = partial(bytes, content)
     try:
-        audio = sound.read_audio(read, longest=LONGEST, most_clipped=sound.CLIPPED)  # (S,)
+        audio, rate = sound.decode_own(content, LONGEST)  # (S,)
     except cli.InputError as error:
         raise cli.InputError(f"{file}: {error}") from error
-    level = 20 * math.log10(max(np.std(audio, dtype=np.float64), 1e-6))  # dBFS; digital silence is -120
-    if level < SILENCE:
-        raise cli.InputError(
-            f"{file}: level {level:.1f} dBFS is silence (limit {SILENCE:.0f} dBFS): "
-            f"check the microphone and record it again"
-        )
+    wave = io.BytesIO()
+    soundfile.write(wave, audio, sound.SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    read = partial(bytes, wave.getvalue())
     words = pronunciations.of_text(text, lexicons) if text is not None else None
     utterance = data.Utterance(file, read, len(audio), text="", scores=None, words=(), speaker="")
-    return Question(file, utterance, sound.rate_of(read), doubts.speech_seconds(audio), text, words)
+    return Question(file, utterance, rate, doubts.speech_seconds(audio), text, words)
 
 
 def ask_all(pairs, lexicons):
