@@ -12,13 +12,12 @@ from processes import Process
 import pytest
 from records import records, write
 
-from analysis import ablation
 import data
 import evaluate
 import metrics
 import model as models
 import prompts
-from support import answers, cli, files, predictions, run_folder, sound
+from support import answers, cli, files, predictions, run_folder
 
 METRIC_KEYS = {
     *(f"{name}_{kind}" for name in prompts.SCORES for kind in ("pcc", "pvalue", "mae")),
@@ -620,44 +619,3 @@ def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_running
     assert (tmp_path / "out" / "predictions.settings.json").read_text() == "{}"
     code, text = Process("evaluate", arguments, tmp_path).wait()
     assert code == 0, text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Other audio
-
-
-def test_other_audio_is_evaluated_beside_the_own_whose_answers_are_used_again(
-    monkeypatch, run, corpus, tmp_path, answered, capsys
-):
-    where = ["--adapter", run[0] / "out", "--output", tmp_path / "out", "--max-new-tokens", 5]
-    main(monkeypatch, "silence", *where, "--limit", 4, script=ablation)
-    assert sum(map(len, answered)) == 8 and (tmp_path / "out" / "own" / "predictions.jsonl").exists()
-    printed = capsys.readouterr().out
-    assert "this run, epoch-2, silence" in printed and "Own audio less silence" in printed
-    main(monkeypatch, *where)
-    own = (tmp_path / "out" / "predictions.jsonl").read_bytes()
-    answered.clear()
-    main(monkeypatch, "silence", *where, "--limit", 3, script=ablation)
-    assert sum(map(len, answered)) == 3 and (tmp_path / "out" / "predictions.jsonl").read_bytes() == own
-    assert len(predictions.read(tmp_path / "out" / "silence" / "predictions.jsonl")) == 6
-
-
-def test_the_drop_is_that_of_each_scoring(capsys):
-    own, other = (
-        [evaluate.Row(label, None, dict.fromkeys(ablation.DROPS, n), {})] for label, n in (("a", 0.5), ("b", 0.2))
-    )
-    ablation.show_drop(own, other, "swap")
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["a", *["+0.300"] * len(ablation.DROPS)]
-
-
-def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
-    utterances = data.read_corpus(corpus, "test")
-    silent, swapped = (ablation.other_audio(utterances, how) for how in ("silence", "swap"))
-    assert [len(sound.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
-    assert not any(sound.read_audio(u.recording).any() for u in silent)
-    with pytest.raises(cli.InputError, match="two speakers: use more utterances, or silence"):
-        ablation.other_audio(utterances[:3], "swap")
-    by_bytes = {u.recording(): u.speaker for u in utterances}
-    assert all(by_bytes[u.recording()] != u.speaker for u in swapped)
-    assert all(u.samples == len(sound.read_audio(u.recording)) for u in swapped)
-    assert [u.text for u in swapped] == [u.text for u in utterances]
