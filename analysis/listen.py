@@ -107,7 +107,7 @@ def listen(settings):
     questions = assessor.ask_all(pairs, assessor.read_lexicons(settings.pronunciations))
     errors = [question["error"] for question in questions if isinstance(question, dict)]
     if len(errors) == len(questions):
-        raise cli.InputError("\n  ".join(dict.fromkeys(errors)))
+        raise cli.InputError("; ".join(dict.fromkeys(errors)))
     model = {field.name: getattr(settings, field.name) for field in fields(evaluate.ModelSettings)}
     return assessor.Assessor(**model).answer(questions)
 

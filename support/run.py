@@ -146,7 +146,7 @@ class Run:
     def say(self, text):
         """Print a line above the progress bar."""
         if cli.process_rank() == 0:
-            tqdm.write(screen.fill(text))
+            screen.say(text)
 
     def record_validation(self, numbers, shown):
         """Log the numbers of this epoch on held-out speakers; shown: {title: key} of those that are printed."""

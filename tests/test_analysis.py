@@ -289,13 +289,13 @@ def test_detection_and_confusions_are_printed_and_each_phone_is_written_to_a_fil
 
 
 def test_characters_that_no_file_or_terminal_shows_do_not_end_the_command(monkeypatch, tmp_path, capsys):
-    """Half a surrogate pair, which JSON can write, makes an answer unparsed; other control characters stay."""
+    """Half a surrogate pair, which JSON can write, makes an answer unparsed; others stay in the file."""
     lines = records()
     lines[1]["output"] = r'{"word_transcript": "WE SEE", "phoneme_transcript": "W \ud800 S"}'
     lines[5]["output"] = r'{"word_transcript": "W\u0000E", "phoneme_transcript": "W \u0000 \u001b[31m"}'
     run(monkeypatch, phones, write(tmp_path / "predictions.jsonl", lines))
     printed, written = capsys.readouterr().out, (tmp_path / "phones.tsv").read_text(encoding="utf-8")
-    assert "> \0" in printed and "> \x1b[M" in printed and "\0:1" in written and "\x1b[M:1" in written
+    assert r"> \x00" in printed and r"> \x1b[M" in printed and "\0:1" in written and "\x1b[M:1" in written
 
 
 @pytest.mark.parametrize(
