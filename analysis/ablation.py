@@ -1,10 +1,11 @@
-"""Does a model listen? Its numbers on silence, or on another speaker's recordings, beside those on its own.
+"""Does a model listen? Its numbers on its own recordings less those on silence, or on another speaker's recordings.
 
     python -m analysis.ablation silence --adapter out/
     python -m analysis.ablation swap --adapter out/ --epochs all --limit 500
 
-A drop near zero means that it does not: it answers what is likely in the corpus. What evaluate.py has written of the
-own audio is read again; answers to the other audio go to a folder beside it, silence/ or swap/.
+A drop near zero means that it does not: it answers what is likely in the corpus. The table is that of analysis.compare.
+What evaluate.py has written of the own audio is read again; answers to the other audio go to a folder in that one,
+silence/ or swap/.
 """
 
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import numpy as np
 import soundfile
 from tyro.conf import Fixed, Positional, Suppress
 
+from analysis import compare
 import data
 import evaluate
 from support import answers, cli, files, screen, sound
@@ -81,17 +83,14 @@ def main():
         processes.start()
         settings = evaluate.choose_model(chosen[-1], settings)
         utterances = evaluate.read_corpus(chosen[-1], settings)
-        changed, rows = other_audio(utterances, settings.how), []
+        changed = other_audio(utterances, settings.how)
         own = [find_own(evaluation, utterances, settings) for evaluation in chosen]
         for mine, evaluation, other in zip(own, chosen, others):
             records = evaluate.generate(other, changed, settings)
             if cli.process_rank() == 0:
-                rows += evaluate.rows_of(mine, evaluation.label, evaluation.paper_row)
-                rows += evaluate.score(records, other.label, other.paper_row, other.output)
-        if rows:
-            evaluate.show(rows, [])
-            screen.say("How sure the drop is: python -m analysis.compare, of predictions.jsonl in both of the folders")
-            screen.say(*(f"  {evaluation.output} and {other.output}" for evaluation, other in zip(chosen, others)))
+                evaluate.score(records, other.label, other.paper_row, other.output)
+                caption = f"{evaluation.label} on its own audio (A) and on {settings.how} (B), {other.output}"
+                screen.show_table(caption, *compare.differences([[mine], [records]]))
         processes.end()
 
 
