@@ -4,14 +4,13 @@ import json
 import math
 import shutil
 from types import SimpleNamespace
-import weakref
 
 from conftest import ROOT, script, sound, tone
 import numpy as np
 import pytest
 from records import one_hot, records, write
 
-from analysis import compare, floors, phones, report
+from analysis import ablation, compare, floors, phones, report
 import data
 import prompts
 from support import cli, predictions
@@ -45,6 +44,7 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     result = script("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        ".pronunciation-analysis.report.lock",
         "confusion.png",
         "metrics.json",
         "predictions.jsonl",
@@ -54,7 +54,7 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     ]
 
 
-@pytest.mark.parametrize("command", [compare, floors, phones, report])
+@pytest.mark.parametrize("command", [ablation, compare, floors, phones, report])
 def test_a_command_says_how_it_is_called(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, command, "--help")
@@ -143,7 +143,7 @@ def evaluated(folder, **numbers):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Floors: features of the waveform
+# Floors
 
 
 def silence(seconds):
@@ -177,46 +177,20 @@ def test_neither_a_short_gap_nor_silence_around_speech_is_a_pause():
     assert found["silence_share"] == pytest.approx((2 + short) / (4 + short), abs=0.03)
 
 
-def test_pauses_do_not_depend_on_how_loud_the_recording_is():
+def test_pauses_do_not_depend_on_how_loud_the_recording_is_and_levels_are_decibels():
     parts = tone(1), silence(0.6), tone(0.5, amplitude=0.2), silence(1.2), tone(0.8)
     loud, quiet = features(*parts), features(*(0.05 * part for part in parts))
     for name in floors.FEATURES[:6]:
         assert loud[name] == quiet[name]
     assert loud["level_50"] - quiet["level_50"] == pytest.approx(-20 * np.log10(0.05), abs=0.01)
+    assert features(tone(1))["level_50"] == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.1)
 
 
-def test_a_pause_is_quieter_than_speech_by_the_threshold_not_digitally_silent():
-    def pauses(drop):
-        return features(tone(1), tone(1, amplitude=0.5 * 10 ** (-drop / 20)), tone(1))["pauses"]
-
-    assert pauses(floors.SILENCE + 1) == 1 and pauses(floors.SILENCE - 1) == 0
-
-
-def test_the_level_of_a_tone_is_its_root_mean_square():
-    levels = [value for name, value in features(tone(1)).items() if name.startswith("level")]
-    assert levels == pytest.approx([20 * np.log10(0.5 / np.sqrt(2))] * 5, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    "audio",
-    [
-        np.zeros(data.FRAME, np.float32),
-        tone(1)[: data.FRAME],
-        tone(1)[: data.FRAME + data.HOP],
-        np.zeros(RATE, np.float32),
-        np.full(RATE, 0.25, np.float32),
-        np.full(RATE, 1e-30, np.float32),
-    ],
-)
-def test_silent_constant_and_very_short_audio_has_finite_features(audio):
+@pytest.mark.parametrize("audio", [tone(1)[: data.FRAME], np.zeros(RATE, np.float32), np.full(RATE, 1e-30, np.float32)])
+def test_silent_and_very_short_audio_has_finite_features(audio):
     found = features(audio)
     assert np.isfinite(list(found.values())).all()
     assert (found["pauses"], found["silence_share"]) == (0, 0)
-    assert found["speech_span"] <= found["duration"] == len(audio) / RATE
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Floors: the fit
 
 
 def spoken(seed):
@@ -238,55 +212,19 @@ def planted(audio):
     }
 
 
-def test_a_linear_relation_is_recovered_on_utterances_that_were_not_fitted():
+def test_a_linear_relation_is_recovered_on_utterances_whose_scores_are_not_seen():
     train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(40)]
-    test = [utterance(f"b{i}", audio := spoken(100 + i), {}) for i in range(15)]
+    test = [utterance(f"b{i}", spoken(100 + i), {}) for i in range(15)]
     fitted = floors.pauses_and_energy(train, test)
     assert list(fitted) == [u.id for u in test]
-    for u in test:
-        assert fitted[u.id] == pytest.approx(planted(floors.sound.read_audio(u.recording)), abs=1e-4)
-        assert all(type(value) is float for value in fitted[u.id].values())
-
-
-def test_the_human_scores_of_the_test_split_are_not_used():
-    train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(20)]
-    without, with_scores = (
-        floors.pauses_and_energy(train, [utterance("b", spoken(50), scores)])
-        for scores in ({}, dict.fromkeys(prompts.SCORES, 1))
-    )
-    assert without == with_scores
+    for i, u in enumerate(test):
+        assert fitted[u.id] == pytest.approx(planted(spoken(100 + i)), abs=1e-4)
 
 
 def test_scores_stay_on_their_scale():
     train = [utterance(f"a{i}", tone(i), dict.fromkeys(prompts.SCORES, i)) for i in range(1, 10)]
     fitted = floors.pauses_and_energy(train, [utterance("b", tone(25), {})])
     assert fitted == {"b": dict.fromkeys(prompts.SCORES, 10.0)}
-
-
-def test_recordings_without_any_difference_get_the_mean_score():
-    silent = [utterance(f"a{i}", silence(1), dict.fromkeys(prompts.SCORES, score)) for i, score in enumerate((4, 8))]
-    fitted = floors.pauses_and_energy(silent, silent)
-    for scores in fitted.values():
-        assert scores == pytest.approx(dict.fromkeys(prompts.SCORES, 6.0))
-
-
-def test_one_recording_is_held_at_a_time(monkeypatch):
-    read, held = floors.sound.read_audio, []
-
-    def counted(recording):
-        audio = read(recording)
-        held.append(weakref.ref(audio))
-        assert sum(reference() is not None for reference in held) <= 2  # the one before goes when this one is assigned
-        return audio
-
-    monkeypatch.setattr(floors.sound, "read_audio", counted)
-    utterances = [utterance(f"a{i}", spoken(i), dict.fromkeys(prompts.SCORES, 5)) for i in range(10)]
-    floors.pauses_and_energy(utterances, utterances)
-    assert len(held) == 20
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Floors: the command
 
 
 @pytest.fixture(scope="module")
@@ -302,25 +240,23 @@ def copied(corpus, tmp_path_factory):
     return write(tmp_path_factory.mktemp("predictions") / "predictions.jsonl", lines)
 
 
-def test_the_floors_stand_beside_the_files_rows(monkeypatch, copied, corpus, tmp_path, capsys):
-    run(monkeypatch, floors, copied, "--data", corpus)
-    printed = capsys.readouterr().out.splitlines()
-    names = [line[2:].split("  ")[0] for line in printed]
-    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
-    assert [name for name in names if name in wanted][:4] == wanted
-    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
-    numbers = floors.fitted_row(predictions.read(copied), train, test[:12]).numbers
-    (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
-    assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES] and line[7:] == ["-"] * 5
-    assert not list(tmp_path.iterdir()) and len(list(copied.parent.iterdir())) == 1
-
-
 def test_the_floors_of_a_run_are_those_of_the_corpus_that_was_trained_on(monkeypatch, copied, corpus, tmp_path, capsys):
-    run_folder = evaluated(tmp_path / "out")
-    shutil.copy(copied, run_folder)
-    (run_folder / "settings.json").write_text(json.dumps({"data": str(corpus), "strategy": "lora"}))
-    run(monkeypatch, floors, run_folder / "predictions.jsonl")
-    assert f"corpus: {corpus} (train)" in capsys.readouterr().out
+    shutil.copy(copied, tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"data": str(corpus)}))
+    run(monkeypatch, floors, tmp_path / "predictions.jsonl")
+    printed = capsys.readouterr().out.splitlines()
+    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
+    assert [name for line in printed if (name := line[2:].split("  ")[0]) in wanted][:4] == wanted
+    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
+    (fitted,) = floors.score_floors(predictions.read(copied), train, test[:12])
+    (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
+    assert line[3:] == [*(f"{fitted.numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES), *["-"] * 5]
+
+
+def test_flagging_everything_is_a_floor_of_detection():
+    _, silent = floors.phone_floors(records(2))
+    assert silent.numbers["per"] == 1 and silent.numbers["detection_recall"] == 1
+    assert silent.numbers["detection_f1"] == pytest.approx(2 * 0.25 / 1.25)  # one phone of four is mispronounced
 
 
 @pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])
@@ -328,3 +264,19 @@ def test_predictions_of_another_corpus_are_refused(monkeypatch, copied, corpus, 
     first, *rest = predictions.read(copied)
     with pytest.raises(cli.InputError, match="is not in .*--data"):
         run(monkeypatch, floors, write(tmp_path / "p.jsonl", [first | change, *rest]), "--data", corpus)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other audio
+
+
+def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
+    utterances = data.read_corpus(corpus, "test")
+    silent, swapped = (ablation.other_audio(utterances, how) for how in ("silence", "swap"))
+    assert [len(floors.sound.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
+    assert not any(floors.sound.read_audio(u.recording).any() for u in silent)
+    with pytest.raises(cli.InputError, match="two speakers: use more utterances, or silence"):
+        ablation.other_audio(utterances[:3], "swap")
+    by_bytes = {u.recording(): u.speaker for u in utterances}
+    assert all(by_bytes[u.recording()] != u.speaker for u in swapped)
+    assert [u.text for u in swapped] == [u.text for u in utterances]
