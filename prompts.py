@@ -14,6 +14,7 @@ which is not JSON, and the MDD example holds an apostrophe; the answers trained 
 the same order (our choice), and the parser reads both.
 """
 
+import hashlib
 import json
 import re
 
@@ -85,6 +86,11 @@ def build_prompt(task, control_token=True):
     """
     token = CONTROL_TOKENS[task] if control_token else ""
     return f"{USER}{token}{AUDIO}{PROMPTS[task]}{END}{ASSISTANT}"
+
+
+def digest():
+    """Of both prompts with their tokens: what an adapter was trained with, so that no other asks it in silence."""
+    return hashlib.sha256("\0".join(map(build_prompt, TASKS)).encode()).hexdigest()
 
 
 def apa_target(scores):

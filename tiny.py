@@ -393,8 +393,8 @@ class Pretraining:
             task, answer = ("words", clip.words) if self.rng.uniform() < self.WORDS else ("phones", clip.phones)
             rows.append(self._example(QUESTIONS[task], " ".join(answer), audio_tokens=len(clip.audio)))
             audio.append(clip.audio)
-        batch = data.collate(rows, self.model.pad_id, self.model.audio_id)
-        return self.model.loss(batch, audio) / len(batch.targets)
+        batch = data.collate(rows, self.model.pad_id)
+        return self.model.loss(batch, audio) / (batch.labels != data.IGNORE).sum()
 
     def _json_task(self, clip):
         if self.rng.uniform() < 0.5:
@@ -427,8 +427,8 @@ def write_model(folder, steps, seed, clips=3000, bare_names=False):
     network = new_network(tokenizer)
     targets = [name for name, _ in network.named_modules() if re.fullmatch(models.LORA_TARGETS, name)]
     initial = {name: network.get_submodule(name).weight.detach().clone() for name in targets}
+    tokenizer.save_pretrained(folder)  # as the real one is: without control tokens
     Pretraining(models.SpeechModel(network, tokenizer, extractor), seed, clips).run(steps)
-    tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
     with torch.no_grad():
         speech = split_off_adapter(network, initial)

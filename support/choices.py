@@ -7,10 +7,9 @@ from pydantic import Field
 HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
 HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
 
-Strategy = Literal["lora", "unfreeze", "full"]  # model.STRATEGIES says what trains
+Strategy = Literal["lora", "unfreeze"]  # model.STRATEGIES says what trains
 SpeechAdapter = Literal["merge", "continue", "none"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["float32", "bfloat16"]
 Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 Quantize = Literal["nf4"]
-Workers = Annotated[int, Field(ge=0, le=64)]  # two keep a GPU busy; thousands bring a machine down

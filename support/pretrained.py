@@ -35,9 +35,7 @@ DRIVER, DRIVERS = Path("/proc/driver/nvidia/version"), {"12": 525, "13": 580}  #
 # What the real tokenizer, with o200k's ranks, makes of a text. Another way of cutting text into words gives other ids.
 SENTENCE = f"{prompts.USER}0 10 DH EH S{prompts.END}{prompts.ASSISTANT}"
 SENTENCE_IDS = [200021, 15, 220, 702, 46797, 127805, 336, 200020, 200019]
-VOCABULARY = (
-    100_000  # tokens; a smaller tokenizer is no pretrained model's (the demo's and the benchmarks' know a few words)
-)
+VOCABULARY = 100_000  # tokens; a smaller tokenizer is no pretrained model's: the demo's knows a few words
 FAR = 10  # factor from the median norm beyond which a spare row is none that was left as it began; our choice
 
 Size = Annotated[int, Field(ge=1, le=10**6)]  # of a model; what is beyond takes minutes to fail
@@ -110,7 +108,6 @@ class AdapterConfig(files.Shape):
     r: PositiveInt
     lora_alpha: Annotated[float, Field(gt=0, le=cli.LARGEST)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    trainable_token_indices: dict[str, list[int]] | None = None
     use_rslora: bool = False
     fan_in_fan_out: Literal[False] = False
     rank_pattern: Nothing = None
@@ -295,12 +292,10 @@ def read_config(folder):
     return config
 
 
-def load_exactly(network, weights, adapter_name="default", new=None):
-    """Load adapter weights; every key must match, but for keys of the network that `new` describes."""
-    own = get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False)
-    kept = {key: value for key, value in own.items() if new and re.search(new, key)}
-    check_fit(weights, {key: value for key, value in own.items() if key not in kept})
-    set_peft_model_state_dict(network, weights | kept, adapter_name=adapter_name)
+def load_exactly(network, weights, adapter_name="default"):
+    """Load adapter weights; every key must match."""
+    check_fit(weights, get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False))
+    set_peft_model_state_dict(network, weights, adapter_name=adapter_name)
 
 
 @torch.no_grad()

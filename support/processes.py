@@ -4,23 +4,24 @@ Everything works in a plain `python train.py` as well: one process, rank 0. Coll
 same order.
 """
 
+from collections.abc import Iterable
 from datetime import timedelta
 import os
 import sys
 from threading import Thread
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.cli import process_rank
 
-PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint (51 GB with --strategy full) the others wait
+PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint the others wait
 LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
 
 
-def start():
+def start() -> None:
     """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
 
     Rank 0 alone prints: the standard output of the others is closed. Where torchrun is killed its processes end.
@@ -45,16 +46,16 @@ def _end_with(launcher):
     os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
 
 
-def end():
+def end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def count():
+def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def total(*values):
+def total(*values: float) -> list[float]:
     """Sums over all processes, a list of floats; collective."""
     if not dist.is_initialized():
         return [float(value) for value in values]
@@ -64,7 +65,7 @@ def total(*values):
     return sums.tolist()
 
 
-def gather(value):
+def gather(value: Any) -> list[Any]:
     """The values of all processes, in the order of ranks; collective."""
     if not dist.is_initialized():
         return [value]
@@ -73,19 +74,12 @@ def gather(value):
     return values
 
 
-def whole_tensor(tensor):
-    """A tensor as it would be in one process; collective where FSDP2 holds it in pieces."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def on_rank_0(tensor):
-    """The whole tensor on the CPU of rank 0, and None elsewhere: a machine has room for one copy; collective."""
-    tensor = whole_tensor(tensor)
-    return tensor.cpu() if process_rank() == 0 else None
-
-
-def like(tensor, other):
-    """The inverse of `whole_tensor`: cut into pieces where `other` is, and on its device; collective."""
-    if not isinstance(other, DTensor):
-        return tensor.to(other.device)
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give each parameter the sum of its gradients over all processes, in one message; collective."""
+    if not dist.is_initialized():
+        return
+    parameters = list(parameters)
+    together = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(together)
+    for parameter, summed in zip(parameters, together.split([parameter.numel() for parameter in parameters])):
+        parameter.grad.copy_(summed.view_as(parameter))

@@ -1,22 +1,43 @@
-"""A run: where it stands, what it writes into its folder, when it saves and when it stops.
+"""A run and its folder: settings, log, checkpoints, adapters of its epochs; when it saves, and when it stops.
 
 The training loop asks it in one line for each of these, so that nothing stands between two lines of the method.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import timedelta
+from itertools import pairwise, zip_longest
 import json
 import math
+import os
+from pathlib import Path
+import random
+import re
+import resource
 import signal
 import sys
 import time
+from typing import Annotated, Any
+import zipfile
 
+import numpy as np
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from support import checkpoints, cli, files, log, memory, processes, screen
+import prompts
+from support import choices, cli, files, screen
+from support.later import when_used
 
+with when_used():
+    import torch
+
+    from support import processes
+
+MARK = "settings.json"
+WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
+KEPT = 2  # checkpoints: the newest, and the one before it in case the newest cannot be read
 ESTIMATE_AFTER = 10  # steps
+SMOOTHED = 50  # our choice: a point of the smoothed curves is a mean over one part of so many to either side
 PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
@@ -24,25 +45,57 @@ class Stopped(Exception):
     """Ends a run that was asked to stop, after it has saved."""
 
 
-@contextmanager
-def open_run(settings, identity, corpus, per_epoch):
-    """Own --output, and yield its Run; a stop that was asked for ends the context without an error.
+class LogLine(files.Shape):
+    """What of a line of log.jsonl is read again."""
 
-    settings: of train.py; identity: those that a checkpoint must have been saved with; corpus: fingerprint of the data;
-    per_epoch: steps of an epoch. Raises InputError when another run has the folder, or what is there does not fit.
+    step: PositiveInt
+    loss: float
+    learning_rate: float
+    epoch: PositiveInt
+    gradient_norm: float
+
+
+class ValidationLine(files.Shape):
+    """A line of validation.jsonl: the loss per supervised token on held-out speakers after an epoch."""
+
+    epoch: PositiveInt
+    step: PositiveInt
+    loss: float
+    best: bool  # the lowest so far (our choice of epoch: the loss is what training lowers)
+
+
+class TrainingSettings(files.Shape):
+    """What of an adapter's settings.json is read again."""
+
+    epoch: Annotated[int, Field(ge=1, le=cli.LARGEST)]
+    strategy: choices.Strategy
+    speech_adapter: choices.SpeechAdapter
+    model: str
+    data: str
+    revision: str | None = None
+    data_revision: str | None = None
+    dtype: choices.Dtype | None = None
+    attention: choices.Attention | None = None
+    quantize: choices.Quantize | None = None
+    max_tokens: cli.Count = 2048
+    prompts: str | None = None  # their digest; None: of an older version of this project
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@contextmanager
+def open_run(settings: Any, record: dict[str, Any], corpus: str, per_epoch: int) -> Iterator["Run"]:
+    """Own --output, write settings.json, and yield the Run; a stop that was asked for ends it without an error.
+
+    settings: of train.py; record: the same with all that settings.json keeps, plain values; corpus: fingerprint of the
+    data; per_epoch: steps of an epoch. Raises InputError when another run has the folder, or what is there does not
+    fit. Collective.
     """
-    with files.lock(settings.output, "train", "--output"), ExitStack() as open_files:
-        files.make_folder(settings.output / "checkpoints", "--output")
-        # Rank 0 looks before any process goes on to write
-        chosen = (
-            None if cli.process_rank() else checkpoints.choose(settings.output, settings.resume, settings.checkpoint)
-        )
-        (path, *_) = processes.gather(chosen)
-        if settings.resume and not path:
-            print(f"no checkpoint in {settings.output}/checkpoints: the run begins at the start")
-        steps = per_epoch * settings.epochs
-        state = checkpoints.read(path, identity, corpus, steps) if path else None
-        run = Run(settings, identity, corpus, per_epoch, state, open_files)
+    with files.own(settings.output, "train.py", MARK, WRITTEN), ExitStack() as opened:
+        write_json(settings.output / MARK, {"written_by": files.signature("train.py")} | record)
+        run = Run(settings, corpus, per_epoch, opened)
         try:
             yield run
         except Stopped:
@@ -52,83 +105,59 @@ def open_run(settings, identity, corpus, per_epoch):
 class Run:
     """See open_run. Every rank has one; rank 0 alone writes and shows."""
 
-    def __init__(self, settings, identity, corpus, per_epoch, state, open_files):
-        self.output, self.settings = settings.output, settings
-        self.identity, self.corpus, self.per_epoch = identity, corpus, per_epoch
+    def __init__(self, settings: Any, corpus: str, per_epoch: int, opened: ExitStack) -> None:
+        self.output, self.settings, self.corpus, self.per_epoch = settings.output, settings, corpus, per_epoch
         self.steps = per_epoch * settings.epochs
-        self.step = state["step"] if state else 0  # the last one that is done
+        found = sorted(self.output.glob("checkpoints/step-*.pt")) if settings.resume else []
+        (self._checkpoint, *_) = processes.gather(found[-1] if found else None)
+        self.step = int(self._checkpoint.stem[5:]) if self._checkpoint else 0  # the last one that is done
         self.epoch = max(1, math.ceil(self.step / per_epoch))
-        self._state, self._open = state, open_files
+        self._opened = opened
         self._timed = self._seconds = 0  # steps since the start of this process, and what they took
 
-    def start(self, weights, optimiser, record):
-        """Write settings.json, put a checkpoint back, and begin to log; collective.
-
-        weights: {name: parameter} of what trains; record: settings as they are used, plain values.
-        """
-        self._show_settings(record)
-        with files.whole(self.output / "settings.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+    def start(self, weights: dict[str, Any], optimiser: Any, record: dict[str, Any]) -> None:
+        """Put a checkpoint back, and begin to log; collective. weights: {name: parameter} of what trains."""
         self.weights, self.optimiser = weights, optimiser
-        if self._state:
-            checkpoints.restore(self._state, weights, optimiser)
-            saved_by, now = len(self._state["random"]), processes.count()
-            print(f"resumed after step {self.step}")
-            if saved_by != now:
-                print(f"saved by {saved_by} processes, now {now}: dropout will be another")
-            self._state = None
-        (self.validated, *_) = processes.gather(log.read_validated(self.output / "validation.jsonl", self.step))
+        if self._checkpoint:
+            restore(self._checkpoint, self.corpus, weights, optimiser)
+            self.say(f"resumed after step {self.step}")
+        (self.validated, *_) = processes.gather(self._read_validated())
         self._began = self._saved = time.perf_counter()
-        enter = self._open.enter_context
+        enter = self._opened.enter_context
         self._stop = enter(StopRequest())
-        self._log = enter(log.open_log(self.output / "log.jsonl", self.step))
-        self._track = enter(log.tracker(self.settings.track, self.output, record, self.step))
+        self._log = enter(_open_log(self.output / "log.jsonl", self.step))
+        self._track = enter(_tracker(self.settings.track, self.output, record, self.step))
         bar = {"bar_format": PROGRESS, "ncols": screen.width(sys.stderr), "disable": cli.process_rank() > 0}
         self._bar = enter(tqdm(total=self.steps, initial=self.step, **bar))
 
-    def _show_settings(self, record):
-        """Print what differs from the defaults; settings.json has all."""
-        defaults = json.loads(json.dumps(asdict(type(self.settings)()), default=str))
-        changed = {key: (record[key], default) for key, default in defaults.items() if record[key] != default}
-        rows = [(cli.flag(key), ["-" if v is None else str(v) for v in pair]) for key, pair in changed.items()]
-        screen.show_table("Settings that are not the defaults", ["this run", "default"], rows, numbers=False)
-        print(f"all of them: {self.output}/settings.json\n")
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Where it stands
-
-    def epochs(self):
+    def epochs(self) -> Iterator[int]:
         """The epochs that are not done; the one of a checkpoint at its end comes again, for what follows its steps."""
         for epoch in range(self.epoch, self.settings.epochs + 1):
             self.epoch = epoch
             yield epoch
 
-    def left(self, order):
+    def left(self, order: np.ndarray) -> np.ndarray:
         """The steps of this epoch's order that are not done."""
         self._clock = time.perf_counter()
         return order[len(order) - (self.epoch * self.per_epoch - self.step) :]
 
-    @property
-    def at_last_step(self):
-        """Whether the next step to be recorded is the epoch's last."""
-        return self.step + 1 == self.epoch * self.per_epoch
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # What it writes and shows
-
-    def record(self, numbers):
+    def record(self, numbers: dict[str, Any]) -> None:
         """Count, log and show a step that is done; save when that is due. Raises Stopped when asked to; collective."""
         seconds = time.perf_counter() - self._clock
         self.step += 1
         line = {"step": self.step, "epoch": self.epoch, **numbers, "seconds": seconds}
-        line |= {"tokens_per_second": numbers["tokens"] / seconds, "memory_gb": memory.peak()}
+        line |= {"tokens_per_second": numbers["tokens"] / seconds, "memory_gb": peak_memory()}
         print(json.dumps(line), file=self._log, flush=True)
         self._track(self.step, line)
         self._bar.update()
-        self._bar.set_postfix_str(_progress(line))
+        self._bar.set_postfix_str(
+            f"{line['tokens_per_second']:,.0f} tokens/s, loss {line['loss']:.3f}, lr {line['learning_rate']:.1e}, "
+            f"grad {line['gradient_norm']:.2f}"
+        )
         self._timed, self._seconds = self._timed + 1, self._seconds + seconds
         if self._timed == ESTIMATE_AFTER and self.step < self.steps:
-            self.say(_estimate(self._seconds, self.steps - self.step))
+            rest = timedelta(seconds=round(self._seconds / self._timed * (self.steps - self.step)))
+            self.say(f"{self._timed} steps took {self._seconds:.1f} s: about {rest} (h:mm:ss) for the others")
         self._save_when_due()
         self._clock = time.perf_counter()
 
@@ -137,47 +166,55 @@ class Run:
         late = cli.process_rank() == 0 and time.perf_counter() - self._saved > 60 * self.settings.save_minutes
         stopping, due = processes.total(self._stop.name is not None, late)
         if stopping or due or self.step == self.epoch * self.per_epoch:
-            folder = self.output / "checkpoints"
-            checkpoints.save(folder, self.step, self.weights, self.optimiser, self.identity, self.corpus)
+            save(self.output / "checkpoints", self.step, self.weights, self.optimiser, self.corpus)
             self._saved = time.perf_counter()
         if stopping:
             raise Stopped
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if cli.process_rank() == 0:
             tqdm.write(screen.fill(text))
 
-    def record_validation(self, numbers, shown):
-        """Log the numbers of this epoch on held-out speakers; shown: {title: key} of those that are printed."""
-        self.validated[self.epoch] = numbers = {"step": self.step} | numbers
-        best = self.best_epoch
-        found = [f"{title} {numbers[key]:.3f}" for title, key in shown.items() if numbers.get(key) is not None]
+    # ------------------------------------------------------------------------------------------------------------------
+    # Validation
+
+    def _read_validated(self):
+        path = self.output / "validation.jsonl"
+        lines = files.read_lines(path, ValidationLine) if path.exists() else []
+        return {line.epoch: line for line in lines if line.step <= self.step}
+
+    def record_validation(self, loss: float) -> None:
+        """Log this epoch's loss on held-out speakers: validation.jsonl has a line an epoch, the best one marked."""
+        self.validated[self.epoch] = ValidationLine(epoch=self.epoch, step=self.step, loss=loss, best=False)
+        best = self._best_epoch()
         verdict = "the best so far" if self.epoch == best else f"epoch {best} is the best so far"
-        self.say(f"epoch {self.epoch} on held-out speakers: {' '.join(found)}; {verdict}")
-        log.write_validated(self.output / "validation.jsonl", self.validated, best)
-        self._track(self.step, {f"validation_{key}": value for key, value in numbers.items()})
+        self.say(f"epoch {self.epoch}: loss {loss:.3f} on held-out speakers; {verdict}")
+        lines = [line.model_dump() | {"best": line.epoch == best} for line in self.validated.values()]
+        with files.whole(self.output / "validation.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._track(self.step, {"validation_loss": loss})
 
-    @property
-    def best_epoch(self):
-        """The epoch with the lowest validation loss (our choice: it is what training lowers)."""
-        return min(self.validated, key=lambda epoch: self.validated[epoch]["loss"])
+    def _best_epoch(self):
+        return min(self.validated, key=lambda epoch: self.validated[epoch].loss)
 
-    def out_of_patience(self):
+    def out_of_patience(self) -> bool:
         """Whether --patience epochs have gone by without a lower validation loss; says so."""
         patience = self.settings.patience
-        if not patience or self.epoch - self.best_epoch < patience:
+        if not patience or self.epoch - self._best_epoch() < patience:
             return False
         self.say(f"no lower validation loss for {patience} epochs: stopping early, after epoch {self.epoch}")
         return True
 
-    def finish(self):
+    def finish(self) -> None:
         """Draw the curves, and say what there is."""
         self._bar.close()
-        log.draw_curves(self.output)
+        if cli.process_rank() == 0:
+            with files.whole(self.output / "curves.png") as temporary:
+                curves(self.output).savefig(temporary, format="png", dpi=150)
         seconds = time.perf_counter() - self._began
-        print(f"{self.step} steps, {seconds:.0f} s, peak memory {memory.peak():.1f} GB")
-        print(f"adapters in {self.output}/epoch-*; next: python evaluate.py --adapter {self.output}/")
+        self.say(f"{self.step} steps, {seconds:.0f} s, peak memory {peak_memory():.1f} GB")
+        self.say(f"adapters in {self.output}/epoch-*; next: python evaluate.py --adapter {self.output}/")
 
 
 class StopRequest:
@@ -185,14 +222,14 @@ class StopRequest:
 
     signals = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name = None  # of the signal that came
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         self.before = [signal.signal(number, self._note) for number in self.signals]
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in zip(self.signals, self.before):
             signal.signal(number, handler)
 
@@ -202,26 +239,211 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _progress(line):
-    return (
-        f"{line['tokens_per_second']:,.0f} tokens/s, loss {line['loss']:.3f}, lr {line['learning_rate']:.1e}, "
-        f"grad {line['gradient_norm']:.2f}"
-    )
+def peak_memory() -> float:
+    """Largest memory in use so far, in GB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def _estimate(seconds, left):
-    rest = timedelta(seconds=round(seconds / ESTIMATE_AFTER * left))
-    return (
-        f"{ESTIMATE_AFTER} steps took {seconds:.1f} s: about {rest} (h:mm:ss) for the other {left}, without validation"
-    )
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def not_finite(step, micro_batches, losses, loss, gradient_norm):
-    """The error of a step whose loss or gradient is not finite, naming the utterances it can come from; collective."""
-    suspects = [batch for batch, value in zip(micro_batches, losses) if not value.isfinite()]
-    named = (set().union(*(batch.utterances for batch in batches)) for batches in (suspects, micro_batches))
-    suspected, all_of_them = (set().union(*processes.gather(names)) for names in named)
-    return cli.RunError(
-        f"step {step}: loss {loss:.4g}, gradient norm {gradient_norm:.4g}. The step was not applied and the last "
-        f"checkpoint is as it was. It comes from one of: {', '.join(sorted(suspected or all_of_them))}"
-    )
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: all that a run needs to go on to the same weights, to the bit
+
+
+def save(folder: Path, step: int, weights: dict[str, Any], optimiser: Any, corpus: str) -> None:
+    """Write folder/step-N.pt and remove all but the newest KEPT; collective.
+
+    weights: {name: parameter} of what trains; corpus: fingerprint of the data.
+    """
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    own = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+    state = {
+        "weights": {name: parameter.detach() for name, parameter in weights.items()},
+        "optimiser": optimiser.state_dict(),
+        "random": processes.gather(own),
+        "corpus": corpus,
+    }
+    if cli.process_rank():
+        return
+    with files.whole(folder / f"step-{step:08d}.pt") as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # where the disk is full, torch speaks of positions in the file, and the system's reason is behind it
+            raise error.__context__ or error from error
+    for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
+        old.unlink()
+
+
+def restore(path: Path, corpus: str, weights: dict[str, Any], optimiser: Any) -> None:
+    """Put a checkpoint's weights, optimiser and random numbers back; collective.
+
+    Only tensors and plain values are read: nothing in the file is executed. The random numbers come back only to as
+    many processes as there were. Raises InputError for no whole checkpoint, or one of another model or corpus.
+    """
+    try:
+        if not path.is_file():  # a FIFO would be waited for, a device read for ever
+            raise ValueError("not a regular file")
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a checksum of each tensor, and torch.load reads none
+            if spoilt := archive.testzip():
+                raise ValueError(f"the checksum of {spoilt} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, own = ({n: w.shape for n, w in of.items()} for of in (state["weights"], weights))
+        if saved != own:
+            raise ValueError("its weights are those of another model")
+        if state["corpus"] != corpus:
+            raise ValueError("it is of another corpus, or of other labels of it")
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(state["weights"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        if len(state["random"]) == processes.count():
+            own = state["random"][cli.process_rank()]
+            random.setstate(own["python"])
+            np.random.set_state(own["numpy"])
+            torch.set_rng_state(own["torch"])
+            if own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"])
+        else:
+            screen.say(f"saved by {len(state['random'])} processes, now {processes.count()}: dropout will be another")
+    except Exception as error:  # torch raises many kinds for what is not its own file
+        raise cli.InputError(
+            f"checkpoint {path} cannot be gone on with: {cli.first_line(error)}; without that file --resume takes the "
+            f"one before it"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+@contextmanager
+def _open_log(path, step):
+    """log.jsonl to append to, without the lines of steps that will be done again; for rank 0 alone."""
+    if cli.process_rank():
+        yield open(os.devnull, "w")
+        return
+    known = files.read_lines(path, LogLine, cut_off=True) if path.exists() else []
+    texts = files.read_text(path).split("\n") if known else []
+    with files.whole(path) as temporary:
+        temporary.write_text("".join(text + "\n" for text, line in zip(texts, known) if line.step <= step))
+    with open(path, "a") as file:
+        yield file
+
+
+@contextmanager
+def _tracker(service, output, settings, step) -> Iterator[Callable[[int, dict], Any]]:
+    """A function (step, numbers) that shows numbers in `service`: "tensorboard", "wandb" or None; for rank 0 alone.
+
+    step: that the run goes on from. TensorBoard forgets what came after it; in wandb each part is a run of its own.
+    """
+    if service == "tensorboard" and cli.process_rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(output / "tensorboard", purge_step=step + 1) as writer:
+            yield lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
+    elif service == "wandb" and cli.process_rank() == 0:
+        import wandb
+
+        with wandb.init(project="pronunciation", name=str(output), dir=output, config=settings) as run:
+            yield lambda step, numbers: run.log(numbers, step=step)
+    else:
+        yield lambda step, numbers: None
+
+
+def curves(run: Path) -> Any:
+    """Loss, learning rate and gradient norm of every step in log.jsonl, and validation, as a matplotlib Figure.
+
+    Raises InputError for a log that cannot be read.
+    """
+    from matplotlib import figure, ticker  # takes a second
+
+    lines = files.read_lines(run / "log.jsonl", LogLine, cut_off=True)
+    steps = [line.step for line in lines]
+    picture = figure.Figure(figsize=(6.4, 5), layout="constrained")
+    axes = picture.subplot_mosaic([["loss", "loss"], ["learning_rate", "gradient_norm"]], height_ratios=(3, 2))
+    titles = {"loss": "loss per supervised token", "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
+    for key, title in titles.items():
+        values = [getattr(line, key) for line in lines]
+        smooth = key != "learning_rate"
+        dots = "." if len(lines) < 20 else None
+        axes[key].plot(steps, values, "C0", linewidth=1, alpha=0.35 if smooth else 1, marker=dots, label="each step")
+        if smooth:
+            reach = len(values) // SMOOTHED
+            means = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+            axes[key].plot(steps, means, "C0", label="smoothed")
+            axes[key].set_yscale("log")  # otherwise the first steps are all that one sees
+            axes[key].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes[key].yaxis.set_major_formatter("{x:g}")
+            axes[key].yaxis.set_minor_formatter(ticker.NullFormatter())
+        for earlier, later in pairwise(lines):
+            if earlier.epoch != later.epoch:
+                axes[key].axvline(earlier.step + 0.5, color="C7", linestyle=":", linewidth=1)
+        axes[key].set(title=title, xlabel="step")
+        axes[key].grid(alpha=0.3)
+    if (run / "validation.jsonl").exists():
+        epochs = files.read_lines(run / "validation.jsonl", ValidationLine)
+        axes["loss"].plot([e.step for e in epochs], [e.loss for e in epochs], "oC1", label="held-out speakers")
+    axes["loss"].set_xlabel("step; dotted: the end of an epoch")
+    axes["loss"].legend()
+    return picture
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters of a run
+
+
+def adapters(run: Path, epochs: str | None) -> list[tuple[Path, TrainingSettings]]:
+    """The adapters that `--adapter` and `--epochs` name, as (folder, TrainingSettings), earliest epoch first.
+
+    epochs: "last" or None, "best", "all", or a number as text. Raises InputError where there is none.
+    """
+    if os.path.isfile(run / "adapter_config.json"):
+        if epochs:
+            raise cli.InputError(f"{run} is one epoch: leave out --epochs {epochs}, or give the folder above")
+        return [(run, _settings(run))]
+    found = [file.parent for file in run.glob(f"epoch-*/{MARK}")]
+    found = sorted((f for f in found if re.fullmatch(r"epoch-\d+", f.name)), key=lambda f: int(f.name[6:]))
+    if not found:
+        raise cli.InputError(f"{run} holds no adapter (no epoch-*/{MARK}): give train.py's --output")
+    if epochs == "best":
+        path = run / "validation.jsonl"
+        best = (
+            [str(line.epoch) for line in files.read_lines(path, ValidationLine) if line.best] if path.exists() else []
+        )
+        if len(best) != 1:
+            raise cli.InputError(f"--epochs best: {path} marks {len(best)} epochs; train.py --validation 0.1 writes it")
+        (epochs,) = best
+    chosen = {None: found[-1:], "last": found[-1:], "all": found}
+    folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
+    if not folders:
+        raise cli.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
+    return [(folder, _settings(folder)) for folder in folders]
+
+
+def _settings(folder):
+    """The settings of an adapter's training. Raises InputError where it was trained with other prompts."""
+    settings = files.read_json(folder / MARK, TrainingSettings)
+    if settings.prompts is None:
+        raise cli.InputError(f"{folder} is of an older version of this project: evaluate it with that, or train again")
+    if settings.prompts != prompts.digest():
+        trained = files.read_json(folder / "prompts.json", dict[str, str])
+        lines = [
+            f"line {number} of the {task} prompt was {then!r}, and is {now!r}"
+            for task in prompts.TASKS
+            for number, (then, now) in enumerate(
+                zip_longest(trained.get(task, "").split("\n"), prompts.build_prompt(task).split("\n")), 1
+            )
+            if then != now
+        ]
+        raise cli.InputError(
+            f"{folder} was trained with other prompts: {'; '.join(lines[:1])}: use those of its training"
+        )
+    return settings

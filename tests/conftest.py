@@ -127,7 +127,7 @@ def new_model(checkpoint):
 
     def make(strategy="lora", speech_adapter="merge", rank=4, dtype="float32", quantize=None):
         model = models.load_base(str(checkpoint), None, dtype, "sdpa", speech_adapter, quantize)
-        if strategy != "full":
+        if True:
             models.add_adapter(model, rank, 2 * rank, dropout=0.0)
         model.counts = models.set_trainable(model, strategy)
         return model
