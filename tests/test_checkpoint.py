@@ -4,7 +4,7 @@ import json
 import re
 import sys
 
-from conftest import copy_of, settings
+from conftest import ROOT, copy_of, settings
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
@@ -114,6 +114,11 @@ def test_a_configuration_with_other_audio_than_the_code_computes_is_refused(chec
     with pytest.raises(cli.InputError, match=f"{file}.json: .*{name}"):
         pretrained.check(str(path.parent), None, "merge")
         load(path.parent)
+
+
+def test_the_table_of_assumptions_names_checks_that_exist():
+    named = re.findall(r"`pretrained\.(\w+)`", (ROOT / "docs" / "checkpoint.md").read_text())
+    assert len(named) > 5 and not [name for name in named if not hasattr(pretrained, name)]
 
 
 def test_the_features_that_are_checked_are_those_that_data_py_counts_on():
