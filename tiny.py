@@ -46,21 +46,15 @@ with when_used():
     from support import pretrained
 
 
-# Four digits of an id name the speaker, five the utterance
-Speakers = Annotated[int, Field(ge=1, le=4_999)]
-Utterances = Annotated[int, Field(ge=1, le=99_999)]
-
-
 @dataclass
 class Settings:
     """What to write, and how much of it."""
 
     output: Path = Path("tiny")  # folder for model/ and corpus/
     steps: cli.Count = 1000  # of pretraining, on 32 clips each
-    train_speakers: Speakers = 50  # 20 utterances each
-    test_speakers: Speakers = 16  # others than in training
-    per_speaker: Utterances = 20  # utterances
-    bare_names: bool = False  # name the speech adapter's weights as transformers' converter does, without PEFT's prefix
+    train_speakers: Annotated[int, Field(ge=1, le=4_999)] = 50  # four digits of an id name the speaker
+    test_speakers: Annotated[int, Field(ge=1, le=4_999)] = 16  # others than in training
+    per_speaker: Annotated[int, Field(ge=1, le=99_999)] = 20  # utterances; five digits of an id name one
     seed: cli.Seed = 0  # of corpus, weights and pretraining
 
 
@@ -474,7 +468,7 @@ def main():
         ) from error
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
     screen.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
-    write_model(model, settings.steps, settings.seed, bare_names=settings.bare_names)
+    write_model(model, settings.steps, settings.seed)
     print(f"{model}: written")
 
 

@@ -45,6 +45,8 @@ def bare(tmp_path_factory):
 
 
 def test_a_converters_names_lack_the_prefix_and_nothing_else(checkpoint, bare):
+    config = json.loads((checkpoint / pretrained.SPEECH_ADAPTER / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]  # as Microsoft's
     file = f"{pretrained.SPEECH_ADAPTER}/{pretrained.ADAPTER_FILE}"
     ours, theirs = (load_file(folder / file) for folder in (checkpoint, bare))
     assert {f"base_model.model.{name}" for name in theirs} == ours.keys()
