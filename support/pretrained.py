@@ -320,7 +320,7 @@ def spare_rows(matrix: torch.Tensor, tokens: dict[str, int]) -> tuple[list[str],
     usual, own = norms.median().item(), {token: norms[row].item() for token, row in tokens.items()}
     line = "norms of spare rows: " + ", ".join(f"{token} {norm:.3g}" for token, norm in own.items())
     line += f"; median of all rows {usual:.3g}"
-    if any(norm > FAR * usual for norm in own.values()):
+    if not all(norm <= FAR * usual for norm in own.values()):  # so that nan is refused, too
         raise cli.InputError(f"{line}: a row that nothing used cannot be {FAR} times the usual")
     return [token for token, norm in own.items() if norm < usual / FAR], line
 
