@@ -1,9 +1,9 @@
 """Read continuous sign language as glosses: landmarks, encoders by body part, MobileNetV3 blocks, BiLSTM, CTC.
 
-    python recipes/sign_language.py --write-synthetic glosses            # a small data folder in the real format
-    python recipes/sign_language.py --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
-    python recipes/sign_language.py --data glosses --evaluate out-sign/best.safetensors      # greedy and beam, on test
-    python recipes/sign_language.py --data phoenix-si5 --output phoenix                  # the document's settings
+    python -m recipes.sign_language --write-synthetic glosses            # a small data folder in the real format
+    python -m recipes.sign_language --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
+    python -m recipes.sign_language --data glosses --evaluate out-sign/best.safetensors      # greedy and beam, on test
+    python -m recipes.sign_language --data phoenix-si5 --output phoenix                  # the document's settings
 
 A data folder has <split>.SI5.corpus.csv (separator |) and one feature file a sequence: <split>/<id>.npz or <id>.npy,
 float [T, F]. Its features.json declares the body parts in the order of the F columns, {"pose": 99, "hands": 126, ...};
@@ -19,16 +19,12 @@ from collections import Counter, defaultdict
 import csv
 from dataclasses import dataclass
 from functools import partial
+import io
 import json
 import math
 from pathlib import Path
-import sys
 import time
 from typing import Annotated, Any, Literal, NamedTuple
-import zipfile
-import zlib
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -37,12 +33,13 @@ from safetensors.torch import save_file
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import metrics
 from recipes import common
-from support import cli, files
+from support import cli, files, screen
+
+COMMAND = "recipes.sign_language"
 
 
 @dataclass
@@ -57,7 +54,6 @@ class Settings:
     unchecked_order: bool = False  # train although hands are not more often missing than faces
 
     dropout: cli.Fraction = 0.3  # in encoders and before the LSTM (document)
-    gradient_checkpointing: bool = False  # compute the encoders' activations twice: the same step with less memory
 
     epochs: cli.Count = 100  # passes over the train split (document)
     warmup: Annotated[int, Field(ge=0)] = 5  # epochs of linear warmup (document); a cosine follows (our choice)
@@ -69,13 +65,16 @@ class Settings:
     patience: cli.Count = 15  # stop after so many epochs without a lower WER on dev (document)
 
     split: str = "test"  # that --evaluate scores (our choice)
-    beam_width: cli.Count = 10  # of the prefix beam search (our choice)
+    beam_width: Annotated[int, Field(ge=1, le=100)] = (
+        10  # of the prefix beam search (our choice); the time grows with its square
+    )
 
     seed: cli.Seed = 42  # of weights, order, augmentation, resamples (public code)
     output: Path = Path("out-sign")  # folder for all that is written (our choice)
 
 
-EVALUATION = ("split", "beam_width")
+BEST = "best.safetensors"
+NUMBERS = ("wer", "low", "high", "sub", "del", "ins")  # of each search, in the table
 
 # Columns of a frame, in this order: 33 pose, 2 x 21 hand and 468 face points with x, y, z (document), then 3 x 1629
 # values that the document calls temporal: velocity, acceleration, and by the public code the raw values once more.
@@ -110,19 +109,14 @@ SYNTHETIC_GLOSSES = ("WIND", "REGEN", "SONNE", "SCHNEE", "NORD", "SUED", "MORGEN
 SYNTHETIC_SPLITS = {"train": (400, 8), "dev": (60, 4), "test": (120, 8)}  # sequences, signers: no signer in two splits
 
 
-def check(settings):
+def check(settings: Settings) -> None:
     """Raises InputError for settings that cannot work together."""
     if settings.write_synthetic:
-        if more := common.written_beside(settings, "write_synthetic", "seed"):
-            raise cli.InputError(f"--write-synthetic takes --seed alone: leave out {more}")
+        common.refuse_unused(settings, "write_synthetic", "seed")
     elif not settings.data:
         raise cli.InputError("--data is missing: give a data folder, or make one with --write-synthetic FOLDER")
     elif settings.evaluate:
-        used = ("evaluate", "data", "batch_size", "seed", "output", *EVALUATION)
-        if more := common.written_beside(settings, *used):
-            raise cli.InputError(f"--evaluate trains nothing: leave out {more}")
-    elif more := common.written(EVALUATION):
-        raise cli.InputError(f"{more} has no effect in training: leave it out, or add --evaluate CHECKPOINT")
+        common.refuse_unused(settings, "evaluate", "data", "batch_size", "seed", "output", "split", "beam_width")
     elif settings.warmup >= settings.epochs:
         raise cli.InputError(
             f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup"
@@ -217,15 +211,15 @@ def read_split(folder, split, groups, which):
 
 def read_annotations(path):
     """Rows of an SI5 corpus file: [(line number, id, signer, glosses)]. Raises InputError."""
-    if not path.exists():
-        raise cli.InputError(f"{path} does not exist: --data is a folder with <split>.SI5.corpus.csv")
-    lines = files.read_text(path).removeprefix("\ufeff").splitlines()
-    reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
+    reader = csv.DictReader(io.StringIO(files.read_text(path)), delimiter="|", quoting=csv.QUOTE_NONE)
     columns = reader.fieldnames or []
     key = "id" if "id" in columns else "name"
     if missing := [name for name in (key, "signer", "annotation") if name not in columns]:
         raise cli.InputError(f"{path} has no column {' and '.join(missing)} (separator |), but {columns}")
-    rows = [(reader.line_num, row) for row in reader]
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise cli.InputError(f"{path}, line {reader.line_num}: {error}") from error
     if bad := [str(line) for line, row in rows if None in row or None in row.values() or not row[key]]:
         raise cli.InputError(f"{path} needs {len(columns)} fields and an id in line {', '.join(bad)}: repair it")
     return [(line, row[key], row["signer"], row["annotation"].split()) for line, row in rows]
@@ -237,14 +231,12 @@ def is_dropped(gloss):
 
 def read_features(path, width):
     """A feature file, float32 (T, width). Raises InputError when it is missing, corrupt or of another shape."""
+    content = files.read_bytes(path)
     try:
-        with open(path, "rb") as file:
-            content = np.load(file)
-            if not isinstance(content, np.ndarray):
-                content = content[next(key for key in (*KEYS, *content.files) if key in content.files)]
-    except FileNotFoundError as error:
-        raise cli.InputError(f"no feature file: neither <split>/<id>.npz nor {path}") from error
-    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
+        content = np.load(io.BytesIO(content))
+        if not isinstance(content, np.ndarray):
+            content = content[next(key for key in (*KEYS, *content.files) if key in content.files)]
+    except Exception as error:  # of numpy, zipfile, zlib, tokenize
         raise cli.InputError(f"{path} is not a readable array: {cli.first_line(error)}") from error
     if content.ndim != 2 or content.shape[1] != width or not np.issubdtype(content.dtype, np.floating):
         raise cli.InputError(f"{path} has {content.dtype} {list(content.shape)} instead of float [T, {width}]")
@@ -262,12 +254,12 @@ def describe(split, samples, dropped):
     impossible = [sample.id for sample in samples if not sample.possible]
     signers = len({sample.signer for sample in samples})
     frames, glosses = (sum(counts) for counts in zip(*((s.frames, len(s.glosses)) for s in samples)))
-    print(
+    screen.say(
         f"{split}: {len(samples):,} sequences of {signers} signers, {frames:,} frames, {glosses:,} glosses "
         f"({dropped:,} left out by the filter), {sum(not s.glosses for s in samples)} sequences without any"
     )
     if impossible:
-        print(
+        screen.say(
             f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
             f"leaves them out, the WER counts them: {', '.join(impossible[:5])}"
         )
@@ -277,7 +269,7 @@ def compare_with_training(split, samples, system):
     """Print and return what a held-out split has that training did not have, and the other way round."""
     unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
     shared = sorted({sample.signer for sample in samples} & set(system.signers))
-    print(
+    screen.say(
         f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
         f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
         f"{', '.join(shared) or 'none'}"
@@ -311,7 +303,7 @@ def check_order(missing, unchecked):
     pose exchanged with what is never missing, and everything about temporal.
     """
     shares = ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
-    print(f"frames with a half of the group exactly zero: {shares}")
+    screen.say(f"frames with a half of the group exactly zero: {shares}")
     if missing["hands"] <= missing["face"] and not unchecked:
         raise cli.InputError(
             f"hands are missing in {missing['hands']:.1%} of the frames and faces in {missing['face']:.1%}, so these "
@@ -332,9 +324,7 @@ class Batch(NamedTuple):
 class System:
     """All that is needed to read signs."""
 
-    model: nn.Module
-    mean: np.ndarray  # (F,) of the train split, as std
-    std: np.ndarray
+    model: "Student"  # with mean and standard deviation of the train split's features
     vocabulary: Vocabulary
     groups: dict[str, int]  # columns, in order
     signers: list[str]  # of training
@@ -342,9 +332,10 @@ class System:
 
 def make_batch(samples, system, rng=None):
     """A Batch on common.DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
+    mean, std = (values.cpu().numpy() for values in (system.model.mean, system.model.std))
     loaded = []
     for sample in samples:
-        frames = (read_features(sample.path, len(system.mean)) - system.mean) / system.std  # (T, F)
+        frames = (read_features(sample.path, len(mean)) - mean) / std  # (T, F)
         loaded.append((sample, torch.from_numpy(augment(frames, sample.needed, rng) if rng else frames)))
     loaded.sort(key=lambda pair: -len(pair[1]))
     samples, features = map(list, zip(*loaded))
@@ -438,15 +429,13 @@ def new_encoder(inputs, outputs, dropout):
 
 
 class Student(nn.Module):
-    """groups: {name: columns} in order; symbols: V; gradient_checkpointing: of the encoders, while training.
+    """groups: {name: columns} in order; symbols: V. It keeps the features' statistics, and takes normalised ones."""
 
-    Most activations are the encoders'. The rest is computed once: a batch norm that is computed twice would move its
-    running statistics twice.
-    """
-
-    def __init__(self, groups, symbols, dropout=0.3, gradient_checkpointing=False):
+    def __init__(self, groups, symbols, dropout=0.3):
         super().__init__()
-        self.columns, self.gradient_checkpointing = slices(groups), gradient_checkpointing
+        self.columns, width = slices(groups), sum(groups.values())
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
         encoders = {name: new_encoder(width, ENCODED[name], dropout) for name, width in groups.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.stem = ConvNorm(same_conv(sum(ENCODED.values()), STEM, 3, stride=2), nn.Hardswish)
@@ -461,7 +450,7 @@ class Student(nn.Module):
         """Log-probabilities (T, B, V), float32. features: (B, T, F); lengths: (B,) on the CPU, frames of each row."""
         frames = features.shape[1]
         mask = (torch.arange(frames) < lengths[:, None]).to(features.device)  # (B, T)
-        encoded = [self.encode(name, features[..., columns]) for name, columns in self.columns.items()]
+        encoded = [self.encoders[name](features[..., columns]) for name, columns in self.columns.items()]
         x = torch.cat(encoded, dim=2).transpose(1, 2)  # (B, C, T)
         reduced = mask[:, ::2]
         x = self.stem(x * mask[:, None], reduced)  # (B, C, T/2)
@@ -473,11 +462,6 @@ class Student(nn.Module):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         x, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=frames)
         return self.output(x).transpose(0, 1).log_softmax(dim=2, dtype=torch.float32)
-
-    def encode(self, name, part):
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(self.encoders[name], part, use_reentrant=False)
-        return self.encoders[name](part)
 
 
 def sizes(model):
@@ -494,28 +478,28 @@ def sizes(model):
 # Training
 
 
-def train(settings):
+def train(settings: Settings) -> None:
     """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
-    common.new_output(settings.output, "log.jsonl")
-    groups = read_features_order(settings.data)
-    samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
-    samples = [sample for sample in samples if sample.possible]
-    if not samples:
-        raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
-    mean, std, missing = feature_statistics(samples, groups)
-    check_order(missing, settings.unchecked_order)
-    vocabulary, signers = Vocabulary(g for sample in samples for g in sample.glosses), {s.signer for s in samples}
-    torch.manual_seed(settings.seed)
-    model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing).to(common.DEVICE)
-    total, parts = sum(sizes(model).values()), ", ".join(f"{name} {count:,}" for name, count in sizes(model).items())
-    print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}: {parts}")
-    system = System(model, mean, std, vocabulary, groups, sorted(signers))
-    compare_with_training("dev", dev, system)
-    unused = (*EVALUATION, "evaluate", "write_synthetic")
-    record = {name: value for name, value in common.record(settings).items() if name not in unused}
-    record |= {"parameters": sizes(model)} | common.versions("torch")
-    common.write_json(settings.output / "settings.json", record)
-    run_epochs(system, samples, dev, settings, record)
+    with common.new_run(settings, COMMAND, BEST, ["log.jsonl"], "torch") as record:
+        groups = read_features_order(settings.data)
+        samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
+        samples = [sample for sample in samples if sample.possible]
+        if not samples:
+            raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
+        mean, std, missing = feature_statistics(samples, groups)
+        check_order(missing, settings.unchecked_order)
+        vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
+        torch.manual_seed(settings.seed)
+        model = Student(groups, len(vocabulary.words), settings.dropout)
+        model.mean, model.std = torch.from_numpy(mean), torch.from_numpy(std)
+        parts, total = sizes(model), sum(sizes(model).values())
+        described = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+        size = f"{total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32"
+        screen.say(f"model: {size}, on {common.DEVICE}: {described}")
+        signers = sorted({sample.signer for sample in samples})
+        system = System(model.to(common.DEVICE), vocabulary, groups, signers)
+        compare_with_training("dev", dev, system)
+        run_epochs(system, samples, dev, settings, record)
 
 
 def run_epochs(system, samples, dev, settings, record):
@@ -533,18 +517,18 @@ def run_epochs(system, samples, dev, settings, record):
             loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
             wer = metrics.error_rate(references, read)
             line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started}
-            print(json.dumps(line | {"memory_gb": common.peak_memory()}), file=log, flush=True)
+            print(json.dumps(line), file=log, flush=True)
             reached = wer, math.inf if loss is None else loss
             if reached < best:
                 best, best_epoch = reached, epoch
-                save(settings.output / "best.safetensors", system, record | {"epoch": epoch, "dev_wer": wer})
+                save(settings.output / BEST, system, record | {"epoch": epoch, "dev_wer": wer})
             bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best[0]:.3f}")
             if epoch - best_epoch >= settings.patience:
-                bar.write(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
+                screen.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
                 break
-    print(
+    screen.say(
         f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
-        f"--data {settings.data} --evaluate {settings.output}/best.safetensors"
+        f"--data {settings.data} --evaluate {settings.output}/{BEST}"
     )
 
 
@@ -585,11 +569,10 @@ def sequence_losses(model, batch):
 
 def save(path, system, record):
     """The System and the record of its training, in one file that executes nothing."""
-    weights = {f"model.{key}": value.cpu().contiguous() for key, value in system.model.state_dict().items()}
-    statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
+    weights = {key: value.cpu().contiguous() for key, value in system.model.state_dict().items()}
     about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers}
     with files.whole(path) as temporary:
-        save_file(weights | statistics, temporary, {"about": json.dumps(about | {"training": record})})
+        save_file(weights, temporary, {"about": json.dumps(about | {"training": record})})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -605,19 +588,23 @@ class About(files.Shape):
     training: dict[str, Any]
 
 
-def load(path):
+def load(path: Path) -> tuple[System, dict]:
     """(System, record of its training) of a best.safetensors. Raises InputError when it is none."""
     if not path.is_file():
-        raise cli.InputError(f"--evaluate {path} does not exist")
-    with common.loading("--evaluate", path, "a best.safetensors of this script"):
+        raise cli.InputError(f"--evaluate {path} is missing, or not a regular file")
+    try:
         with safe_open(path, "pt") as file:
             about = files.check_json(About, file.metadata()["about"], path)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        mean, std = (tensors.pop(name).numpy() for name in ("mean", "std"))
+            weights = {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
         vocabulary = Vocabulary(about.vocabulary[len(SPECIAL) :])
         model = Student(about.features, len(vocabulary.words))
-        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
-    return System(model.to(common.DEVICE), mean, std, vocabulary, about.features, about.signers), about.training
+        model.load_state_dict(weights)
+    except cli.InputError:
+        raise
+    except Exception as error:  # of safetensors and of torch, which have their own for a broken file
+        raise cli.InputError(f"--evaluate {path} is no {BEST} of this script: {cli.first_line(error)}") from error
+    common.check_finite(model, path)
+    return System(model.to(common.DEVICE), vocabulary, about.features, about.signers), about.training
 
 
 @torch.no_grad()
@@ -669,28 +656,31 @@ def beam_search(log_probs, width):
     return list(next(iter(beams)))
 
 
-def evaluate(settings):
+def evaluate(settings: Settings) -> None:
     """Score one split with a checkpoint, by greedy and beam search; writes results.json. Raises InputError."""
-    common.new_output(settings.output, "results.json")
-    system, training = load(settings.evaluate)
-    groups = read_features_order(settings.data)
-    if list(groups.items()) != list(system.groups.items()):
-        raise cli.InputError(f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}")
-    samples = read_split(settings.data, settings.split, groups, training["glosses"])
-    results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split}
-    results |= {"sequences": len(samples), "beam_width": settings.beam_width}
-    results["impossible"] = [sample.id for sample in samples if not sample.possible]
-    results |= compare_with_training(settings.split, samples, system)
-    searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
-    results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
-    for name, hypotheses in zip(searches, read):
-        results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
-        shown = (f"{key} {value if isinstance(value, str) else f'{value:.3f}'}" for key, value in results[name].items())
-        print(f"{name}: {', '.join(shown)}")
-    lines = zip([sample.id for sample in samples], references, *read)
-    results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
-    common.write_json(settings.output / "results.json", results)
-    print(f"{settings.output / 'results.json'}: written")
+    with files.own(settings.output, COMMAND, "results.json", ["results.json"]):
+        system, training = load(settings.evaluate)
+        groups = read_features_order(settings.data)
+        if list(groups.items()) != list(system.groups.items()):
+            raise cli.InputError(
+                f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}"
+            )
+        samples = read_split(settings.data, settings.split, groups, training["glosses"])
+        results = {"written_by": files.signature(COMMAND), "checkpoint": str(settings.evaluate)}
+        results |= {"data": str(settings.data), "split": settings.split}
+        results |= {"sequences": len(samples), "beam_width": settings.beam_width}
+        results["impossible"] = [sample.id for sample in samples if not sample.possible]
+        results |= compare_with_training(settings.split, samples, system)
+        searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
+        results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
+        for name, hypotheses in zip(searches, read):
+            results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
+        lines = zip([sample.id for sample in samples], references, *read)
+        results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
+        common.write_json(settings.output / "results.json", results)
+    rows = [(name, [f"{results[name][key]:.3f}" for key in NUMBERS]) for name in searches]
+    caption = f"{settings.output / 'results.json'}; interval over {results['greedy']['resampled']}"
+    screen.show_table(caption, NUMBERS, rows)
 
 
 def wer_with_interval(references, hypotheses, samples, seed):
@@ -762,12 +752,13 @@ def synthetic_frames(movements, offset, extent, rng):
     return np.concatenate([raw, velocity, acceleration, raw], axis=1).astype(np.float32)
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
     check(settings)
     if settings.write_synthetic:
         write_synthetic(settings.write_synthetic, settings.seed)
-        print(f"{settings.write_synthetic}: synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}")
+        splits = f"synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}"
+        screen.say(f"{settings.write_synthetic}: {splits}")
     elif settings.evaluate:
         evaluate(settings)
     else:
@@ -775,4 +766,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script("sign_language.py", main)
+    cli.run_script(COMMAND, main)
