@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 import importlib.metadata
 from itertools import chain
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ with when_used():  # sign_language does without them
     from support import hub, pretrained
 
 CHECKPOINT = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]  # what is fetched of one
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says of CPUs helps nobody
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
