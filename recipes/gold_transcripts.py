@@ -1,6 +1,5 @@
 """Better speech recognition from transcripts that a language model corrected (wav2vec2, LoRA).
 
-    python -m recipes.gold_transcripts --check-llm                                  # load the LLM, time one correction
     python -m recipes.gold_transcripts --audio-dir recordings                       # with recordings/clean and /noisy
     python -m recipes.gold_transcripts --data speechocean762 --quantize nf4         # human text to compare with
     python -m recipes.gold_transcripts --write-tiny tiny-wav2vec2                   # a recogniser for a laptop, then:
@@ -60,7 +59,6 @@ class Settings:
     llm_batch: cli.Count = 8  # transcripts rewritten at once (our choice)
     max_distance: cli.Positive = 0.5  # gold with more word errors per transcript word is rejected (our choice)
     oracle: bool = False  # take the human text of --data as gold instead of asking an LLM: the best that gold can be
-    check_llm: bool = False  # load the LLM, show and time one correction, and end
 
     recogniser: str = "facebook/wav2vec2-base-960h"  # folder or hub id, Wav2Vec2ForCTC (document)
     no_lora: bool = False  # train all weights but the feature encoder's (document)
@@ -90,7 +88,6 @@ MAY_BE_MISSING = {"wav2vec2.masked_spec_embed"}  # in wav2vec2-base-960h, which 
 RESULTS = "evaluation_results.json"
 COUNTED = ("error_samples", "empty")  # of a text, in the tables
 ORACLE = "oracle gold: human text, not an LLM"
-EXAMPLE = "HE WENT TOO THE STOAR TO BY SOME BRED"  # of --check-llm, and the first call of every run
 
 # Ours: the document gives none. Length and meaning are to stay, because what differs is trained on.
 PROMPT = """A speech recogniser wrote down one short English utterance, maybe with mistakes. Write the sentence that \
@@ -111,9 +108,7 @@ SYMBOLS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 
 def check(settings: Settings) -> None:
     """Raises InputError for settings that cannot work together."""
-    if settings.check_llm:
-        common.refuse_unused(settings, "check_llm", "llm", "quantize", "max_new_tokens")
-    elif settings.write_tiny:
+    if settings.write_tiny:
         common.refuse_unused(settings, "write_tiny", "seed")
     elif bool(settings.audio_dir) == bool(settings.data):
         raise cli.InputError("give --audio-dir, recordings, or --data, a corpus with human text: one of the two")
@@ -239,7 +234,6 @@ class Llm:
         ids = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": sorted(self.ends)}
         greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ids)
         self.network.generation_config = greedy  # without the checkpoint's temperature and its like
-        self.rewrite([EXAMPLE])  # the first call is slow, and not what the time of a correction should be
 
     @torch.no_grad()
     def rewrite(self, transcripts):
@@ -258,22 +252,6 @@ def clean_answer(answer):
     lines = [line.strip() for line in answer.splitlines()]
     sentences = [text for line in lines if (text := LABEL.sub("", line).strip(" \"'`*“”‘’"))]
     return sentences[0] if sentences else ""
-
-
-def check_llm(settings: Settings) -> None:
-    """Load the LLM, show and time one correction."""
-    started = time.perf_counter()
-    llm = Llm(settings.llm, settings.quantize, settings.max_new_tokens)
-    loaded = time.perf_counter()
-    (answer,) = llm.rewrite([EXAMPLE])
-    seconds = time.perf_counter() - loaded
-    screen.say(f"transcript: {EXAMPLE}", f"answer: {answer!r}", f"sentence: {clean_answer(answer or '')}")
-    screen.say(f"loaded in {loaded - started:.1f} s, corrected in {seconds:.2f} s")
-    if answer is None:
-        raise cli.RunError(
-            f"the answer did not end within --max-new-tokens {settings.max_new_tokens}, and such answers are rejected: "
-            f"raise it, or choose an --llm that keeps to one line"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -574,8 +552,6 @@ def main() -> None:
     pretrained.quieten()
     if settings.write_tiny:
         write_tiny(settings.write_tiny, settings.seed)
-    elif settings.check_llm:
-        check_llm(settings)
     else:
         run(settings)
 
