@@ -226,7 +226,9 @@ class Llm:
         if self.tokenizer.chat_template is None:
             raise cli.InputError(f"--llm {name} has no chat template: give an instruction-tuned one")
         self.network = common.load(transformers.AutoModelForCausalLM, folder, dtype, bool(quantize)).eval()
-        common.check_ids(self.tokenizer.get_vocab().values(), self.network.config.vocab_size, folder)
+        common.check_ids(
+            self.tokenizer.get_vocab().values(), self.network.get_input_embeddings().num_embeddings, folder
+        )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = self.network.generation_config.eos_token_id  # some chat models have several

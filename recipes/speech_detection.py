@@ -356,7 +356,7 @@ def load_base(name, train, quantize=None):
         processor.tokenizer.padding_side = "left"
     dtype = torch.bfloat16 if common.DEVICE == "cuda" and train == "lora" else torch.float32
     network = common.load(kind, folder, dtype, bool(quantize), UNQUANTISED)
-    common.check_ids(processor.tokenizer.get_vocab().values(), network.config.text_config.vocab_size, folder)
+    common.check_ids(processor.tokenizer.get_vocab().values(), network.get_input_embeddings().num_embeddings, folder)
     return network, processor
 
 

@@ -179,21 +179,6 @@ def test_padding_moves_no_running_statistic():
             assert "mean" in name or not torch.allclose(value, torch.ones(()))  # it moved
 
 
-def test_the_shortest_sequence_can_be_trained_on_alone():
-    model = sign.Student(GROUPS, 10).train()
-    model(torch.randn(1, sign.SHORTEST, WIDTH), torch.tensor([sign.SHORTEST])).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_without_padding_the_masked_batch_norm_is_pytorchs():
-    ours, theirs = sign.MaskedBatchNorm(7), nn.BatchNorm1d(7)
-    x = torch.randn(3, 7, 11)
-    assert torch.allclose(ours(x, torch.ones(3, 11, dtype=torch.bool)), theirs(x), atol=1e-6)
-    assert torch.allclose(ours.running_mean, theirs.running_mean) and torch.allclose(
-        ours.running_var, theirs.running_var
-    )
-
-
 def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank():
     glosses = ["REGEN", "WIND", "REGEN", "NORD"]
     vocabulary = sign.Vocabulary(glosses)
@@ -347,14 +332,6 @@ def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start)
     assert results[0]["beam"]["wer"] == pytest.approx(metrics.error_rate(references, read))
 
 
-def test_what_is_read_is_said_of_the_sequence_it_was_read_in(samples, trained):
-    samples = sorted(samples, key=lambda sample: sample.frames)
-    system, _ = sign.load(trained[0] / "sign/best.safetensors")
-    _, references, (read,) = sign.transcribe(system, samples, 3, [lambda log_probs: [2 + len(log_probs) % 7]])
-    assert references == [list(sample.glosses) for sample in samples]
-    assert read == [system.vocabulary.decode([2 + sample.frames % 7]) for sample in samples]
-
-
 @pytest.mark.slow
 def test_the_same_seed_trains_the_same_weights_and_a_run_is_not_overwritten(trained, folder, start):
     settings = ["--data", folder, "--epochs", 2, "--warmup", 1, "--output", "again"]
@@ -389,15 +366,6 @@ def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
     right = {"pose": 9, "face": 30, "hands": 12, "temporal": 153}
     (own_copy / "features.json").write_text(json.dumps(right))
     sign.check_order(sign.feature_statistics(sign.read_split(own_copy, "train", right, "all"), right)[2], False)
-
-
-def test_the_column_of_ids_may_be_called_name_and_features_may_be_npy(own_copy):
-    path = own_copy / "dev.SI5.corpus.csv"
-    path.write_text(path.read_text().replace("id|", "name|", 1))
-    frames = np.load(own_copy / "dev/dev-0000.npz")["features"]
-    (own_copy / "dev/dev-0000.npz").unlink()
-    np.save(own_copy / "dev-0000.npy", frames)
-    assert sign.read_split(own_copy, "dev", GROUPS, "filtered")[0].frames == len(frames)
 
 
 def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start):
