@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 import prompts
-from support import cli, files, hub, sound
+from support import cli, files, sound
 from support.sound import FRAME, SAMPLE_RATE
 
 HOP = 160  # samples (10 ms) between windows
@@ -125,7 +125,7 @@ def find_corpus(source: str | Path, revision: str | None) -> tuple[Path, str | N
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not os.path.isdir(Path(source).parent)
     if not hub_id and not os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
-    return hub.fetch(source, revision, "dataset", HUB_FILES)
+    return files.fetch(source, revision, "dataset", HUB_FILES)
 
 
 Reader = Iterator[tuple[str, Callable[[], Utterance]]]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import prompts
-from support import cli, screen
+from support import cli
 from support.later import when_used
 
 with when_used():
@@ -357,7 +357,7 @@ class Pretraining:
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
-        bar = tqdm(range(steps), desc=name, unit="step", ncols=screen.width(sys.stderr))
+        bar = tqdm(range(steps), desc=name, unit="step", ncols=cli.width(sys.stderr))
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
@@ -467,7 +467,7 @@ def main():
             f"cannot write into {settings.output}: {error.strerror}; choose another --output"
         ) from error
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
-    screen.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
+    cli.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)
     print(f"{model}: written")
 

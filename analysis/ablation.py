@@ -22,7 +22,7 @@ from tyro.conf import Fixed, Positional, Suppress
 from analysis import compare
 import data
 import evaluate
-from support import answers, cli, files, screen, sound
+from support import answers, cli, files, sound
 from support.later import when_used
 
 with when_used():
@@ -90,7 +90,7 @@ def main():
             if cli.process_rank() == 0:
                 evaluate.score(records, other.label, other.paper_row, other.output)
                 caption = f"{evaluation.label} on its own audio (A) and on {settings.how} (B), {other.output}"
-                screen.show_table(caption, *compare.differences([[mine], [records]]))
+                cli.show_table(caption, *compare.differences([[mine], [records]]))
         processes.end()
 
 

@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 import metrics
 import prompts
-from support import answers, cli, predictions, screen
+from support import answers, cli
 
 Format = Literal["table", "csv", "latex"]
 LATEX = str.maketrans(
@@ -48,7 +48,7 @@ class Settings:
 def read_runs(paths: tuple[Path, ...]) -> list[list[dict]]:
     """The lines of each run's predictions, in one order. Raises InputError where they are of other utterances."""
     files = [path / answers.WHOLE if path.is_dir() else path for path in paths]
-    runs = [{(record["id"], record["task"]): record for record in predictions.read(file)} for file in files]
+    runs = [{(record["id"], record["task"]): record for record in answers.read(file)} for file in files]
     asked = [{key: (record.get("speaker"), record["reference"]) for key, record in run.items()} for run in runs]
     for file, other in zip(files, asked):
         if wrong := sorted(key for key in asked[0].keys() | other.keys() if asked[0].get(key) != other.get(key)):
@@ -89,7 +89,7 @@ def score(run: list[dict], scoring: str) -> dict:
     return metrics.score(run, scoring)[0]
 
 
-def spread(group: list) -> tuple[list[str], screen.Rows]:
+def spread(group: list) -> tuple[list[str], cli.Rows]:
     """How much runs differ: columns and rows; a number is over the runs that have it."""
     rows = []
     for key, values in numbers_of(group, scorings_of([group])[0], score).items():
@@ -101,7 +101,7 @@ def spread(group: list) -> tuple[list[str], screen.Rows]:
     return ["mean", "std", "min", "max", "runs"], rows
 
 
-def differences(groups: list) -> tuple[list[str], screen.Rows]:
+def differences(groups: list) -> tuple[list[str], cli.Rows]:
     """The difference of two groups' means: columns and rows; without what is nan for a run, or most resamples.
 
     Raises InputError where speakers are not named.
@@ -151,12 +151,12 @@ def decided_well(records: list[dict]) -> list[bool]:
     return [event in metrics.RIGHT for of in phones for *_, event in metrics.phone_columns(*of) if event]
 
 
-def print_table(format: Format, caption: str, columns: list[str], rows: screen.Rows) -> None:
+def print_table(format: Format, caption: str, columns: list[str], rows: cli.Rows) -> None:
     """A table for the terminal, a spreadsheet or a paper, on stdout."""
     if format == "table":
-        screen.show_table(caption, columns, rows)
+        cli.show_table(caption, columns, rows)
         return
-    lines = [[screen.visible(text) for text in line] for line in [["name", *columns], *([name, *of] for name, of in rows)]]
+    lines = [[cli.visible(text) for text in line] for line in [["name", *columns], *([name, *of] for name, of in rows)]]
     if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
         return
@@ -181,7 +181,7 @@ def main() -> None:
         print_table(settings.format, f"{len(runs)} runs", *spread(runs))
     if settings.format == "table":
         print()
-        screen.say(*notes(settings, groups))
+        cli.say(*notes(settings, groups))
 
 
 def notes(settings: Settings, groups: list) -> list[str]:

@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from analysis import assessor
 import evaluate
 import prompts
-from support import answers, choices, cli, files, screen
+from support import answers, cli, files
 from support import run as runs
 from support.later import when_used
 
@@ -60,7 +60,7 @@ class Settings:
     epochs: str | None = None  # of a run folder: last (default), best (on held-out speakers), or a number
     model: str | None = None  # checkpoint folder or hub id of the base model; default: that of the training
     revision: str | None = None  # of the hub id
-    dtype: choices.Dtype | None = None  # of the new checkpoint; default: that of the training
+    dtype: runs.Dtype | None = None  # of the new checkpoint; default: that of the training
     like: Path | None = None  # for Microsoft's layout: a copy of microsoft/Phi-4-multimodal-instruct
 
 
@@ -76,7 +76,7 @@ def export(settings: Settings) -> str:
     held = training.dtype or models.default_dtype()
     dtype = settings.dtype or held
     with files.own(folder, "analysis.export", CARD, ["[!.]*"], "folder"):
-        base, commit = pretrained.fetch(name, revision or choices.HUB_MODEL_REVISION, BESIDE)
+        base, commit = pretrained.fetch(name, revision or runs.HUB_MODEL_REVISION, BESIDE)
         if base.resolve() == folder.resolve():
             raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
         model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
@@ -264,7 +264,7 @@ def scores(evaluation: evaluate.Evaluation, run: Path) -> str:
 
 def main():
     settings = cli.parse(Settings, __doc__)
-    screen.say(export(settings), f"written: {settings.folder}")
+    cli.say(export(settings), f"written: {settings.folder}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import data
 import evaluate
 import metrics
 import prompts
-from support import cli, files, predictions, screen, sound
+from support import answers, cli, files, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -170,14 +170,14 @@ def _row(label, records):
 
 def main():
     settings = cli.parse(Settings, __doc__)
-    records = predictions.read(settings.predictions)
+    records = answers.read(settings.predictions)
     evaluation = evaluate.saved_evaluation(settings.predictions)
     corpus = find_corpus(settings, settings.predictions.parent)
     test = find_utterances(records, evaluation, corpus)
     train = evaluate.read_corpus(evaluation, replace(corpus, split="train"))
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
     evaluate.show(rows, phone_floors(records) + score_floors(records, train, test))
-    screen.say(NOTE)
+    cli.say(NOTE)
 
 
 if __name__ == "__main__":

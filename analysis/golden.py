@@ -9,7 +9,8 @@ speech adapter, there in float16. Another answer says that weights, tokenizer or
 from dataclasses import dataclass
 
 import prompts
-from support import choices, cli, screen
+from support import cli
+from support import run as runs
 from support.later import when_used
 
 with when_used():
@@ -25,9 +26,9 @@ NEW_TOKENS = 20
 class Settings:
     """Which checkpoint is asked."""
 
-    model: str = choices.HUB_MODEL  # checkpoint folder or hub id
-    revision: str | None = choices.HUB_MODEL_REVISION  # of the hub id
-    dtype: choices.Dtype | None = None  # of the weights; not given: bfloat16 on CUDA
+    model: str = runs.HUB_MODEL  # checkpoint folder or hub id
+    revision: str | None = runs.HUB_MODEL_REVISION  # of the hub id
+    dtype: runs.Dtype | None = None  # of the weights; not given: bfloat16 on CUDA
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     model = models.load_base(settings.model, commit, dtype, "sdpa", "none")
     question = f"{prompts.USER}{QUESTION}{prompts.END}{prompts.ASSISTANT}"
     answer = pretrained.write(model, question, max_new_tokens=NEW_TOKENS)
-    screen.say(f"{settings.model} ({commit or 'a folder'}, {dtype}): {answer!r}")
+    cli.say(f"{settings.model} ({commit or 'a folder'}, {dtype}): {answer!r}")
     if answer != ANSWER:
         raise cli.RunError(
             f"transformers' own test of this checkpoint expects {ANSWER!r}: compare the commit, and the versions of "

@@ -24,7 +24,7 @@ from analysis import assessor
 import evaluate
 import metrics
 import prompts
-from support import cli, files, screen, sound
+from support import cli, files, sound
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
 ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
@@ -64,13 +64,13 @@ def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
     colour: whether marks get ANSI colours besides their signs.
     """
     if isinstance(result, assessor.Refusal):
-        return screen.fill(f"error: {result.error}")
+        return cli.fill(f"error: {result.error}")
     low, high = prompts.SCORE_RANGE
     notes = [result.file, *(f"warning: {warning.message}" for warning in result.warnings)]
     if max(result.trimmed) >= NOTED:
         before, after = result.trimmed
         notes.append(f"left out: {before:.1f} s of silence before speech, {after:.1f} s after")
-    lines = [*map(screen.fill, notes), ""]
+    lines = [*map(cli.fill, notes), ""]
     if result.scores:
         lines.append(f"{'':10}  expected  most likely  {low}{high:>{high - low}}")
         for name, score in result.scores.items():
@@ -79,7 +79,7 @@ def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
         lines.append("no scores")
     if result.heard:
         texts = f"words heard   {result.heard.words}", f"phones heard  {' '.join(result.heard.phones)}"
-        lines += ["", *(screen.fill(text, indent=14) for text in texts)]
+        lines += ["", *(cli.fill(text, indent=14) for text in texts)]
     if result.words:
         width = max(len(word.word) for word in result.words)
         marked = [

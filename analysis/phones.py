@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from analysis import compare
 import evaluate
 import metrics
-from support import cli, predictions, screen
+from support import answers, cli
 
 DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
     "detection_f1": "F1",
@@ -69,7 +69,7 @@ def phone_report(heard: list[list[str]], written: list[list[str]]) -> list[dict]
     ]
 
 
-def phone_tables(records: list[dict]) -> list[tuple[str, list[str], screen.Rows]]:
+def phone_tables(records: list[dict]) -> list[tuple[str, list[str], cli.Rows]]:
     """Each phone with how well it is recognised, and the most frequent confusions of all: two tables."""
     _, heard, written = metrics.phones_of(metrics.paired(records)[1])
     report = phone_report(heard, written)
@@ -77,7 +77,7 @@ def phone_tables(records: list[dict]) -> list[tuple[str, list[str], screen.Rows]
     for entry in report:
         instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         if entry["phone"]:
-            texts = screen.cells(entry, ("precision", "recall"))
+            texts = evaluate.cells(entry, ("precision", "recall"))
             phones.append((entry["phone"], [str(entry["support"]), *texts, instead]))
         for written, count in entry["confusions"]:
             share = f"{count / entry['support']:.3f}" if entry["phone"] else "-"
@@ -95,20 +95,20 @@ def phone_tables(records: list[dict]) -> list[tuple[str, list[str], screen.Rows]
 
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
-    transcribed = [record for record in predictions.read(settings.predictions) if record["task"] == "MDD"]
+    transcribed = [record for record in answers.read(settings.predictions) if record["task"] == "MDD"]
     if not transcribed:
-        screen.say(f"{settings.predictions} holds scores alone: there are no phones to tell of")
+        cli.say(f"{settings.predictions} holds scores alone: there are no phones to tell of")
         return
     phones, confusions = phone_tables(transcribed)
     compare.print_table(settings.format, *phones)
     if settings.format == "table":
         numbers, _ = metrics.score(transcribed)
         row = evaluate.Row("this run", None, numbers, metrics.intervals(transcribed))
-        rows = screen.with_halves([row, evaluate.copying_floor(transcribed)], DETECTION)
-        screen.show_table(*confusions)
-        screen.show_table("Detection", list(DETECTION.values()), rows, own=1)
+        rows = evaluate.with_halves([row, evaluate.copying_floor(transcribed)], DETECTION)
+        cli.show_table(*confusions)
+        cli.show_table("Detection", list(DETECTION.values()), rows, own=1)
         print()
-        screen.say(*NOTES, "±: half of the interval.")
+        cli.say(*NOTES, "±: half of the interval.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 import data
 import metrics
-from support import cli, files, screen
+from support import cli, files
 
 VOWELS = set("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())  # of ARPAbet
 PHONES = VOWELS | set(
@@ -206,7 +206,7 @@ def main():
     lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
     with files.whole(settings.output) as temporary:
         temporary.write_text("".join(lines))
-    screen.say(f"{settings.output}: {len(lexicon):,} words, {len(lines):,} pronunciations")
+    cli.say(f"{settings.output}: {len(lexicon):,} words, {len(lines):,} pronunciations")
 
 
 if __name__ == "__main__":

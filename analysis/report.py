@@ -26,7 +26,7 @@ from analysis import floors, phones
 import evaluate
 import metrics
 import prompts
-from support import answers, cli, files, predictions, screen
+from support import answers, cli, files
 from support.later import when_used
 
 with when_used():
@@ -356,7 +356,7 @@ def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str
 
 def make_tables(rows, floor_rows, records, papers_corpus):
     """The tables of the page, as (caption, columns, rows) of texts: those that are shown, and those that are folded."""
-    halves = screen.with_halves
+    halves = evaluate.with_halves
     outputs = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
     detection = [*rows[:1], *(row for row in floor_rows if not math.isnan(row.numbers["per"]))]
     shown = [
@@ -366,7 +366,7 @@ def make_tables(rows, floor_rows, records, papers_corpus):
     ]
     folded = phones.phone_tables(records)
     if papers_corpus:
-        lines = [(name, screen.cells(dict(zip(NUMBERS, values)), NUMBERS)) for name, values in PUBLISHED.items()]
+        lines = [(name, evaluate.cells(dict(zip(NUMBERS, values)), NUMBERS)) for name, values in PUBLISHED.items()]
         folded.append(("Published systems, on the same utterances", list(NUMBERS.values()), lines))
     return shown, [table for table in folded if table[2]]
 
@@ -416,7 +416,7 @@ def make_page(
 def main():
     settings = cli.parse(Settings, __doc__)
     folder = settings.output or settings.run
-    records = predictions.read(settings.run / answers.WHOLE)
+    records = answers.read(settings.run / answers.WHOLE)
     with files.own(folder, "analysis.report", PAGE, [PAGE, *PICTURES]):
         evaluation = evaluate.saved_evaluation(settings.run / answers.WHOLE)
         corpus = read_corpus(settings, records, evaluation)
@@ -424,7 +424,7 @@ def main():
         for name, content in {PAGE: page.encode(), **pictures}.items():
             with files.whole(folder / name) as temporary:
                 temporary.write_bytes(content)
-        screen.say(*corpus[2], f"written: {', '.join([PAGE, *pictures])} in {folder}")
+        cli.say(*corpus[2], f"written: {', '.join([PAGE, *pictures])} in {folder}")
 
 
 if __name__ == "__main__":

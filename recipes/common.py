@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 import data
 import metrics
-from support import cli, files, screen
+from support import cli, files
 from support.later import when_used
 
 with when_used():  # sign_language does without them
     import peft
     import transformers
 
-    from support import hub, pretrained
+    from support import files, pretrained
 
 CHECKPOINT = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]  # what is fetched of one
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says of CPUs helps nobody
@@ -88,7 +88,7 @@ def every(items: Sequence, check: Callable, whose: str) -> list:
 
 def find(name: str | Path) -> Path:
     """The folder of a checkpoint, of a hub id after a download. Raises InputError where it is none that can be read."""
-    folder, _ = hub.fetch(name, "main", "model", CHECKPOINT)
+    folder, _ = files.fetch(name, "main", "model", CHECKPOINT)
     for path in folder.iterdir():
         if not (path.is_file() or path.is_dir()):  # a FIFO would be waited for
             raise cli.InputError(f"{path} is not a regular file: give a whole checkpoint")
@@ -196,7 +196,7 @@ def train(network, items: list, step_size: int, parts_of: Callable, settings: An
     """
     weights = trained(network).values()
     count, total = (sum(weight.numel() for weight in some) for some in (weights, network.parameters()))
-    screen.say(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
+    cli.say(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
     optimiser = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
     steps = settings.epochs * len(data.epoch_steps(len(items), step_size, seed, 1))
     warmup = math.ceil(settings.warmup * steps)

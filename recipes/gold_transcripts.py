@@ -38,7 +38,7 @@ import transformers
 import data
 import metrics
 from recipes import common
-from support import cli, files, pretrained, screen, sound
+from support import cli, files, pretrained, sound
 
 COMMAND = "recipes.gold_transcripts"
 
@@ -412,13 +412,13 @@ def evaluate(training, held_out, settings):
 
 def show(results: dict, groups: str) -> None:
     """Print the tables. groups: what was held out together, "speakers" or "file names"."""
-    screen.say("", results["gold"])
+    cli.say("", results["gold"])
     for part, by_reference in results["held_out"].items():
         for reference, numbers in by_reference.items():
             show_comparison(f"held out, {part}, against {reference} text", numbers, groups)
     for part, numbers in results["gold_quality"].items():
         show_comparison(f"how good the gold is, {part}, against human text", numbers, groups)
-    screen.say("", in_words(results["counts"]))
+    cli.say("", in_words(results["counts"]))
 
 
 def show_comparison(title, numbers, groups):
@@ -432,7 +432,7 @@ def show_comparison(title, numbers, groups):
             pvalue = f"{of['wer_pvalue']:.3f}" if "wer_pvalue" in of else ""
             rows.append((name, [f"{of['wer']:{sign}.3f}", interval, pvalue, f"{of['cer']:{sign}.3f}", *counts]))
     caption = f"{title}: {numbers['samples']:,} samples of {numbers['speakers']} {groups}"
-    screen.show_table(caption, ["WER", "95 %", "p", "CER", "with errors", "empty"], rows)
+    cli.show_table(caption, ["WER", "95 %", "p", "CER", "with errors", "empty"], rows)
 
 
 def in_words(counts):
@@ -466,7 +466,7 @@ def write_tiny(folder, seed):
         (temporary / "vocab.json").write_text(json.dumps({symbol: id for id, symbol in enumerate(SYMBOLS)}))
         tokenizer = transformers.Wav2Vec2CTCTokenizer(str(temporary / "vocab.json"))
         transformers.Wav2Vec2Processor(transformers.Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(temporary)
-    screen.say(f"{folder}: {network.num_parameters():,} weights, random: it knows nothing yet")
+    cli.say(f"{folder}: {network.num_parameters():,} weights, random: it knows nothing yet")
 
 
 @torch.no_grad()
@@ -501,7 +501,7 @@ def run(settings: Settings) -> None:
         llm = None if settings.oracle else Llm(settings.llm, settings.quantize, settings.max_new_tokens)
         groups = "speakers" if settings.data else "file names"
         speakers = len({sample.speaker for sample in held_out})
-        screen.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {groups} held out")
+        cli.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {groups} held out")
 
         transcripts = recogniser.transcribe(samples, "transcribing")
         lines, lost = write_gold(samples, transcripts, recogniser, llm, settings)
@@ -516,7 +516,7 @@ def run(settings: Settings) -> None:
                 f"more recordings; what became of each is in {settings.output}/gold.jsonl"
             )
         if len(chosen) < FEW:
-            screen.say(f"only {len(chosen)} samples to train on: expect nothing of it")
+            cli.say(f"only {len(chosen)} samples to train on: expect nothing of it")
 
         trained = train(recogniser, chosen, settings)
         tuned = recogniser.transcribe(held_out, "transcribing again")
@@ -527,7 +527,7 @@ def run(settings: Settings) -> None:
         results |= {"training": trained, "settings": record}
         common.write_json(settings.output / RESULTS, results)
         show(results, groups)
-        screen.say(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it")
+        cli.say(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it")
 
 
 def count(lines, parts, chosen, too_short, lost):

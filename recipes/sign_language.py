@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import metrics
 from recipes import common
-from support import cli, files, screen
+from support import cli, files
 
 COMMAND = "recipes.sign_language"
 
@@ -246,12 +246,12 @@ def describe(split, samples, dropped):
     impossible = [sample.id for sample in samples if not sample.possible]
     signers = len({sample.signer for sample in samples})
     frames, glosses = (sum(counts) for counts in zip(*((s.frames, len(s.glosses)) for s in samples)))
-    screen.say(
+    cli.say(
         f"{split}: {len(samples):,} sequences of {signers} signers, {frames:,} frames, {glosses:,} glosses "
         f"({dropped:,} left out by the filter), {sum(not s.glosses for s in samples)} sequences without any"
     )
     if impossible:
-        screen.say(
+        cli.say(
             f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
             f"leaves them out, the WER counts them: {', '.join(impossible[:5])}"
         )
@@ -261,7 +261,7 @@ def compare_with_training(split, samples, system):
     """Print and return what a held-out split has that training did not have, and the other way round."""
     unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
     shared = sorted({sample.signer for sample in samples} & set(system.signers))
-    screen.say(
+    cli.say(
         f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
         f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
         f"{', '.join(shared) or 'none'}"
@@ -295,7 +295,7 @@ def check_order(missing, unchecked):
     pose exchanged with what is never missing, and everything about temporal.
     """
     shares = ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
-    screen.say(f"frames with a half of the group exactly zero: {shares}")
+    cli.say(f"frames with a half of the group exactly zero: {shares}")
     if missing["hands"] <= missing["face"] and not unchecked:
         raise cli.InputError(
             f"hands are missing in {missing['hands']:.1%} of the frames and faces in {missing['face']:.1%}, so these "
@@ -475,7 +475,7 @@ def train(settings: Settings) -> None:
         model = Student(groups, len(vocabulary.words), settings.dropout)
         model.mean, model.std = torch.from_numpy(mean), torch.from_numpy(std)
         total = sum(parameter.numel() for parameter in model.parameters())
-        screen.say(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}")
+        cli.say(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}")
         signers = sorted({sample.signer for sample in samples})
         system = System(model.to(common.DEVICE), vocabulary, groups, signers)
         compare_with_training("dev", dev, system)
@@ -504,9 +504,9 @@ def run_epochs(system, samples, dev, settings, record):
                 save(settings.output / BEST, system, record | {"epoch": epoch, "dev_wer": wer})
             bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best[0]:.3f}")
             if epoch - best_epoch >= settings.patience:
-                screen.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
+                cli.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
                 break
-    screen.say(
+    cli.say(
         f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
         f"--data {settings.data} --evaluate {settings.output}/{BEST}"
     )
@@ -656,7 +656,7 @@ def evaluate(settings: Settings) -> None:
         common.write_json(settings.output / "results.json", results)
     rows = [(name, [f"{results[name][key]:.3f}" for key in NUMBERS]) for name in searches]
     caption = f"{settings.output / 'results.json'}; interval over {results['greedy']['resampled']}"
-    screen.show_table(caption, NUMBERS, rows)
+    cli.show_table(caption, NUMBERS, rows)
 
 
 def wer_with_interval(references, hypotheses, samples, seed):
@@ -734,7 +734,7 @@ def main() -> None:
     if settings.write_synthetic:
         write_synthetic(settings.write_synthetic, settings.seed)
         splits = f"synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}"
-        screen.say(f"{settings.write_synthetic}: {splits}")
+        cli.say(f"{settings.write_synthetic}: {splits}")
     elif settings.evaluate:
         evaluate(settings)
     else:

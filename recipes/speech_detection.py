@@ -34,7 +34,7 @@ import transformers
 import data
 import metrics
 from recipes import common
-from support import cli, files, pretrained, screen, sound
+from support import cli, files, pretrained, sound
 
 COMMAND = "recipes.speech_detection"
 TINY = "tiny"
@@ -573,7 +573,7 @@ def show_results(runs: dict[int, list[dict]]) -> dict:
         rows.append((name, [f"{of['accuracy']:.3f}", _range(of["wilson"]), _range(of["bootstrap"]), alone, pvalue]))
     caption = f"{len(any_run)} test clips of {len({line['group'] for line in any_run})} speakers and sources"
     columns = ["accuracy", "Wilson 95 %", "over speakers 95 %", "right alone, model:flatness", "McNemar's p"]
-    screen.show_table(caption, columns, rows)
+    cli.show_table(caption, columns, rows)
     return results | {"parts": show_parts(runs)}
 
 
@@ -589,7 +589,7 @@ def show_parts(runs):
             wilson = common.wilson(round(share * clips), clips)
             parts[name] = {"accuracy": share, "wilson": wilson, "flatness": by_flatness, "clips": clips}
             rows.append((name, [f"{share:.3f}", _range(wilson), f"{by_flatness:.3f}", str(clips)]))
-    screen.show_table("by part, mean of the seeds", ["accuracy", "Wilson 95 %", "flatness", "clips"], rows)
+    cli.show_table("by part, mean of the seeds", ["accuracy", "Wilson 95 %", "flatness", "clips"], rows)
     return parts
 
 
@@ -616,8 +616,8 @@ def compare(first, second):
     difference = common.resampled_ratio(gain, np.ones(len(gain)), [line.group for line in runs[0]])
     alone = metrics.mcnemar(*right)
     low, high = metrics.interval(difference)
-    screen.say(*(f"{name} {values.mean():.3f} {folder}" for name, folder, values in zip("AB", (first, second), right)))
-    screen.say(
+    cli.say(*(f"{name} {values.mean():.3f} {folder}" for name, folder, values in zip("AB", (first, second), right)))
+    cli.say(
         f"A - B {gain.mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = {metrics.sign_pvalue(difference):.2g} "
         f"(paired bootstrap over speakers and sources)",
         f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}",
@@ -635,7 +635,7 @@ def answer(run, paths):
         waves.append(normalise(wave, path))
     network, processor = load_trained(run)
     for path, speech in zip(paths, classify(network, processor, waves, batch_size=1)):
-        screen.say(f"{path} {'SPEECH' if speech > 0.5 else 'NONSPEECH'} {max(speech, 1 - speech):.3f}")
+        cli.say(f"{path} {'SPEECH' if speech > 0.5 else 'NONSPEECH'} {max(speech, 1 - speech):.3f}")
 
 
 def run(settings: Settings) -> None:
@@ -647,7 +647,7 @@ def run(settings: Settings) -> None:
         clips = make_clips(settings)
         train_clips, test_clips = ([clip for clip in clips if clip.split == split] for split in SPLITS)
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(clip.kind for clip in clips).items()))
-        screen.say(f"clips: {len(train_clips)} to train on, {len(test_clips)} to test on; {kinds}")
+        cli.say(f"clips: {len(train_clips)} to train on, {len(test_clips)} to test on; {kinds}")
         baseline = flatness_baseline(train_clips, test_clips, settings.output)
         waves = [wave_of(clip, settings.output) for clip in test_clips]
         runs = {}

@@ -1,28 +1,39 @@
-"""How does a script talk with its user: settings, errors, exit codes.
+"""How does a script talk with its user: settings, errors and exit codes, text and tables.
 
 Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an error is one line that says what to do.
+Ids, paths, labels and answers come from outside: what is printed here has no control characters of a terminal in it.
+Text is as wide as the terminal, at most a page; plain where the output is a file or a pipe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 import importlib.util
 import io
 import os
 import re
 import sys
-from textwrap import indent
+import textwrap
+from threading import Thread
 import time
-from typing import Annotated, TypeVar
+from typing import Annotated, TextIO, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
 import tyro
 
-from support import screen
-
+WIDEST = 100  # columns; a file or a pipe has as many
+LONGEST = 6  # characters of a word above numbers, where less than the widest fits
+# C0 and C1, what turns the direction of text around, and what no encoding has: bytes of a name that is not UTF-8
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 SHOWN = 60  # characters of a wrong value that a message quotes
+LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
 Settings = TypeVar("Settings")
+Rows = Sequence[tuple[str, Sequence[str]]]  # a name, and the texts of its cells
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -51,7 +62,7 @@ def parse(settings: type[Settings], description: str) -> Settings:
             raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
     main = sys.modules["__main__"].__spec__  # of `python -m`
     program = f"python -m {main.name}" if main else f"python {os.path.basename(sys.argv[0])}"
-    lines = indent(description, " ", lambda line: True)  # tyro joins those that begin with none
+    lines = textwrap.indent(description, " ", lambda line: True)  # tyro joins those that begin with none
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -110,6 +121,8 @@ def run_script(name: str, main: Callable[[], None]) -> None:
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
     code = _exit_code(name, main)
     if "RANK" in os.environ:
@@ -119,6 +132,13 @@ def run_script(name: str, main: Callable[[], None]) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _end_with(launcher):
+    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_SEEN)
+    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
 
 
 def _exit_code(name, main):
@@ -133,7 +153,7 @@ def _exit_code(name, main):
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"
-        print(f"{name}: error: {screen.visible(str(error))}", file=sys.stderr)
+        print(f"{name}: error: {visible(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
 
@@ -145,3 +165,55 @@ def process_rank() -> int:
 def first_line(error: BaseException) -> str:
     """What a library's error says, as far as it fits in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and tables
+
+
+def visible(text: str) -> str:
+    r"""Text with control characters as Python writes them, such as \x1b: none moves the cursor or begins a line."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def width(stream: TextIO | None = None) -> int:
+    """Columns that may be printed into; of stdout, where no other stream is given."""
+    stream = stream or sys.stdout
+    return min(WIDEST, Console(file=stream).width) if stream.isatty() else WIDEST
+
+
+def fill(text: str, indent: int = 2) -> str:
+    """Text in lines that fit, the second one and those after it indented. Paths and flags stay whole."""
+    text, after = visible(text), " " * indent
+    return textwrap.fill(text, width(), subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
+
+
+def say(*notes: str) -> None:
+    """Print each note from a new line on, above a progress bar where there is one."""
+    for note in notes:
+        tqdm.write(fill(note))
+
+
+def show_table(caption: str, columns: Iterable[str], rows: Rows, own: int = 0, numbers: bool = True) -> None:
+    """Print a table. columns: titles; rows: a cell may have a second line.
+
+    own: how many rows, from the first, are marked; numbers: whether the cells are numbers, or text.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    if own:
+        table.add_column(width=1)
+    table.add_column(overflow="fold")
+    for title in map(visible, columns):
+        if numbers:
+            title = "\n".join(word if width() == WIDEST else _cut(word) for word in title.split())
+        table.add_column(Text(title), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+    for number, (name, texts) in enumerate(rows):
+        mark = [">" if number < own else ""] if own else []
+        cells = ("\n".join(map(visible, text.split("\n"))) for text in [visible(name), *texts])
+        table.add_row(*mark, *map(Text, cells), style="bold" if number < own else "")
+    say("", caption)
+    Console(width=width(), highlight=False).print(table)
+
+
+def _cut(word):
+    return word if len(word) <= LONGEST else word[: LONGEST - 1] + "."

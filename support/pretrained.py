@@ -17,11 +17,16 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
 import torch
-from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BitsAndBytesConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import prompts
-from support import cli, files, four_bits, hub, screen
+from support import cli, files
 
 CONFIG, WEIGHTS_INDEX = "config.json", "model.safetensors.index.json"
 FILES = "config generation_config preprocessor_config tokenizer tokenizer_config special_tokens_map added_tokens"
@@ -175,12 +180,12 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def fetch(name: str, revision: str | None, more: Iterable[str] = ()) -> tuple[Path, str | None]:
-    """The checkpoint's folder and commit, as `hub.fetch` gives them, with the files that are needed and no others.
+    """The checkpoint's folder and commit, as `files.fetch` gives them, with the files that are needed and no others.
 
     more: patterns of further files that are wanted.
     """
-    folder, commit = hub.fetch(name, revision, "model", [CONFIG, WEIGHTS_INDEX])
-    return hub.fetch(name, commit or revision, "model", [*FILES, *weight_files(folder), *more])
+    folder, commit = files.fetch(name, revision, "model", [CONFIG, WEIGHTS_INDEX])
+    return files.fetch(name, commit or revision, "model", [*FILES, *weight_files(folder), *more])
 
 
 def check(name: str, revision: str | None, speech_adapter: str, tokens: int = 0) -> str | None:
@@ -189,7 +194,7 @@ def check(name: str, revision: str | None, speech_adapter: str, tokens: int = 0)
     speech_adapter: "none" where the shipped one is not needed; tokens: of the longest prompt with its answer. Nothing
     large is fetched. Returns the commit that `revision` of a hub id names, None for a folder. Raises InputError.
     """
-    folder, commit = hub.fetch(name, revision, "model", [CONFIG, WEIGHTS_INDEX])
+    folder, commit = files.fetch(name, revision, "model", [CONFIG, WEIGHTS_INDEX])
     if not (folder / CONFIG).is_file():
         raise cli.InputError(f"model {name} holds no checkpoint: there is no {CONFIG} in it")
     config = files.read_json(folder / CONFIG, ModelConfig)
@@ -204,7 +209,7 @@ def check(name: str, revision: str | None, speech_adapter: str, tokens: int = 0)
             f"{config.original_max_position_embeddings:,} for which {name} has its usual positions: lower --max-tokens "
             f"or --max-new-tokens"
         )
-    if not torch.cuda.is_available() and hub.size(name, commit, "model", weight_files(folder)) > LARGEST_CPU_MODEL:
+    if not torch.cuda.is_available() and files.size(name, commit, "model", weight_files(folder)) > LARGEST_CPU_MODEL:
         raise cli.InputError(
             f"{name} needs a CUDA GPU and {_why_no_gpu()}, or use the tiny model: python tiny.py, then --model "
             f"tiny/model --data tiny/corpus"
@@ -270,7 +275,7 @@ def load_network(folder, what, dtype, attention, four_bit_layers=None):
             dtype=getattr(torch, dtype),
             # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
             attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
-            quantization_config=four_bits.nf4() if four_bit_layers else None,
+            quantization_config=nf4() if four_bit_layers else None,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -278,7 +283,7 @@ def load_network(folder, what, dtype, attention, four_bit_layers=None):
     if wrong := [f"{key} is {kind}" for kind in kinds for key in sorted(map(str, loaded[f"{kind}_keys"]))]:
         raise cli.InputError(f"{what}: {len(wrong)} weights are not those of this model, such as: {wrong[0]}")
     if four_bit_layers:
-        four_bits.check_quantised(network, four_bit_layers)
+        check_quantised(network, four_bit_layers)
         return network
     return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -326,6 +331,41 @@ def spare_rows(matrix: torch.Tensor, tokens: dict[str, int]) -> tuple[list[str],
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Four bits: QLoRA's storage of frozen layers
+
+
+def nf4():
+    """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more.
+
+    Raises InputError without bitsandbytes.
+    """
+    cli.need("bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.embed_tokens_extend", "lm_head"],
+    )
+
+
+def check_quantised(network, layers):
+    """All of the language model's linear layers and no others must be quantised; raises ValueError.
+
+    layers: regex of their names. A name in a skip list counts from the start of the module's name, so
+    "embed_tokens_extend" without "model." skips nothing.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in network.named_modules():
+        expected = bool(re.fullmatch(layers, name))
+        if isinstance(module, torch.nn.Linear) and isinstance(module, Linear4bit) != expected:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: nf4 is for the language model's layers, all of them"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Does it hear, and does it write?
 
 TRANSCRIBE = "Transcribe the audio clip into text."  # as in Microsoft's examples
@@ -367,9 +407,9 @@ def check_hearing(model, utterances: Sequence) -> float | None:
     ]
     spoken = [utterance.text for utterance in utterances[:RECORDINGS]]
     wer = jiwer.wer(*([" ".join(re.findall(r"[\w']+", text.upper())) for text in texts] for texts in (spoken, heard)))
-    screen.say(f"hearing: WER {wer:.2f} on {len(spoken)} recordings of the corpus, before training")
+    cli.say(f"hearing: WER {wer:.2f} on {len(spoken)} recordings of the corpus, before training")
     if wer > DEAF:
-        screen.say(
+        cli.say(
             f"WARNING: the model hardly hears. It wrote {heard[0]!r} for {spoken[0]!r}. With --speech-adapter none "
             f"this is to be expected; otherwise the speech adapter does not work, and training would begin from nothing"
         )

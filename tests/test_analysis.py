@@ -13,7 +13,7 @@ from records import one_hot, records, write
 from analysis import ablation, compare, floors, phones, report
 import data
 import prompts
-from support import cli, predictions
+from support import answers, cli
 
 RATE = data.SAMPLE_RATE
 FRAME_LENGTH = data.FRAME / RATE  # seconds; a pause is known to within one frame
@@ -119,13 +119,13 @@ def distributed(total):
 def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(cli.InputError, match=message) as error:
-        predictions.read(tmp_path / "bad.jsonl")
+        answers.read(tmp_path / "bad.jsonl")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_null_in_a_prediction_is_as_good_as_nothing(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(changed(0, scores=None, truncated=None, tokens=None, speaker=None))
-    first, *_ = predictions.read(tmp_path / "p.jsonl")
+    first, *_ = answers.read(tmp_path / "p.jsonl")
     assert not {"scores", "truncated", "tokens", "speaker"} & first.keys()
 
 
@@ -133,7 +133,7 @@ def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
     path = tmp_path / "predictions.jsonl.part"
     for content, count in ((changed(0)[:-20], 11), (changed(0), 12), (b"", 0)):
         path.write_bytes(content)
-        assert len(predictions.read(path, cut_off=True)) == count
+        assert len(answers.read(path, cut_off=True)) == count
 
 
 def evaluated(folder, **numbers):
@@ -248,7 +248,7 @@ def test_the_floors_of_a_run_are_those_of_the_corpus_that_was_trained_on(monkeyp
     wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
     assert [name for line in printed if (name := line[2:].split("  ")[0]) in wanted][:4] == wanted
     train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
-    (fitted,) = floors.score_floors(predictions.read(copied), train, test[:12])
+    (fitted,) = floors.score_floors(answers.read(copied), train, test[:12])
     (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
     assert line[3:] == [*(f"{fitted.numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES), *["-"] * 5]
 
@@ -261,7 +261,7 @@ def test_flagging_everything_is_a_floor_of_detection():
 
 @pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])
 def test_predictions_of_another_corpus_are_refused(monkeypatch, copied, corpus, tmp_path, change):
-    first, *rest = predictions.read(copied)
+    first, *rest = answers.read(copied)
     with pytest.raises(cli.InputError, match="is not in .*--data"):
         run(monkeypatch, floors, write(tmp_path / "p.jsonl", [first | change, *rest]), "--data", corpus)
 

@@ -18,9 +18,10 @@ from test_data import hub_table
 
 import data
 import model as models
-from support import choices, cli, files, hub, pretrained
+from support import cli, files, pretrained
+from support import run as runs
 
-MODEL, REVISION = choices.HUB_MODEL, choices.HUB_MODEL_REVISION
+MODEL, REVISION = runs.HUB_MODEL, runs.HUB_MODEL_REVISION
 CORPUS = f"datasets/{data.HUB_CORPUS}"
 NOBODY = "http://127.0.0.1:9"  # nothing listens at this address
 FIRST, SECOND = "1" * 40, "2" * 40  # commits that the moving revision names, one after the other
@@ -213,29 +214,29 @@ def test_what_cannot_be_had_is_one_line_with_id_reason_and_remedy(reach, name, r
     with pytest.raises(
         cli.InputError, match=f"^(?=.*{name} )(?=.*revision {revision} )(?=.*{reason}).*give a folder.*$"
     ):
-        hub.fetch(name, revision, "model", ["config.json"])
+        files.fetch(name, revision, "model", ["config.json"])
     assert time.monotonic() - started < 5
 
 
 def test_without_a_network_the_cache_serves_a_revision_that_moves(reach):
     reach()
-    fetched = hub.fetch(MODEL, REVISION, "model", ["config.json"])
+    fetched = files.fetch(MODEL, REVISION, "model", ["config.json"])
     assert fetched[1] == FIRST
     for how in ({"url": NOBODY}, {"offline": True}):
         reach(**how)
-        assert hub.fetch(MODEL, REVISION, "model", ["config.json"]) == fetched
+        assert files.fetch(MODEL, REVISION, "model", ["config.json"]) == fetched
 
 
 def test_a_download_cut_short_is_refused_offline_and_completed_online(reach):
     reach()
-    hub.fetch(MODEL, FIRST, "model", ["config.json"])
+    files.fetch(MODEL, FIRST, "model", ["config.json"])
     reach(offline=True)
     with pytest.raises(cli.InputError, match=f"{MODEL}.*not whole in the cache"):
-        hub.fetch(MODEL, FIRST, "model", ["*.json"])
+        files.fetch(MODEL, FIRST, "model", ["*.json"])
     reach()
-    folder, _ = hub.fetch(MODEL, FIRST, "model", ["*.json"])
+    folder, _ = files.fetch(MODEL, FIRST, "model", ["*.json"])
     reach(offline=True)
-    assert hub.fetch(MODEL, FIRST, "model", ["*.json"]) == (folder, FIRST) and (folder / "tokenizer.json").is_file()
+    assert files.fetch(MODEL, FIRST, "model", ["*.json"]) == (folder, FIRST) and (folder / "tokenizer.json").is_file()
 
 
 def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint, new_model):

@@ -3,7 +3,7 @@
 import pytest
 from records import write
 
-from support import cli, log
+from support import cli
 
 
 def line(step, epoch, **more):

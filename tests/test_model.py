@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import choices, cli, four_bits, memory, moved, pretrained, token_rows
+from support import cli, memory, moved, pretrained, token_rows
+from support import run as runs
 from support.sound import read_audio
 
 SPEECH_ADAPTERS = ("merge", "continue", "none")
@@ -108,7 +109,7 @@ def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples)
 
 
 def test_every_strategy_of_the_settings_says_what_trains():
-    assert get_args(choices.Strategy) == tuple(models.STRATEGIES)
+    assert get_args(runs.Strategy) == tuple(models.STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", models.STRATEGIES)
@@ -736,7 +737,7 @@ def test_nf4_is_for_the_language_models_layers_alone(new_model, speech_adapter):
 
 def test_a_skip_list_that_looks_right_is_found_out(monkeypatch, checkpoint):
     """Without "model." before it, the name keeps nothing of the audio path from being quantised."""
-    wrong = four_bits.nf4()
+    wrong = pretrained.nf4()
     wrong.llm_int8_skip_modules = ["embed_tokens_extend", "lm_head"]
     monkeypatch.setattr(four_bits, "nf4", lambda: wrong)
     with pytest.raises(ValueError, match="embed_tokens_extend.* is a Linear4bit"):

@@ -7,7 +7,7 @@ import pytest
 from records import one_hot, records
 
 import evaluate
-from support import cli, run, screen
+from support import cli, run
 
 OUTSIDE = "id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
 SHOWN = r"id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
@@ -15,7 +15,7 @@ SHOWN = r"id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
 
 @pytest.fixture(params=[80, 100])
 def columns(monkeypatch, request):
-    monkeypatch.setattr(screen, "width", lambda stream=None: request.param)
+    monkeypatch.setattr(cli, "width", lambda stream=None: request.param)
     return request.param
 
 
@@ -23,15 +23,15 @@ def test_control_characters_from_outside_are_printed_as_text(capsys):
     def fail():
         raise cli.InputError(f"{OUTSIDE} is wrong")
 
-    screen.say(OUTSIDE)
-    screen.show_table(OUTSIDE, [OUTSIDE], [(OUTSIDE, [OUTSIDE.replace("\n", "")])], numbers=False)
+    cli.say(OUTSIDE)
+    cli.show_table(OUTSIDE, [OUTSIDE], [(OUTSIDE, [OUTSIDE.replace("\n", "")])], numbers=False)
     with pytest.raises(SystemExit):
         cli.run_script("x.py", fail)
     out, err = capsys.readouterr()
     assert (
         out.count(SHOWN) == 4
         and out.count(SHOWN.replace(r"\n", "")) == 1
-        and not screen.CONTROL.search(out.replace("\n", ""))
+        and not cli.CONTROL.search(out.replace("\n", ""))
     )
     assert err == f"x.py: error: {SHOWN} is wrong\n"
 
@@ -42,11 +42,11 @@ def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, cap
         line |= {"scores": one_hot(3, low=4), "tokens": 9}
     ours, floors = evaluate.rows_of(lines, "epoch-3", ("lora", 3)), [evaluate.copying_floor(lines)]
     evaluate.show(ours, floors)
-    screen.say(f"{'word ' * 40}in /{'x' * 120}", "second")
+    cli.say(f"{'word ' * 40}in /{'x' * 120}", "second")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2:] == [f"  /{'x' * 120}", "second"] and max(map(len, printed[:-2])) <= columns
     for row in [*ours, *floors]:
-        numbers = screen.cells(row.numbers, evaluate.TABLE_3, row.near)
+        numbers = evaluate.cells(row.numbers, evaluate.TABLE_3, row.near)
         (place,) = (number for number, line in enumerate(printed) if line.split()[-9:] == numbers)
         assert printed[place].startswith(">") == (row in ours)
     low, high = ours[0].intervals["per"]
@@ -62,10 +62,10 @@ def test_the_line_of_progress_shows_tokens_per_second_of_a_long_run(columns):
 
 def test_what_goes_to_a_file_has_no_colours_and_a_width_of_its_own(tmp_path):
     table = {"columns": ["t" * 9] * 9, "rows": [("name " * 9, ["0.123\n±0.045"] * 9)], "own": 1}
-    code = f"from support import cli, screen; cli.run_script('x', lambda: screen.show_table('c', **{table}))"
+    code = f"from support import cli, screen; cli.run_script('x', lambda: cli.show_table('c', **{table}))"
     result = script("-c", code, cwd=tmp_path, environment={"COLUMNS": "300", "PYTHONIOENCODING": "ascii"})
     assert result.stdout.count("?0.045") == 9 and "\x1b" not in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= screen.WIDEST
+    assert max(map(len, result.stdout.splitlines())) <= cli.WIDEST
 
 
 def test_nothing_but_the_screen_prints_tables_and_above_a_progress_bar():

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import data
 import evaluate
 import model as models
-from support import cli, run_folder
+from support import cli
 from support.run import _estimate
 import train
 

@@ -12,13 +12,13 @@ import numpy as np
 from processes import Process
 import psutil
 import pytest
+from support.audio_cache import AudioCache
+from support.workers import load_steps
 import torch
 
 import data
 from support import cli, files
-from support.audio_cache import AudioCache
 from support.run import StopRequest
-from support.workers import load_steps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings on disk
