@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, choices, cli, files, predictions, screen
+from support import answers, choices, cli, files, screen
 from support import run as runs
 from support.later import when_used
 from support.screen import cells, with_halves
@@ -118,7 +118,7 @@ class Evaluation:
 
     @property
     def paper_row(self):
-        """Key of PAPER for the same strategy ("lora" for "full") and epoch, or the best one (3) for later ones.
+        """Key of PAPER for the same strategy and epoch, or the best one (3) for later ones.
 
         None where it is not known what wrote the answers, or where the paper has no such row.
         """
@@ -126,8 +126,8 @@ class Evaluation:
             return "base", 0
         if self.training is None or self.label != f"epoch-{self.training.epoch}":
             return None
-        strategy = "unfreeze" if self.training.strategy == "unfreeze" else "lora"
-        return strategy, self.training.epoch if (strategy, self.training.epoch) in PAPER else 3
+        strategy, epoch = self.training.strategy, self.training.epoch
+        return strategy, epoch if (strategy, epoch) in PAPER else 3
 
 
 def evaluations(settings, output=None):
@@ -168,7 +168,8 @@ def choose_model(evaluation, settings):
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter)
+    tokens = getattr(evaluation.training, "max_tokens", 0) + settings.max_new_tokens
+    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter, tokens)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})
@@ -211,15 +212,20 @@ def made_with(evaluation, utterances, settings):
     }
 
 
+def asked_of(utterances):
+    """What is to be answered, as answers.Asked."""
+    return {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
+
+
 def generate(evaluation, utterances, settings):
     """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, and return them.
 
-    Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes: all others
-    return nothing.
+    Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes.
     """
-    how = made_with(evaluation, utterances, settings)
-    written = answers.Answers(evaluation.output, utterances, how, settings.resume)
-    missing = sorted(written.missing, key=lambda utterance: utterance.samples)
+    how, asked = made_with(evaluation, utterances, settings), asked_of(utterances)
+    written = answers.Answers(evaluation.output, asked, how, settings.resume)
+    missing = [u for u in utterances if any((u.id, task) not in written.lines for task in u.tasks)]
+    missing.sort(key=lambda utterance: utterance.samples)
     if missing:
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
@@ -238,8 +244,7 @@ def generate(evaluation, utterances, settings):
             arguments = settings.scoring, settings.max_new_tokens, evaluation.adapter is not None
             written.add(model.answer(own, *arguments) if own else [])
             bar.update(len(batches))
-    written.finish()
-    return answers.read(evaluation.output, utterances) if rank == 0 else []
+    return written.finish()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,7 +353,7 @@ def draw_figure5(records, path):
 def score(records, label, paper_row, folder):
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
     rows = rows_of(records, label, paper_row)
-    predictions.write_metrics(rows, label, folder / "metrics.json")
+    answers.write_metrics(rows, label, folder / "metrics.json")
     draw_figure5(records, folder / "figure5.png")
     return rows
 
@@ -367,7 +372,7 @@ def show(rows, floors):
 def main():
     """Check what the command line asks for, own the folders that are written into, and evaluate."""
     settings = cli.parse(Settings, __doc__)
-    saved = predictions.read(settings.predictions) if settings.predictions else None
+    saved = answers.read(settings.predictions) if settings.predictions else None
     if saved:
         others = {setting.name for setting in fields(settings)} - {"predictions", "output"}
         if idle := sorted(filter(cli.given, others)):
@@ -375,12 +380,12 @@ def main():
         chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
-    for evaluation in chosen:
-        answers.check_folder(evaluation.output, settings.predictions)
-    with ExitStack() as locks:
+    mark, written = (
+        (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
+    )
+    with ExitStack() as owned:
         for evaluation in chosen:
-            # what is unfinished beside an adapter may be train.py's, which is writing it now
-            locks.enter_context(files.lock(evaluation.output, "evaluate", "--output", clear=False))
+            owned.enter_context(files.own(evaluation.output, "evaluate.py", mark, written))
         evaluate(chosen, saved, settings)
 
 

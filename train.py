@@ -70,7 +70,7 @@ class Method:
 class Settings(Method):
     # The run's: where, how fast, how it is shown. With --resume they may change
     data: str = HUB_CORPUS  # corpus folder in the release's layout, or hub id
-    data_revision: str = HUB_CORPUS_REVISION  # of the hub id; the labels changed in April 2026
+    data_revision: str | None = HUB_CORPUS_REVISION  # of the hub id; the labels changed in April 2026
     max_tokens: cli.Count = 2048  # an example longer than this is an error, never cut
     micro_batch: cli.Count | None = None  # examples computed at once on a device; not given: --batch-size
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
@@ -208,7 +208,9 @@ def train_step(
 def train(settings: Settings) -> None:
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     # refs/pr/70 moves, a commit does not
-    settings.revision = pretrained.check(settings.model, settings.revision, settings.speech_adapter)
+    settings.revision = pretrained.check(
+        settings.model, settings.revision, settings.speech_adapter, settings.max_tokens + data.MAX_NEW_TOKENS
+    )
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
@@ -221,6 +223,7 @@ def train(settings: Settings) -> None:
             set_seed(settings.seed)
         model = build_model(settings)
         examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (chosen, held_out))
+        pretrained.check_hearing(model, chosen)
         # From here on each process has random numbers of its own: dropout differs, the weights do not
         torch.manual_seed(settings.seed + (cli.process_rank() << 32))
         weights = models.trained_parameters(model)
@@ -309,6 +312,7 @@ def build_model(settings: Settings) -> "models.SpeechModel":
         model.compile_layers()
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    screen.say(f"model: {model.control_start()[1]}")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items())
     screen.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")

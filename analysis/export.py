@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from analysis import assessor
 import evaluate
 import prompts
-from support import choices, cli, files, hub, predictions, screen
+from support import answers, choices, cli, files, screen
 from support import run as runs
 from support.later import when_used
 
@@ -79,7 +79,7 @@ def export(settings: Settings) -> str:
     held = training.dtype or models.default_dtype()
     dtype = settings.dtype or held
     with files.own(folder, "analysis.export", "README.md", ["[!.]*"], "folder"):
-        base, commit = hub.fetch(name, revision, "model", [*pretrained.FILES, *BESIDE])
+        base, commit = pretrained.fetch(name, revision, BESIDE)
         if base.resolve() == folder.resolve():
             raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
         model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
@@ -105,7 +105,7 @@ def export(settings: Settings) -> str:
         change_json(folder / "config.json", dtype=dtype, torch_dtype=dtype)
         texts = {task: prompts.build_prompt(task) for task in prompts.TASKS}
         (folder / "prompts.json").write_text(json.dumps(texts, indent=2) + "\n")
-        # last, so that what was killed is no model
+        # last: what was killed is no model
         huggingface_hub.save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     return said
 
@@ -255,7 +255,7 @@ def card(made: runs.TrainingSettings, said: str, measured: str, engines: bool) -
 
 def scores(evaluation: evaluate.Evaluation, run: Path) -> str:
     """What evaluate.py measured of the model that is exported, as Markdown."""
-    numbers = predictions.read_metrics(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    numbers = answers.read_metrics(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     if numbers.get("evaluated") != evaluation.label:
         return "How well it scores was not measured (evaluate.py had not been run on it)."
     rows = ["| metric | value | 95 % interval over speakers |", "|---|---|---|"]

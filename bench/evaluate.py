@@ -1,31 +1,29 @@
 """Writing the answers: one utterance at a time, in batches, and APA by the distributions of its scores.
 
-    python bench/evaluate.py                                                   # the scaled model, five minutes
-    python bench/evaluate.py --adapter out/epoch-4 --data tiny/corpus --batch-size 4   # a trained one, the demo's
-    python bench/evaluate.py --full                                            # on a CUDA GPU: the full-size model
+    python -m bench.evaluate                                                   # the scaled model, five minutes
+    python -m bench.evaluate --adapter out/epoch-4 --data tiny/corpus --batch-size 4   # a trained one, the demo's
+    python -m bench.evaluate --full                                            # on a CUDA GPU: the full-size model
 
 "one at a time" is the loop that a notebook has: for each utterance and task features, prompt and generate, through the
 model's own forward. A trained model ends its answers itself. Random weights hardly ever write <|end|>, so an answer is
-given the length of the right one; a batch goes on until its longest answer is written, as with a trained model. "both
-tasks, batched" is what evaluate.py does: the questions of both tasks in one batch. The ways take turns.
+given the length of the right one; a batch goes on until its longest answer is written, as with a trained model.
+"batched" is what evaluate.py does. The ways take turns.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 import tempfile
 
-import workload  # first: it finds the project
-from workload import clock
-
-# isort: split
 import torch
 
+from bench import workload
+from bench.workload import clock, spread
 import data
 import model as models
 import prompts
-from support import cli, memory, run_folder, token_rows
+from support import cli, run, screen
 
 ALL = 2500  # utterances of the test part
 
@@ -79,39 +77,6 @@ def batched(model, utterances, task, limit, size):
         model.generate(questions, model.hear(batch), limit(batch, task))
 
 
-def both(model, utterances, task, limit, size):
-    for batch in batches(utterances, size):
-        questions = [model.question(utterance, task) for utterance in batch for task in prompts.TASKS]
-        audio = [embeddings for embeddings in model.hear(batch) for _ in prompts.TASKS]
-        limits = [limit(batch, task) for task in prompts.TASKS]
-        with ended(model, limits):
-            model.generate(questions, audio, max(limits))
-
-
-@contextmanager
-def ended(model, limits):
-    """End the answers of a batch of both tasks, which stand one after the other, after so many tokens of each."""
-    likeliest, step, end = model._likeliest, 0, model.tokenizer.convert_tokens_to_ids(prompts.END)
-
-    def limited(hidden):
-        nonlocal step
-        step += 1
-        tokens = likeliest(hidden)
-        for first, limit in enumerate(limits):
-            if step == limit < max(limits):
-                part = len(tokens) // len(limits)
-                tokens[first * part : (first + 1) * part] = end
-            elif step == limit:
-                tokens[:] = end
-        return tokens
-
-    model._likeliest = limited
-    try:
-        yield
-    finally:
-        del model._likeliest
-
-
 def expected(model, utterances, task, limit, size):
     for batch in batches(utterances, size):
         model.score_distributions([model.question(utterance, task) for utterance in batch], model.hear(batch))
@@ -123,14 +88,13 @@ WAYS = {
     "APA, expected scores": (expected, "APA"),
     "MDD, one at a time": (one_at_a_time, "MDD"),
     "MDD, batched": (batched, "MDD"),
-    "both tasks, batched": (both, None),
 }
 
 
 def load(options, utterances):
     """What the figures are called, the model, and how long an answer may get."""
     if options.adapter:
-        ((_, training),) = run_folder.adapters(options.adapter, None)
+        ((_, training),) = run.adapters(options.adapter, None)
         model = models.load_base(
             training.model,
             training.revision,
@@ -144,8 +108,7 @@ def load(options, utterances):
     shape = "full" if options.full else "scaled"
     model = workload.new_model(shape, workload.texts_of(utterances))
     models.add_adapter(model, workload.RANK[shape], 2 * workload.RANK[shape], dropout=0.0)
-    token_rows.merge(model.eval())
-    return shape, model, partial(answer_tokens, model)
+    return shape, model.eval(), partial(answer_tokens, model)
 
 
 def main():
@@ -167,19 +130,25 @@ def main():
                     way(model, utterances, task, limit, options.batch_size)
                     seconds[way_name].append(clock() - started)
                 print(f"run {number + 1}: " + ", ".join(f"{key} {values[-1]:.1f} s" for key, values in seconds.items()))
+    rows = []
+    for way, values in seconds.items():
+        slow = seconds[f"{way[:3]}, one at a time"]
+        times = spread([theirs / value for theirs, value in zip(slow, values)], 1)
+        hours = f"{median(values) / len(utterances) * ALL / 3600:.2f}"
+        rows.append((way, [spread([len(utterances) / value for value in values]), times, hours]))
+    columns = ["utterances/s", "times one at a time", f"hours for {ALL:,}"]
+    screen.show_table(f"{name}, batches of {options.batch_size}", columns, rows, numbers=False)
     workload.write_result(
         f"evaluate-{name}-{options.batch_size}",
         {
-            "model": name,
             "corpus": "/".join(Path(options.data).parts[-2:]) if options.data else "noise",
             "utterances": len(utterances),
             "batch": options.batch_size,
-            "all": ALL,
-            "peak_gb": memory.peak(),
+            "peak_gb": run.peak_memory(),
             "seconds": seconds,
         },
     )
 
 
 if __name__ == "__main__":
-    cli.run_script("evaluate.py", main)
+    cli.run_script("bench.evaluate", main)

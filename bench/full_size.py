@@ -1,7 +1,7 @@
 """The full-size model through the command lines of train.py and evaluate.py: does it fit, and how long does it take?
 
-    python bench/full_size.py DIR                    # on a CPU: a step of two examples and an answer, in every case
-    python bench/full_size.py DIR --only lora nf4    # some cases; the figures of the others are kept in DIR
+    python -m bench.full_size DIR                    # on a CPU: a step of two examples and an answer, in every case
+    python -m bench.full_size DIR --only lora nf4    # some cases; the figures of the others are kept in DIR
 
 Writes a checkpoint of the real shapes and format with random weights into DIR, once, and a corpus of the real lengths.
 Then every case trains and evaluates in processes of their own, and the peak memory of each is measured. A CPU needs
@@ -22,11 +22,7 @@ import sys
 import time
 from typing import Literal
 
-import workload  # first: it finds the project
-
-# isort: split
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-import readme
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -39,12 +35,14 @@ from transformers import (
 )
 import tyro
 
+from bench import workload
 import data
 import model as models
 import prompts
-from support import cli, files, pretrained
+from support import cli, files, pretrained, screen
 
-SHARDS = 5
+SHARDS = 2  # as transformers' converter writes them
+STALE = 3  # of the same weights under main's names, which a branch keeps beside the converted ones; no index names them
 RANK, ALPHA, DROPOUT = 320, 640, 0.01  # of the shipped speech adapter
 TARGETS = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}  # as its configuration lists them
 VOCABULARY = 200_064
@@ -70,6 +68,7 @@ TRAINING = {
     "cuda": f"--limit {UTTERANCES} --epochs 1".split(),
 }
 EVALUATION = {"cpu": ["--limit", "1", "--max-new-tokens", "8"], "cuda": ["--limit", "16"]}
+PAPERS_STEPS = 3 * 78
 WARM = 3  # steps after which the others take equally long
 # The scripts refuse a model of this size where there is no GPU, since nobody would wait for it. What it takes is the
 # question here, so their limit is raised; all else is as typed.
@@ -123,6 +122,9 @@ def write_shards(folder, weights):
         index |= dict.fromkeys(shard, file)
     content = {"metadata": {"total_size": 2 * total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+    for number in range(1, STALE + 1):
+        (folder / f"model-{number:05}-of-{STALE:05}.safetensors").write_bytes(b"not to be read")
+    (folder / "modeling_phi4mm.py").write_text("raise SystemExit('not to be run')\n")
 
 
 def new_tokenizer(texts, vocabulary):
@@ -161,7 +163,8 @@ def write_inputs(folder, shape, utterances):
             write_shards(temporary, weights)
             lora.save_pretrained(temporary / pretrained.SPEECH_ADAPTER)
             save_file(
-                {name: random_weight(name, weight) for name, weight in adapter.items()},
+                # the converter's names are without PEFT's prefix
+                {name.removeprefix("base_model.model."): random_weight(name, w) for name, w in adapter.items()},
                 temporary / pretrained.SPEECH_ADAPTER / "adapter_model.safetensors",
                 {"format": "pt"},
             )
@@ -179,7 +182,9 @@ def run(script, arguments, stop_at=None):
     """
     started, stopped, peak, own = time.perf_counter(), False, 0.0, 0.0
     command = [sys.executable, "-c", LAUNCHER, script, *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=workload.BENCH.parent, stdout=subprocess.DEVNULL)  # tables of no meaning
+    process = subprocess.Popen(
+        command, cwd=workload.RESULTS.parent.parent, stdout=subprocess.DEVNULL
+    )  # tables of no meaning
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         peak, own = max(peak, held(process.pid, "VmHWM")), max(own, held(process.pid, "RssAnon"))
         if stop_at and not stopped and any(stop_at[0].glob(stop_at[1])):
@@ -206,7 +211,7 @@ def held(process, what):
 def train(case, folder, output, *more, stop_at=None):
     """Figures of train.py in a case; `step`: mean seconds of the steps after the first ones."""
     where = ["--model", folder / "model", "--data", folder / "corpus"]
-    where += ["--output", output, "--audio-cache", output / "audio-cache"]
+    where += ["--output", output]
     figures = run("train.py", [*where, *TRAINING[kind()], *CASES[case], *more], stop_at)
     steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     if kind() == "cuda":
@@ -217,7 +222,7 @@ def train(case, folder, output, *more, stop_at=None):
 
 def measure(case, folder):
     """Figures of each process of a case, by its name. What the case wrote is removed, for the disk's sake."""
-    output, figures = folder / "run-of-benchmark", {}
+    output, figures = folder / "run", {}
     shutil.rmtree(output, ignore_errors=True)
     if case == "resume":
         figures["train.py, killed"] = train(case, folder, output, stop_at=(output / "checkpoints", "step-*.pt"))
@@ -244,18 +249,39 @@ class Settings:
 def main():
     settings = cli.parse(Settings, __doc__)
     folder = settings.folder.resolve()
-    with files.lock(folder, "full_size", "DIR"):
+    path = folder / f"figures-{kind()}.json"
+    with files.own(folder, "bench.full_size", path.name, ["model", "corpus", "run", path.name], "DIR"):
+        figures = json.loads(path.read_text()) if path.exists() else {"written_by": files.signature("bench.full_size")}
+        write_figures(path, figures)
         write_inputs(folder, workload.FULL, UTTERANCES)
-        path = folder / f"figures-{kind()}.json"
-        figures = json.loads(path.read_text()) if path.exists() else {}
         for case in settings.only:
             figures[case] = measure(case, folder)
-            with files.whole(path) as temporary:
-                temporary.write_text(json.dumps(figures, indent=1))
-    result = {"model": "full", "cases": {case: figures[case] for case in CASES if case in figures}}
-    workload.write_result("full_size", result)
-    print(readme.full_size(result | {"benchmark": f"full_size-{kind()}"}))
+            write_figures(path, figures)
+    cases = {case: figures[case] for case in CASES if case in figures}
+    show(cases)
+    workload.write_result("full_size", {"cases": cases})
+
+
+def write_figures(path, figures):
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1))
+
+
+def show(cases):
+    """Print seconds and memory of each process, and on a GPU the hours of the paper's run at the measured rate."""
+    keys = {"seconds": 0, "step": 0, "peak_gb": 1, "peak_own_gb": 1, "loss": 2}
+    rows, hours = [], []
+    for case, processes in cases.items():
+        for name, figures in processes.items():
+            cells = [f"{figures[key]:.{digits}f}" if key in figures else "" for key, digits in keys.items()]
+            rows.append((f"{case}: {name}", cells))
+            if kind() == "cuda" and name == "train.py":
+                hours.append(f"{case} {PAPERS_STEPS * figures['step'] / 3600:.1f}")
+    columns = ["seconds", "of them a step", "peak GB", "without mapped", "loss"]
+    screen.show_table("The full-size model", columns, rows, numbers=False)
+    if hours:
+        screen.say(f"hours for three epochs of 5,000 examples at these rates: {', '.join(hours)}")
 
 
 if __name__ == "__main__":
-    cli.run_script("full_size.py", main)
+    cli.run_script("bench.full_size", main)

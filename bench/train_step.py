@@ -1,18 +1,17 @@
-"""One optimiser step: transformers' Trainer, TRL's SFTTrainer and this project's loop, side by side.
+"""One optimiser step: transformers' Trainer and this project's loop, side by side.
 
-    python bench/train_step.py                    # on a CPU: a model scaled down in all its proportions, 40 minutes
-    python bench/train_step.py --data CORPUS      # real recordings instead of noise of the same lengths
-    python bench/train_step.py --full             # on a CUDA GPU: the full-size model in bfloat16, and variants of ours
+    python -m bench.train_step                    # on a CPU: a model scaled down in all its proportions
+    python -m bench.train_step --data CORPUS      # real recordings instead of noise of the same lengths
+    python -m bench.train_step --full             # on a CUDA GPU: the full-size model in bfloat16, and variants of ours
 
 All train the same model on the same 64 utterances a step, half of them for each task, with the same LoRA, optimiser,
-rate and clipping, and without dropout, so that their losses have to agree. Each run is a process of its own, and the
-contestants take turns. A process does one step to warm up, on other utterances, and then the same step twice: "new"
-recordings have not been embedded before, "known" ones have, which makes a difference to this project alone. Over the
-paper's three epochs an example's recording is new once in six times.
+rate and clipping, and without dropout, so that their losses have to agree. The plain Trainer leaves the control tokens
+as they are. Each run is a process of its own, and the contestants take turns. A process does one step to warm up, on
+other utterances, and then the same step twice: "new" recordings have not been embedded before, "known" ones have, which
+makes a difference to this project alone. Over the paper's three epochs an example's recording is new once in six times.
 """
 
 from dataclasses import dataclass
-import importlib.metadata
 import json
 from pathlib import Path
 import subprocess
@@ -20,25 +19,23 @@ import sys
 import tempfile
 from typing import Literal
 
-import workload  # first: it finds the project
-from workload import clock
-
-# isort: split
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from bench import workload
+from bench.workload import clock, spread
 import data
 import model as models
-from support import cli, memory
-from support.workers import load_steps
+from support import cli, screen
+from support.run import peak_memory
 import train
 
 STEP = 64  # examples, each of another utterance; paper 4.2
 MICRO_BATCH, RATE, CLIP = 8, 2e-5, 1.0  # paper 4.2; clipping as in train.py
-WORKERS = 2 if torch.cuda.is_available() else 0
+NEW = 1 / 6  # share of an example's uses, over three epochs of two tasks, in which its recording is new
 SEED = 0
 
 
@@ -54,68 +51,14 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
         model.compile_layers()
     weights = models.trained_parameters(model)
     optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, fused=True)
-    model.keep_audio(folder)
+    model.keep_audio = True
     model.train()
-    examples = [example for step in steps for example in step]
-    indices = np.arange(len(examples)).reshape(len(steps), -1)
-    measured, ended = [], clock()
-    with load_steps(examples, indices, MICRO_BATCH, model.prepare, WORKERS) as prepared:
-        for number, (supervised, micro_batches) in enumerate(prepared, 1):
-            line = train.train_step(model, weights, optimiser, micro_batches, supervised, CLIP, number)
-            started, ended = ended, clock()
-            line["work"] = sum(operations(model, micro_batch) for micro_batch in micro_batches)
-            measured.append(line | {"seconds": ended - started})
+    measured = []
+    for step in steps:
+        started = clock()
+        line = train.train_step(model, weights, optimiser, step, MICRO_BATCH, CLIP)
+        measured.append(line | {"seconds": clock() - started})
     return measured
-
-
-def trainer(model, steps, folder, unpadded=False, checkpointing=False):
-    """transformers.Trainer with a plain collator and the model's own forward and loss."""
-    return run_trainer(Trainer, TrainingArguments, model, steps, folder, unpadded, checkpointing)
-
-
-def sft_trainer(model, steps, folder):
-    """TRL's SFTTrainer. It prepares text alone, so it is told that the examples are ready.
-
-    Its head needs an attribute that PEFT's wrapper, which trains the control tokens' rows, does not pass on.
-    """
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    model.core.lm_head.bias = None
-    return run_trainer(
-        SFTTrainer,
-        SFTConfig,
-        model,
-        steps,
-        folder,
-        processing_class=model.tokenizer,
-        as_dataset=Dataset.from_list,
-        how={"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None},
-    )
-
-
-CONTESTANTS = {
-    "Trainer": (trainer, {}),
-    "Trainer, audio unpadded": (trainer, {"unpadded": True}),
-    "SFTTrainer": (sft_trainer, {}),
-    "ours": (ours, {}),
-    "ours, torch.compile": (ours, {"compiled": True}),
-    "Trainer, gradient checkpointing": (trainer, {"checkpointing": True}),
-    "ours, gradient checkpointing": (ours, {"checkpointing": True}),
-    "ours, NF4": (ours, {}),
-    "ours, flash attention": (ours, {}),
-}
-QUANTISED, FLASH = "ours, NF4", "ours, flash attention"  # these need another model
-ON_A_CPU = ("Trainer", "Trainer, audio unpadded", "SFTTrainer", "ours", "ours, torch.compile")
-
-
-def why_not(name):
-    """Why a contestant cannot run here, or None."""
-    for needed, package in (("SFTTrainer", "trl"), (QUANTISED, "bitsandbytes"), (FLASH, "flash_attn")):
-        if name == needed and not workload.installed(package):
-            return f"{package} is not installed"
-    if not torch.cuda.is_available() and name not in ON_A_CPU:
-        return "no CUDA GPU"
 
 
 class Unpadded(nn.Module):
@@ -129,23 +72,11 @@ class Unpadded(nn.Module):
         frames = audio_attention_mask.sum(dim=1).tolist()
         with torch.no_grad():
             audio = self.model.encode_audio([f[:length] for f, length in zip(audio_input_features, frames)])
-        embeds = self.model.core.get_input_embeddings()(input_ids)
-        placeholders = (input_ids == self.model.audio_id)[..., None]
-        return self.model.core(inputs_embeds=embeds.masked_scatter(placeholders, torch.cat(audio).to(embeds)), **rest)
+        return self.model.core(inputs_embeds=self.model.embed(input_ids, audio), **rest)
 
 
-def run_trainer(
-    trainer_class,
-    arguments_class,
-    model,
-    steps,
-    folder,
-    unpadded=False,
-    checkpointing=False,
-    as_dataset=list,
-    how=None,
-    **more,
-):
+def trainer(model, steps, folder, unpadded=False, checkpointing=False):
+    """transformers.Trainer with a plain collator and the model's own forward and loss."""
     examples = [example for step in steps for example in step]
     collated, times = [], []
 
@@ -162,7 +93,7 @@ def run_trainer(
             times.append(clock())
 
     cuda = torch.cuda.is_available()
-    arguments = arguments_class(
+    arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=STEP // MICRO_BATCH,
@@ -180,15 +111,13 @@ def run_trainer(
         use_cpu=not cuda,
         bf16=cuda,
         gradient_checkpointing=checkpointing,
-        **(how or {}),
     )
-    run = trainer_class(
+    run = Trainer(
         Unpadded(model) if unpadded else model.network,
         arguments,
         data_collator=collate,
-        train_dataset=as_dataset([{"index": i} for i in range(len(examples))]),
+        train_dataset=[{"index": i} for i in range(len(examples))],
         callbacks=[Clock()],
-        **more,
     )
     run.train()
     measured = []
@@ -223,26 +152,27 @@ def plain_batch(examples, model):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Counting
+CONTESTANTS = {
+    "Trainer": (trainer, {}),
+    "Trainer, audio unpadded": (trainer, {"unpadded": True}),
+    "ours": (ours, {}),
+    "ours, torch.compile": (ours, {"compiled": True}),
+    "Trainer, gradient checkpointing": (trainer, {"checkpointing": True}),
+    "ours, gradient checkpointing": (ours, {"checkpointing": True}),
+    "ours, NF4": (ours, {}),
+    "ours, flash attention": (ours, {}),
+}
+QUANTISED, FLASH = "ours, NF4", "ours, flash attention"  # these need another model
+ON_A_CPU = ("Trainer", "Trainer, audio unpadded", "ours", "ours, torch.compile")
 
 
-def operations(model, batch):
-    """Multiplications and additions that a micro-batch needs in forward and backward pass, audio encoder left out.
-
-    Frozen weights need no gradient of their own: two products a token, of LoRA's three. Attention is causal; its
-    backward pass has five products for the forward pass' two.
-    """
-    rows, longest = batch.input_ids.shape
-    per_token = 0
-    for parameter in model.core.model.layers.parameters():
-        if parameter.ndim == 2:  # stored as bytes of two values each where quantised
-            count = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
-            per_token += count * (3 if parameter.requires_grad else 2)
-    config = model.core.config
-    attention = 7 * rows * longest**2 / 2 * config.hidden_size * config.num_hidden_layers
-    head = 2 * len(batch.supervised) * config.vocab_size * config.hidden_size
-    return 2 * (per_token * rows * longest + attention + head)
+def why_not(name):
+    """Why a contestant cannot run here, or None."""
+    for needed, package in ((QUANTISED, "bitsandbytes"), (FLASH, "flash_attn")):
+        if name == needed and not workload.installed(package):
+            return f"{package} is not installed"
+    if not torch.cuda.is_available() and name not in ON_A_CPU:
+        return "no CUDA GPU"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +200,7 @@ def measure(name, corpus, full):
     contestant, how = CONTESTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
         steps = contestant(model, [examples[:STEP], examples[STEP:], examples[STEP:]], folder, **how)
-    return {"steps": steps, "peak_gb": memory.peak()}
+    return {"steps": steps, "peak_gb": peak_memory()}
 
 
 def compare(names, runs, corpus, full):
@@ -279,7 +209,17 @@ def compare(names, runs, corpus, full):
     for number in range(runs):
         for name in names:
             with tempfile.NamedTemporaryFile() as file:
-                command = [sys.executable, __file__, "--alone", name, "--data", corpus, "--result", file.name]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "bench.train_step",
+                    "--alone",
+                    name,
+                    "--data",
+                    corpus,
+                    "--result",
+                    file.name,
+                ]
                 subprocess.run(command + ["--full"] * full, check=True, stdout=subprocess.DEVNULL)
                 run = json.loads(Path(file.name).read_text())
             _, new, known = run["steps"]
@@ -319,20 +259,28 @@ def main():
             workload.write_corpus(Path(folder), 2 * STEP)
         names = [name for name in settings.contestants if name not in skipped]
         runs = compare(names, settings.runs, settings.data or folder, settings.full)
-    dtype, size = (torch.bfloat16, 8192) if torch.cuda.is_available() else (torch.float32, 2048)
+    show(runs)
     name = "full" if settings.full else "scaled"
-    workload.write_result(
-        f"train_step-{name}",
-        {
-            "model": name,
-            "corpus": "speechocean762" if settings.data else "noise",
-            "trl": importlib.metadata.version("trl") if workload.installed("trl") else None,
-            "matrix_peak": workload.matrix_peak(dtype, size),
-            "skipped": skipped,
-            "runs": runs,
-        },
-    )
+    corpus = "speechocean762" if settings.data else "noise"
+    workload.write_result(f"train_step-{name}", {"corpus": corpus, "skipped": skipped, "runs": runs})
+
+
+def show(runs):
+    """Print seconds of a step in each contestant's runs, and how many times faster than Trainer beside it."""
+    of_three_epochs = {
+        name: [NEW * run["steps"][1]["seconds"] + (1 - NEW) * run["steps"][2]["seconds"] for run in found]
+        for name, found in runs.items()
+    }
+    rows = []
+    for name, found in runs.items():
+        _, new, known = zip(*(run["steps"] for run in found))
+        ratios = [t / o for t, o in zip(of_three_epochs.get("Trainer", []), of_three_epochs[name])]
+        seconds = [spread([step["seconds"] for step in steps]) for steps in (new, known)]
+        peak = spread([run["peak_gb"] for run in found])
+        rows.append((name, [*seconds, spread(ratios) if ratios else "", f"{known[0]['padding']:.1%}", peak]))
+    columns = ["new, s", "known, s", "times Trainer", "padding", "peak GB"]
+    screen.show_table("A step of 64 examples: medians (and ranges)", columns, rows, numbers=False)
 
 
 if __name__ == "__main__":
-    cli.run_script("train_step.py", main)
+    cli.run_script("bench.train_step", main)

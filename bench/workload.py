@@ -7,18 +7,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from pathlib import Path
 import platform
-import sys
+from statistics import median
 import tempfile
 import time
 
-from readme import BENCH, write_tables  # first: it finds the project
-
-# isort: split
-import model as models  # it quiets the libraries that it imports
-from support import files
-
-# isort: split
 import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
@@ -31,8 +25,12 @@ from transformers import (
 )
 
 import data
+import model as models
 import prompts
+from support import files
 import tiny
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 # Lengths of speechocean762: median 3.5 s, 95 % below 8.1 s, longest 20.4 s; 1.6 words a second.
 MEDIAN_SECONDS, SPREAD, LONGEST_SECONDS = 3.5, 0.51, 20.4  # SPREAD: of the logarithm, ln(8.1 / 3.5) / 1.645
@@ -106,9 +104,7 @@ def new_tokenizer(texts):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([*prompts.PROMPTS.values(), *answers, *texts], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    fast.add_tokens(list(prompts.CONTROL_TOKENS.values()), special_tokens=True)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 def new_model(shape, texts, seed=0, nf4=False):
@@ -127,9 +123,7 @@ def new_model(shape, texts, seed=0, nf4=False):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return models.load_base(folder, None, models.default_dtype(), "sdpa", "none", "nf4")
-    model = models.SpeechModel(network, tokenizer, extractor)
-    model.source = ("random weights", None, "none")
-    return model
+    return models.SpeechModel(network, tokenizer, extractor)
 
 
 def speech(rng, voice):
@@ -164,38 +158,19 @@ def installed(package):
     return importlib.util.find_spec(package) is not None
 
 
-def machine():
-    """What the figures were measured on."""
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "flash-attn")
-    processor = (
-        next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-            platform.processor(),
-        )
-        if sys.platform == "linux"
-        else platform.processor()
-    )
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {processor}",
-        "versions": {name: importlib.metadata.version(name) for name in names if installed(name.replace("-", "_"))},
-    }
-
-
-def matrix_peak(dtype, size):
-    """Multiplications and additions a second of a large square matrix product: the best of ten."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(10):
-        started = clock()
-        a @ b
-        times.append(clock() - started)
-    return 2 * size**3 / min(times)
-
-
 def write_result(name, content):
-    """Keep a benchmark's figures in bench/results/, and put them into the tables of bench/README.md."""
+    """Keep a benchmark's figures in bench/results/, with what they were measured on."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "flash-attn")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    with files.whole(BENCH / "results" / f"{name}-{kind}.json") as temporary:
-        temporary.write_text(json.dumps({"benchmark": name, **machine(), **content}, indent=1) + "\n")
-    write_tables()
+    measured = {
+        "benchmark": name,
+        "device": torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {p: importlib.metadata.version(p) for p in packages if installed(p.replace("-", "_"))},
+    }
+    with files.whole(RESULTS / f"{name}-{kind}.json") as temporary:
+        temporary.write_text(json.dumps(measured | content, indent=1) + "\n")
+
+
+def spread(values, digits=2):
+    """The median, and the range, as text."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -1,17 +1,96 @@
-"""Answers on disk: kept as they come, gone on with after a stop, whole and in the order of the corpus at the end."""
+"""Answers on disk: predictions.jsonl, kept as it comes and whole in the end, and metrics.json; checked when read."""
 
+from collections.abc import Iterable, Mapping
 import json
-import os
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import data
-from support import choices, cli, files, predictions
+from pydantic import AfterValidator, ConfigDict, Field
+
+import prompts
+from support import choices, cli, files
 from support.later import when_used
 
 with when_used():
     from support import processes
 
 WHOLE, PART, SETTINGS = GENERATED = ("predictions.jsonl", "predictions.jsonl.part", "predictions.settings.json")
-SCORED = ("metrics.json", "figure5.png")  # what scoring writes beside them
+METRICS, FIGURE = SCORED = ("metrics.json", "figure5.png")  # what scoring writes beside them
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def _one_phone(text):
+    if text.split() != [text]:
+        raise ValueError("a phone is one or more characters without spaces")
+    return text
+
+
+def _distribution(probabilities):
+    if abs(sum(probabilities) - 1) > 1e-3:
+        raise ValueError(f"probabilities sum to {sum(probabilities):.4g}, not 1")
+    return probabilities
+
+
+Value = TypeVar("Value")
+LOW, HIGH = prompts.SCORE_RANGE
+VALUES = HIGH - LOW + 1  # of a score
+Phones = list[Annotated[str, AfterValidator(_one_phone)]]
+Score = Annotated[float, Field(ge=LOW, le=HIGH)]
+Probability = Annotated[float, Field(ge=0)]
+Distribution = Annotated[list[Probability], Field(min_length=VALUES, max_length=VALUES), AfterValidator(_distribution)]
+
+
+class ByScore(files.Shape, Generic[Value]):
+    """A value for each of prompts.SCORES."""
+
+    accuracy: Value
+    fluency: Value
+    prosodic: Value
+    total: Value
+
+
+class Transcripts(files.Shape):
+    """What should have been said, and the phones that raters heard."""
+
+    word_transcript: str
+    canonical: Phones
+    heard: Phones
+
+
+class Prediction(files.Shape):
+    """A line of predictions.jsonl: the raw answer to one utterance in one task."""
+
+    id: str
+    output: str
+    speaker: str | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    truncated: bool | None = None
+
+
+class AssessmentLine(Prediction):
+    task: Literal["APA"]
+    reference: ByScore[Score]
+    scores: ByScore[Distribution] | None = None
+
+
+class DiagnosisLine(Prediction):
+    task: Literal["MDD"]
+    reference: Transcripts
+
+
+Line = Annotated[AssessmentLine | DiagnosisLine, Field(discriminator="task")]
+
+
+class Metrics(files.Shape):
+    """metrics.json: what was evaluated, and numbers, null for those that do not exist."""
+
+    model_config = ConfigDict(extra="allow")
+    written_by: str = ""
+    evaluated: str
+    utterances: int
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-cli.LARGEST, le=cli.LARGEST)] | None]
 
 
 class Writer(files.Shape):
@@ -22,138 +101,144 @@ class Writer(files.Shape):
     epoch: int | None = None
 
 
-def writer(path):
-    """The Writer of a saved predictions file; None where it is not known: then the file stands alone."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def read(path, cut_off=False):
+    """The lines of a predictions file, as dicts that hold what is there, no nulls.
+
+    cut_off: of an evaluation that was stopped; there may be no line, or a last one without its end, which is left out.
+    Raises InputError naming the first line that is not a prediction, or answers what another line does.
+    """
+    records = [line.model_dump(exclude_none=True) for line in files.read_lines(path, Line, cut_off)]
+    if not records and not cut_off:
+        raise cli.InputError(f"{path} is empty: evaluate the run first")
+    first = {}
+    for number, record in enumerate(records, 1):
+        key = record["id"], record["task"]
+        if first.setdefault(key, number) != number:
+            raise cli.InputError(
+                f"line {number} of {path} answers {ascii(key[0])} ({key[1]}), which line {first[key]} does: remove one"
+            )
+    return records
+
+
+def read_metrics(path):
+    """A metrics.json by key; None for a number that does not exist. Raises InputError."""
+    try:
+        return files.read_json(path, Metrics).model_dump()
+    except cli.InputError as error:
+        raise cli.InputError(f"{error}; evaluate the run first") from error
+
+
+def write_metrics(rows: list[Any], label: str, path: Path) -> None:
+    """metrics.json with flat keys; a number that does not exist is null, as JSON has no nan.
+
+    rows: an evaluate.Row for each scoring. _low and _high: the interval. expected_: what expected scoring changes,
+    where greedy scoring was done as well.
+    """
+    values = {"written_by": files.signature("evaluate.py"), "evaluated": label}
+    for row in rows:
+        ends = {f"{key}_{end}": v for key, pair in row.intervals.items() for end, v in zip(("low", "high"), pair)}
+        found = row.numbers | ends
+        if row is rows[0]:
+            values |= found
+        else:
+            values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
+
+
+def writer(path: Path) -> Writer | None:
+    """What wrote a saved predictions file; None where it is not known: then the file stands alone."""
     beside = path.with_name(SETTINGS)
     # While there is a part, the settings are those of the part
     known = path.name == WHOLE and beside.is_file() and not path.with_name(PART).exists()
     return files.read_json(beside, Writer) if known else None
 
 
-class Answers:
-    """predictions.jsonl of one evaluation, while it is generated; --resume starts with the answers that are there.
+Key = tuple[str, str]  # id of an utterance, task
+Asked = Mapping[Key, tuple[dict[str, Any], str | None]]  # reference and speaker of each answer, in the corpus' order
 
-    settings: plain values that the answers depend on; with others --resume raises InputError, as for a broken file.
-    Collective: every rank must make it, and call `add` and `finish`. Rank 0 writes.
+
+class Answers:
+    """predictions.jsonl of one evaluation, while it is generated; with `resume` it starts with what is there.
+
+    asked: what is to be answered; how: plain values that the answers depend on: with others `resume` raises InputError,
+    as for a broken file. Collective: every rank must make it, and call `add` and `finish`. Rank 0 writes.
     """
 
-    def __init__(self, folder, utterances, settings, resume):
-        self.utterances, self.gather = utterances, processes.gather
-        self.whole, self.part, written_with = (folder / name for name in GENERATED)
-        lines = _resumed(folder, utterances, settings) if resume else {}
-        self.lines = self.gather(lines)[0]  # {(id, task): JSON text}; rank 0 decides, before it writes
-        with files.whole(written_with) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    def __init__(self, folder: Path, asked: Asked, how: dict[str, Any], resume: bool) -> None:
+        self.asked = asked
+        self.whole, self.part, settings = (folder / name for name in GENERATED)
+        lines = _resumed(folder, asked, how) if resume else {}
+        self.lines = processes.gather(lines)[0]  # {key: JSON text}; rank 0 decides, before it writes
+        with files.whole(settings) as temporary:
+            temporary.write_text(json.dumps({"written_by": files.signature("evaluate.py")} | how, indent=2) + "\n")
         self._write(self.part, self.lines.values())
 
-    @property
-    def missing(self):
-        """The utterances that lack an answer."""
-        return [u for u in self.utterances if any((u.id, task) not in self.lines for task in u.tasks)]
-
-    def add(self, answers):
+    def add(self, answers: Iterable[dict[str, Any]]) -> None:
         """Keep a process' answers, dicts as predictions.jsonl holds them."""
-        new = [answer for part in self.gather(answers) for answer in part]
-        new = {(answer["id"], answer["task"]): json.dumps(answer, ensure_ascii=False) for answer in new}
+        new = [answer for part in processes.gather(answers) for answer in part]
+        new = {_key(answer): json.dumps(answer, ensure_ascii=False) for answer in new}
         self.lines |= new
         if cli.process_rank() == 0:
             with open(self.part, "a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in new.values()))
 
-    def finish(self):
-        """Write predictions.jsonl."""
-        self._write(self.whole, [self.lines[u.id, task] for u in self.utterances for task in u.tasks])
+    def finish(self) -> list[dict[str, Any]]:
+        """Write predictions.jsonl, and return it. Raises RunError where an answer is missing."""
+        if missing := self.asked.keys() - self.lines.keys():
+            raise cli.RunError(f"{len(missing)} of {len(self.asked)} answers are missing, such as {min(missing)}")
+        self._write(self.whole, [self.lines[key] for key in self.asked])
         if cli.process_rank() == 0:
             self.part.unlink()
+        return [json.loads(self.lines[key]) for key in self.asked]
 
     def _write(self, path, lines):
         with files.whole(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _resumed(folder, utterances, settings):
-    whole, part, written_with = (folder / name for name in GENERATED)
+def _resumed(folder, asked, how):
+    whole, part, settings = (folder / name for name in GENERATED)
     path = part if part.exists() else whole
     if not path.exists():
         return {}
-    if not written_with.exists() or files.read_json(written_with, dict) != settings:
+    same = settings.exists() and files.read_json(settings, dict) == {"written_by": files.signature("evaluate.py")} | how
+    if not same:
         raise cli.InputError(
             f"--resume: the outputs in {folder} are of another model, corpus or setting: give the same ones, "
             f"or choose another --output"
         )
     try:
-        return _answers(path, utterances)
+        return _answers(path, asked)
     except cli.InputError as error:
         raise cli.InputError(f"--resume: {error}; leave out --resume to start again") from error
 
 
-def find(folder, utterances, settings):
-    """The records of an evaluation that answer these utterances, perhaps among others; None where one is missing.
+def find(folder: Path, asked: Asked, how: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The records of an evaluation that answer what is asked, perhaps among others; None where one is missing.
 
-    settings: as for `Answers`; only the corpus may be another.
+    how: as for `Answers`; only the corpus may be another.
     """
     try:
         written_with = files.read_json(folder / SETTINGS, dict)
-        lines = _answers(folder / WHOLE, utterances)
+        lines = _answers(folder / WHOLE, asked)
     except cli.InputError:
         return None
-    if written_with | {"corpus": None} != settings | {"corpus": None} or lines.keys() != _asked(utterances).keys():
-        return None
-    return [json.loads(lines[key]) for key in _asked(utterances)]
+    same = {key: written_with.get(key) for key in how} | {"corpus": None} == how | {"corpus": None}
+    return [json.loads(lines[key]) for key in asked] if same and lines.keys() == asked.keys() else None
 
 
-def _answers(path, utterances):
-    """{(id, task): JSON text} of a file's answers to these utterances."""
-    asked, texts = _asked(utterances), files.read_text(path).split("\n")
-    records = predictions.read(path, cut_off=True)
-    return {_key(record): text for record, text in zip(records, texts) if asked.get(_key(record)) == _said(record)}
+def _answers(path, asked):
+    """{key: JSON text} of a file's answers to what is asked."""
+    texts = files.read_text(path).split("\n")
+    records = read(path, cut_off=True)
+    said = {_key(record): ((record["reference"], record.get("speaker")), text) for record, text in zip(records, texts)}
+    return {key: text for key, (reference, text) in said.items() if asked.get(key) == reference}
 
 
 def _key(record):
     return record["id"], record["task"]
-
-
-def _said(record):
-    return record["reference"], record.get("speaker")
-
-
-def _asked(utterances):
-    return {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
-
-
-def read(folder, utterances):
-    """The records of predictions.jsonl. Raises RunError unless they answer these utterances, each task once."""
-    records = predictions.read(folder / WHOLE)
-    asked, answered = _asked(utterances), {_key(record): _said(record) for record in records}
-    if asked != answered:
-        found = sum(answered.get(key) == said for key, said in asked.items())
-        raise cli.RunError(
-            f"{folder / WHOLE} has {found:,} of the {len(asked):,} answers that were asked for, "
-            f"and {len(answered) - found:,} others: evaluate again, without --resume"
-        )
-    return records
-
-
-def check_folder(folder, scored=None):
-    """Raises InputError where a file would be replaced that evaluate.py did not write.
-
-    scored: the saved file of --predictions, beside which nothing is generated.
-    """
-    names = SCORED if scored else SCORED + GENERATED
-    there = [folder / name for name in names if os.path.lexists(folder / name)]
-    foreign = [
-        path for path in there if path.is_dir() or (scored and os.path.realpath(path) == os.path.realpath(scored))
-    ]
-    foreign = foreign or (there if not _written_here(folder) else [])
-    if foreign:
-        raise cli.InputError(
-            f"{foreign[0]} would be replaced, and evaluate.py did not write it: choose another --output, "
-            f"or move it away"
-        )
-
-
-def _written_here(folder):
-    try:
-        return (folder / SETTINGS).is_file() or bool(predictions.read_metrics(folder / "metrics.json"))
-    except cli.InputError:
-        return False

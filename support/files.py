@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import errno
 import fcntl
+import fnmatch
 from functools import cache
 import os
 from pathlib import Path
@@ -147,15 +148,15 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
 
 
 def _check_ours(folder, command, mark, writes, setting):
-    there = sorted(path for pattern in writes for path in folder.glob(pattern))
+    there = sorted(name for pattern in writes for name in fnmatch.filter(os.listdir(folder), pattern))
     try:
         ours = f'"{signature(command)}"' in read_text(folder / mark)
     except InputError:
         ours = False
     if there and not ours:
         raise InputError(
-            f"{there[0]} is there already, and no {mark} beside it says that {command} wrote it: choose another "
-            f"{setting}, or move it away"
+            f"{folder / there[0]} is there already, and no {mark} beside it says that {command} wrote it: choose "
+            f"another {setting}, or move it away"
         )
 
 

@@ -4,7 +4,7 @@ With HF_HUB_OFFLINE=1, or without a network, the folder comes from the cache (be
 most clusters. A revision such as refs/pr/70 moves; the commit does not.
 """
 
-from fnmatch import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 import sys
 
@@ -21,7 +21,7 @@ with when_used():
 MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
 
 
-def fetch(name, revision, kind, patterns):
+def fetch(name: str, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
     """The folder of a model or data set, and the commit that it is of; a folder is returned as it is, with None.
 
     name: folder or hub id; revision: of the hub id; kind: "model" or "dataset"; patterns: of the files that are needed.
@@ -44,12 +44,12 @@ def fetch(name, revision, kind, patterns):
     return folder, folder.name
 
 
-def size(name, commit, kind, pattern):
-    """Bytes of the files that match in a folder, or in a commit that `fetch` has seen, downloaded or not."""
+def size(name: str, commit: str | None, kind: str, wanted: Iterable[str]) -> int:
+    """Bytes of the files of these names in a folder, or in a commit that `fetch` has seen, downloaded or not."""
     if not commit:
-        return sum(file.stat().st_size for file in Path(name).glob(pattern))
+        return sum(file.stat().st_size for file in map(Path(name).joinpath, wanted) if file.is_file())
     listed = _listed({"repo_id": str(name), "revision": commit, "repo_type": kind})
-    return sum(file.size for file in listed if fnmatch(file.path, pattern))
+    return sum(file.size for file in listed if file.path in wanted)
 
 
 def _listed(wanted):

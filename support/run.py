@@ -34,7 +34,7 @@ with when_used():
     from support import processes
 
 MARK = "settings.json"
-WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints/step-*.pt")
+WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest cannot be read
 ESTIMATE_AFTER = 10  # steps
 SMOOTHED = 50  # our choice: a point of the smoothed curves is a mean over one part of so many to either side
@@ -77,6 +77,7 @@ class TrainingSettings(files.Shape):
     dtype: choices.Dtype | None = None
     attention: choices.Attention | None = None
     quantize: choices.Quantize | None = None
+    max_tokens: cli.Count = 2048
     prompts: str | None = None  # their digest; None: of an older version of this project
 
 
