@@ -174,7 +174,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if cli.process_rank() == 0:
-            tqdm.write(screen.fill(text))
+            screen.say(text)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Validation

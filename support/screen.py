@@ -1,94 +1,92 @@
-"""Screen: tables and text as wide as the terminal, at most a page; plain where the output is a file or a pipe."""
+"""Screen: tables and text as wide as the terminal, at most a page; plain where the output is a file or a pipe.
 
+Ids, paths, labels and answers come from outside: what is printed here has no control characters of a terminal in it.
+"""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
 import math
 import re
 import sys
 import textwrap
+from typing import TextIO
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 WIDEST = 100  # columns; a file or a pipe has as many
-NAMES = 16  # columns that names of rows have at least, else long words in the head are cut
+LONGEST = 6  # characters of a word above numbers, where less than the widest fits
 CLOSE = 0.05  # a number this near to the one that it is compared with is marked
+# C0 and C1, what turns the direction of text around, and what no encoding has: bytes of a name that is not UTF-8
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+Rows = Sequence[tuple[str, Sequence[str]]]  # a name, and the texts of its cells
 
 
-def width(stream=None):
+def visible(text: str) -> str:
+    r"""Text with control characters as Python writes them, such as \x1b: none moves the cursor or begins a line."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def width(stream: TextIO | None = None) -> int:
     """Columns that may be printed into; of stdout, where no other stream is given."""
     stream = stream or sys.stdout
     return min(WIDEST, Console(file=stream).width) if stream.isatty() else WIDEST
 
 
-def fill(text, indent=2):
+def fill(text: str, indent: int = 2) -> str:
     """Text in lines that fit, the second one and those after it indented. Paths and flags stay whole."""
-    return textwrap.fill(text, width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    text, after = visible(text), " " * indent
+    return textwrap.fill(text, width(), subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
 
 
-def say(*notes):
-    """Print each note from a new line on."""
-    print(*map(fill, notes), sep="\n")
+def say(*notes: str) -> None:
+    """Print each note from a new line on, above a progress bar where there is one."""
+    for note in notes:
+        tqdm.write(fill(note))
 
 
-def show_table(caption, columns, rows, own=0, numbers=True):
-    """Print a table. columns: titles; rows: list of (name, texts of its cells), a text may have a second line.
+def show_table(caption: str, columns: Iterable[str], rows: Rows, own: int = 0, numbers: bool = True) -> None:
+    """Print a table. columns: titles; rows: a cell may have a second line.
 
     own: how many rows, from the first, are marked; numbers: whether the cells are numbers, or text.
     """
-    table = Table(box=None, padding=(0, 0 if numbers else 1, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     if own:
-        table.add_column(width=2)
+        table.add_column(width=1)
     table.add_column(overflow="fold")
-    if numbers:
-        columns, rows = _aligned(columns, rows)
-    for title in columns:
-        table.add_column(Text(title), no_wrap=numbers, overflow="fold")
+    for title in map(visible, columns):
+        if numbers:
+            title = "\n".join(word if width() == WIDEST else _cut(word) for word in title.split())
+        table.add_column(Text(title), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for number, (name, texts) in enumerate(rows):
         mark = [">" if number < own else ""] if own else []
-        table.add_row(*mark, Padding(Text(name), (0, 1, 0, 0)), *map(Text, texts), style="bold" if number < own else "")
+        cells = ("\n".join(map(visible, text.split("\n"))) for text in [visible(name), *texts])
+        table.add_row(*mark, *map(Text, cells), style="bold" if number < own else "")
     say("", caption)
     Console(width=width(), highlight=False).print(table)
 
 
-def _aligned(titles, rows):
-    """Titles and rows of numbers with each line at the right of its column; marks hang over the numbers' end."""
-    columns = [[texts[i] for _, texts in rows] for i in range(len(titles))]
-    rooms = list(map(_room, titles, columns))
-    if width() - sum(map(sum, rooms)) < NAMES:
-        titles = [re.sub(r"\w{7,}", lambda word: word[0][:5] + ".", title) for title in titles]
-        rooms = list(map(_room, titles, columns))
-    titles = [_right("\n".join(textwrap.wrap(title, room)), room, gap) for title, (room, gap) in zip(titles, rooms)]
-    return titles, [(name, [_right(text, *room) for text, room in zip(texts, rooms)]) for name, texts in rows]
-
-
-def _room(title, texts):
-    """Width of a column, as its longest number or word of its title, and what is kept free behind it."""
-    lines = [line for text in texts for line in text.split("\n")]
-    room = max(len(part.rstrip("*")) for part in [*title.split(), *lines])
-    return room, 2 if any(len(line) > room for line in lines) else 1
-
-
-def _right(text, room, gap):
-    lines = [(line.rstrip("*"), "*" if line.endswith("*") else "") for line in text.split("\n")]
-    return "\n".join(number.rjust(room) + mark.ljust(gap) for number, mark in lines)
+def _cut(word):
+    return word if len(word) <= LONGEST else word[: LONGEST - 1] + "."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers as text
 
 
-def cells(numbers, columns, near=()):
+def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[str] = ()) -> list[str]:
     """Numbers as text, "-" where there is none; those close to the one that `near` has for the key are marked."""
     texts = []
     for key in columns:
         value = numbers.get(key, math.nan)
         mark = "*" if key in near and abs(value - near[key]) <= CLOSE else ""
-        texts.append("-" if math.isnan(value) else f"{value:.3f}{mark}")
+        texts.append("-" if math.isnan(value) else f"{mark}{value:.3f}")
     return texts
 
 
-def with_halves(rows, columns):
+def with_halves(rows: Iterable, columns: Sequence[str]) -> Rows:
     """Rows of evaluate.Row for `show_table`: under each number half the width of its interval."""
     lines = []
     for row in rows:
