@@ -38,14 +38,3 @@ def check_quantised(network, layers):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: nf4 is for the language model's layers, all of them"
             )
-
-
-def rounded(weight):
-    """A weight as `nf4` keeps it, in the type that it had. Raises InputError without bitsandbytes."""
-    cli.need("bitsandbytes")
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Params4bit
-
-    held = Params4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
-    held = held.to("cuda" if torch.cuda.is_available() else "cpu")
-    return dequantize_4bit(held.data, held.quant_state).to(weight.device, weight.dtype)
