@@ -222,24 +222,21 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
         (extra[len(answered)] if j is None else answered).append(k)
     columns, spoken = [], 0
     for i, j in _alignment(canonical, heard):
-        k = required[i] if j is None else answered[j]
+        k, waiting = required[i] if j is None else answered[j], extra[spoken]
         phones = _item(canonical, i), _item(heard, j), _item(written, k)
-        waiting = extra[spoken]
-        if j is None:  # left out: it stands with what was written for it, if that is not under a heard phone
-            passed = waiting[: waiting.index(k)] if k in waiting else []
-            shown = written[k] if k in waiting else None
-            extra[spoken] = waiting[len(passed) + (k in waiting) :]
-        else:
-            passed, shown = waiting, phones[2]
-            spoken += 1
-        columns += [(None, None, written[other], None) for other in passed]
-        columns.append((*phones[:2], shown, _event(*phones)))
+        if j is None and k not in waiting:  # left out, and nothing was written for it but what is under a heard phone
+            columns.append((*phones[:2], None, _event(*phones)))
+            continue
+        columns += [(None, None, written[other], None) for other in waiting if j is not None or other < k]
+        columns.append((*phones, _event(*phones)))
+        extra[spoken] = [other for other in waiting if j is None and other > k]
+        spoken += j is not None
     return columns + [(None, None, written[other], None) for other in extra[spoken]]
 
 
-def _event(canonical: str | None, heard: str | None, written: str | None) -> str | None:
+def _event(canonical: str | None, heard: str | None, written: str | None) -> str:
     if canonical == heard:
-        return None if heard is None else "true_accept" if written == heard else "false_reject"
+        return "true_accept" if written == heard else "false_reject"
     if written == heard:
         return "correct_diagnosis"
     # writing the canonical phone, or nothing for an added one, is what a correct speaker would get
