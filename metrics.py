@@ -73,32 +73,23 @@ def score_numbers(predicted: np.ndarray, human: np.ndarray, weights: np.ndarray)
     if not len(human):
         return dict.fromkeys(("pcc", "spearman", "sd_ratio", "mae"), np.full(len(weights), math.nan))
     n = weights.sum(axis=1)
-    scores, ranks = ([of(values, weights) for values in (predicted, human)] for of in (_deviations, _ranks))
-    sd, human_sd = (np.sqrt(_ratio(_product(weights, of, of), n)) for of in scores)
+
+    def covariance(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # of deviations, (R, N) each
+        return _ratio(np.einsum("rn,rn,rn->r", weights, first, second), n)
+
+    scores = [values - _ratio(weights @ values, n)[:, None] for values in (predicted, human)]
+    ranks = [_ranks(values, weights) for values in (predicted, human)]
+    sd, human_sd = (np.sqrt(covariance(of, of)) for of in scores)
     varies, human_varies = ((n >= 3) & (of > SAME) for of in (sd, human_sd))
-    pcc, spearman = (np.where(varies & human_varies, _cosine(weights, *of), math.nan) for of in (scores, ranks))
+    pcc, spearman = (
+        _ratio(covariance(x, y), np.sqrt(covariance(x, x) * covariance(y, y))).clip(-1, 1) for x, y in (scores, ranks)
+    )
     return {
-        "pcc": pcc,
-        "spearman": spearman,
+        "pcc": np.where(varies & human_varies, pcc, math.nan),
+        "spearman": np.where(varies & human_varies, spearman, math.nan),
         "sd_ratio": np.where(human_varies, _ratio(sd, human_sd), math.nan),
         "mae": _ratio(weights @ abs(predicted - human), n),
     }
-
-
-def _product(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The sum of products in R corpora, (R,); all three: (R, N)."""
-    return np.einsum("rn,rn,rn->r", weights, first, second)
-
-
-def _cosine(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The correlation of deviations from the mean, (R,); all three: (R, N)."""
-    lengths = np.sqrt(_product(weights, first, first) * _product(weights, second, second))
-    return np.clip(_ratio(_product(weights, first, second), lengths), -1, 1)
-
-
-def _deviations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N,) values around their mean in R corpora, (R, N)."""
-    return values - _ratio(weights @ values, weights.sum(axis=1))[:, None]
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
