@@ -291,7 +291,7 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
     assert [line["best"] for line in lines] == [loss == min(losses) for loss in losses]
     assert "10 utterances of 1 speakers held out, 30 left" in text and f"loss {losses[0]:.3f}" in text
     assert {"per", "wer", "accuracy_pcc", "detection_f1", "mdd_unparsed"} <= lines[0].keys()
-    assert [path.name for path, _ in run_folder.adapters(out, "best")] == [f"epoch-{1 + losses.index(min(losses))}"]
+    assert [path.name for path, _ in runs.adapters(out, "best")] == [f"epoch-{1 + losses.index(min(losses))}"]
 
     _, held_out = data.hold_out_speakers(data.read_corpus(corpus, "train"), 0.25, 0)
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", "merge")
@@ -304,7 +304,7 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
 
 def test_without_a_best_epoch_evaluate_says_what_writes_it(run):
     with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl is missing.*--validation"):
-        run_folder.adapters(run[0] / "out", "best")
+        runs.adapters(run[0] / "out", "best")
 
 
 def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeypatch, short_run, capsys):
@@ -315,7 +315,7 @@ def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeyp
         short_run(monkeypatch, *arguments, *more)
         assert "stopping early, after epoch 4" in capsys.readouterr().out
     assert sorted(path.name for path in OUT.glob("epoch-*")) == [f"epoch-{i}" for i in range(1, 5)]
-    assert [path.name for path, _ in run_folder.adapters(OUT, "best")] == ["epoch-2"]
+    assert [path.name for path, _ in runs.adapters(OUT, "best")] == ["epoch-2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
