@@ -85,16 +85,20 @@ def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     assert not {u.speaker for u in utterances} & {u.speaker for u in data.read_corpus(corpus, "test")}
 
 
+def hub_table(corpus, split):
+    """A split as the hub has it: encoded audio, no id column."""
+    records = files.read_json(corpus / "resource" / "scores.json", dict)
+    rows = [
+        records[u.id] | {"speaker": u.speaker, "age": 9, "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
+        for u in data.read_corpus(corpus, split)
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+
+
 def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_path):
     folder = data.read_corpus(corpus, "test")
-    records = files.read_json(corpus / "resource" / "scores.json", dict)
-    rows = [  # encoded audio, no id column
-        records[u.id] | {"speaker": u.speaker, "age": 9, "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
-        for u in folder
-    ]
-    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
     (tmp_path / "data").mkdir()
-    table.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    hub_table(corpus, "test").to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     hub = [make() for _, make in data.read_hub("some/corpus", tmp_path, "test")]
     assert data.fingerprint(hub) == data.fingerprint(folder)
     for ours, theirs in zip(hub, folder, strict=True):
