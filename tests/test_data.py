@@ -59,16 +59,6 @@ def test_the_number_of_audio_tokens_is_the_feature_extractors(samples):
     assert replace(checked(record()), samples=samples).audio_tokens == int(features["audio_embed_sizes"][0])
 
 
-def test_lengths_that_crash_the_extractors_batched_path_pass_one_by_one():
-    extractor = Phi4MultimodalFeatureExtractor()
-    waves = [tone(samples / 16_000) for samples in (16_000, 16_010, 12_000)]
-    with pytest.raises(RuntimeError, match="must match"):
-        extractor(waves, sampling_rate=16_000)
-    for wave in waves:
-        utterance = replace(checked(record()), recording=lambda wave=wave: sound(wave))
-        assert data.log_mel(utterance, extractor).shape == ((len(wave) - 400) // 160 + 1, 80)
-
-
 def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     utterances = data.read_corpus(corpus, "train")
     listed = [line.split()[0] for line in (corpus / "train" / "wav.scp").read_text().splitlines()]
