@@ -4,6 +4,7 @@ FFmpeg runs in a process of its own for each recording, bounded in time, memory 
 more than its own request with it. A corpus needs no FFmpeg. Every fault is one InputError.
 """
 
+from collections.abc import Callable
 import io
 import math
 from pathlib import Path
@@ -52,7 +53,7 @@ MISSING = 0.2  # s that may be there less than the container says: a film's soun
 # A corpus
 
 
-def read_audio(recording, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
+def read_audio(recording: Callable[[], bytes], lowest_rate: int = LOWEST_RATE) -> np.ndarray:
     """A corpus' recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
 
     recording: callable that returns the bytes of a WAV or FLAC file. Returns (S,), full scale is 1.
@@ -68,7 +69,7 @@ def read_audio(recording, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
     return _mono(audio, rate)
 
 
-def check_level(audio: np.ndarray):
+def check_level(audio: np.ndarray) -> None:
     """Raises InputError where (S,) is silence, which a model would learn from, or score, as readily as speech."""
     if not np.ptp(audio):
         raise InputError(f"all its samples are {audio[0]:g}: there is no sound in it; record or export it again")

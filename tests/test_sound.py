@@ -11,24 +11,16 @@ import numpy as np
 import pytest
 
 from support import cli
-from support.sound import (
-    CLIPPED,
-    SAMPLE_RATE,
-    check_level,
-    decode_own,
-    read_audio,
-    read_own,
-    read_sound_file,
-    sound_files,
-)
+from support import sound as sounds
+from support.sound import CLIPPED, SAMPLE_RATE, read_own
 
 CASES = Path(os.environ.get("AUDIO_CASES", ROOT.parent / "shared" / "cases" / "audio"))
 has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 
 
 def read(content, **limits):
-    audio = read_audio(lambda: content, **limits)
-    check_level(audio)
+    audio = sounds.read_audio(lambda: content, **limits)
+    sounds.check_level(audio)
     return audio
 
 
@@ -127,6 +119,9 @@ def test_sound_files_that_people_have_are_read_whole_or_refused(name):
     else:
         with pytest.raises(cli.InputError, match=expected):
             read_own(content)
+    if name == "gsm610.wav":
+        with pytest.raises(cli.InputError, match="encoded as GSM610"):
+            read(content)
 
 
 MADE = {
@@ -145,7 +140,7 @@ MADE |= {"a.m4a": [], "b.m4a": ["-movflags", "+faststart"]}  # the table of cont
 def test_every_container_of_telephones_and_browsers_is_read_and_a_cut_one_refused(tmp_path, name):
     (tmp_path / "in.wav").write_bytes(sound(np.stack([tone(3, 48_000)] * 2, axis=1), 48_000))
     subprocess.run(["ffmpeg", "-v", "error", "-i", "in.wav", *MADE[name], name], cwd=tmp_path, check=True)
-    audio, rate = decode_own((tmp_path / name).read_bytes(), longest=4)
+    audio, rate = sounds.decode_own((tmp_path / name).read_bytes(), longest=4)
     assert rate == 48_000 and len(audio) / SAMPLE_RATE == pytest.approx(3, abs=0.1)
     assert np.std(audio) == pytest.approx(np.std(tone(1)), rel=0.1)
     (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size * 6 // 10])
@@ -186,16 +181,20 @@ def test_without_ffmpeg_a_corpus_is_read_and_ones_own_recording_says_what_to_ins
     (tmp_path / "a.wav").write_bytes(sound(tone(1)))
     assert len(read((tmp_path / "a.wav").read_bytes())) == 16_000
     with pytest.raises(cli.InputError, match="a.wav: .*ffmpeg, which is not installed"):
-        read_sound_file(tmp_path / "a.wav")
+        sounds.read_sound_file(tmp_path / "a.wav")
 
 
 def test_sound_files_are_found_in_folders_too_in_the_order_of_their_names(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/2.wav", "a.FLAC", "b/1.m4a", "notes.txt"):
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in sound_files(tmp_path)] == ["a.FLAC", "b/1.m4a", "b/2.wav"]
+    assert [str(path.relative_to(tmp_path)) for path in sounds.sound_files(tmp_path)] == [
+        "a.FLAC",
+        "b/1.m4a",
+        "b/2.wav",
+    ]
     open(os.fsencode(tmp_path) + b"/a\xff.wav", "w").close()
     with pytest.raises(cli.InputError, match=r"a\\udcff.wav' is not UTF-8: rename it"):
-        sound_files(tmp_path)
+        sounds.sound_files(tmp_path)
     with pytest.raises(cli.InputError, match="has no recordings"):
-        sound_files(tmp_path / "c")
+        sounds.sound_files(tmp_path / "c")
