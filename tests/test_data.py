@@ -205,6 +205,8 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
     speakers = (root / "test" / "utt2spk").read_text().replace(" ", " one\u2028\x85")
     (root / "test" / "utt2spk").write_text(speakers)
     assert {u.speaker for u in data.read_corpus(root, "test")} == {f"one\u2028\x85{u.speaker}" for u in read}
+    (tmp_path / "predictions.jsonl").write_text('\ufeff{"text": "a\u2028\x85b"}\n')
+    assert files.read_lines(tmp_path / "predictions.jsonl", dict) == [{"text": "a\u2028\x85b"}]
 
 
 @pytest.mark.parametrize(
