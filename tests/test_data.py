@@ -59,16 +59,6 @@ def test_the_number_of_audio_tokens_is_the_feature_extractors(samples):
     assert replace(checked(record()), samples=samples).audio_tokens == int(features["audio_embed_sizes"][0])
 
 
-def test_lengths_that_crash_the_extractors_batched_path_pass_one_by_one():
-    extractor = Phi4MultimodalFeatureExtractor()
-    waves = [tone(samples / 16_000) for samples in (16_000, 16_010, 12_000)]
-    with pytest.raises(RuntimeError, match="must match"):
-        extractor(waves, sampling_rate=16_000)
-    for wave in waves:
-        utterance = replace(checked(record()), recording=lambda wave=wave: sound(wave))
-        assert data.log_mel(utterance, extractor).shape == ((len(wave) - 400) // 160 + 1, 80)
-
-
 def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     utterances = data.read_corpus(corpus, "train")
     listed = [line.split()[0] for line in (corpus / "train" / "wav.scp").read_text().splitlines()]
@@ -219,6 +209,8 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
     speakers = (root / "test" / "utt2spk").read_text().replace(" ", " one\u2028\x85")
     (root / "test" / "utt2spk").write_text(speakers)
     assert {u.speaker for u in data.read_corpus(root, "test")} == {f"one\u2028\x85{u.speaker}" for u in read}
+    (tmp_path / "predictions.jsonl").write_text('\ufeff{"text": "a\u2028\x85b"}\n')
+    assert files.read_lines(tmp_path / "predictions.jsonl", dict) == [{"text": "a\u2028\x85b"}]
 
 
 @pytest.mark.parametrize(
