@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 import shutil
 from types import SimpleNamespace
 
@@ -10,12 +9,9 @@ from conftest import ROOT, script, sound, tone
 import numpy as np
 import pytest
 from records import one_hot, records, write
-from sklearn.metrics import precision_recall_fscore_support
-from test_metrics import strings
 
-from analysis import ablation, compare, floors, phones, report, spread
+from analysis import ablation, compare, floors, phones, report
 import data
-import metrics
 import prompts
 from support import cli, predictions
 
@@ -29,18 +25,12 @@ def run(monkeypatch, command, *arguments):
     command.main()
 
 
-def rows(capsys):
-    """What was printed, as {first word of a line: the other words}."""
-    return {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
-
-
 def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path):
     for name in ("a", "b"):
-        evaluated(tmp_path / name)
+        (tmp_path / name).mkdir()
         shutil.copy(copied, tmp_path / name)
     commands = {
-        "compare": ["a/predictions.jsonl", "b/predictions.jsonl"],
-        "spread": ["a", "b"],
+        "compare": ["a", "--against", "b/predictions.jsonl"],
         "floors": ["a/predictions.jsonl", "--data", str(corpus)],
         "phones": ["a/predictions.jsonl"],
         "report": ["a", "--data", str(corpus)],
@@ -56,8 +46,6 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         ".pronunciation-analysis.report.lock",
         "confusion.png",
-        "metrics.json",
-        "phones.tsv",
         "predictions.jsonl",
         "report.html",
         "results.png",
@@ -65,7 +53,7 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     ]
 
 
-@pytest.mark.parametrize("command", [ablation, compare, spread, floors, phones, report])
+@pytest.mark.parametrize("command", [ablation, compare, floors, phones, report])
 def test_a_command_says_how_it_is_called(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, command, "--help")
@@ -145,176 +133,6 @@ def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
     for content, count in ((changed(0)[:-20], 11), (changed(0), 12), (b"", 0)):
         path.write_bytes(content)
         assert len(predictions.read(path, cut_off=True)) == count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two systems
-
-
-def better(lines):
-    """The same utterances from a system that writes what was heard."""
-    right = [prompts.mdd_target("WE SEE", line["reference"].get("heard", [])) for line in lines]
-    return [line | ({"output": text} if line["task"] == "MDD" else {}) for line, text in zip(lines, right)]
-
-
-def test_a_comparison_shows_the_differences_and_their_chance(monkeypatch, tmp_path, capsys):
-    lines = records(12, speakers=4)
-    lines[:8] = better(lines[:8])  # of four utterances
-    best = better(lines[:16]) + lines[16:]
-    a, b = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", best[::-1])
-    run(monkeypatch, compare, a, b)
-    printed = capsys.readouterr().out
-    row = next(line.split() for line in printed.splitlines() if line.startswith("per "))
-    assert row[1:4] == ["0.167", "0.083", "+0.083"] and float(row[-1]) < 0.05
-    assert "A alone is right 0 times, B alone 4 times" in printed
-    samples = [metrics.resamples(side)["detection_f1"] for side in (lines, best)]
-    low, high = metrics.interval(samples[0] - samples[1])
-    assert f"{low:+.3f}..{high:+.3f}" in next(line for line in printed.splitlines() if line.startswith("detection_f1"))
-
-
-def test_scorings_that_both_have_are_compared_else_the_one_of_each():
-    greedy = [line | {"tokens": 5} for line in records()]
-    both = [line | ({"scores": one_hot(8, 5)} if line["task"] == "APA" else {}) for line in greedy]
-    expected = [{key: value for key, value in line.items() if key != "tokens"} for line in both]
-    assert compare.scorings([both, both]) == [("greedy", "greedy"), ("expected", "expected")]
-    assert compare.scorings([both, expected]) == [("expected", "expected")]
-    assert compare.scorings([greedy, expected]) == [("greedy", "expected")]
-
-
-@pytest.mark.parametrize(
-    "others, message",
-    [
-        (records(12, speakers=4)[:-2], "2 outputs are in one alone, .*u11 APA.*on one corpus"),
-        (
-            [
-                records(12, speakers=4)[0] | {"reference": dict.fromkeys(prompts.SCORES, 9)},
-                *records(12, speakers=4)[1:],
-            ],
-            "1 outputs .*u0 APA",
-        ),
-        (records(12), "speakers"),
-        (records(12, speakers=1), "speakers"),
-    ],
-)
-def test_files_of_other_utterances_or_without_speakers_are_not_compared(monkeypatch, tmp_path, others, message):
-    a, b = write(tmp_path / "a.jsonl", records(12, speakers=4)), write(tmp_path / "b.jsonl", others)
-    with pytest.raises(cli.InputError, match=message):
-        run(monkeypatch, compare, a, b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several runs
-
-
-def evaluated(folder, **numbers):
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps({"evaluated": "epoch-3", "utterances": 20, **numbers}))
-    return folder
-
-
-def test_several_runs_are_summarised_by_mean_standard_deviation_and_range(monkeypatch, tmp_path, capsys):
-    numbers = [(0.1, 0.5), (0.2, None), (0.6, 0.7)]
-    runs = [
-        evaluated(tmp_path / f"seed-{i}", per=per, accuracy_pcc=pcc, per_low=0.0)
-        for i, (per, pcc) in enumerate(numbers)
-    ]
-    run(monkeypatch, spread, *runs[:2], runs[2] / "metrics.json")
-    printed = rows(capsys)
-    std = ((0.2**2 + 0.1**2 + 0.3**2) / 2) ** 0.5
-    assert printed["per"] == ["0.300", f"{std:.3f}", "0.100", "0.600", "3"]
-    assert printed["accuracy_pcc"] == ["0.600", "0.141", "0.500", "0.700", "2"]
-    assert printed["3"][:3] == ["runs,", "20", "utterances"] and not {"utterances", "per_low"} & printed.keys()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"utterances": 10}, "different utterances: .*one on 20, .*two on 10"),
-        (None, "two/metrics.json cannot be read.*evaluate the run first"),
-        ({"utterances": "20"}, "two/metrics.json: utterances '20'.*evaluate the run first"),
-        ({"per": "low"}, "two/metrics.json: per 'low'"),
-        ({"per": math.nan}, "two/metrics.json: per nan"),
-        ({"per": 1e308}, "two/metrics.json: per 1e.308"),
-    ],
-)
-def test_runs_that_cannot_be_compared_are_not_summarised(tmp_path, change, message):
-    runs = [evaluated(tmp_path / "one"), tmp_path / "two"]
-    if change:
-        evaluated(runs[1], **change)
-    with pytest.raises(cli.InputError, match=message):
-        spread.read_runs(runs)
-    with pytest.raises(cli.InputError, match="one.*two runs or more"):
-        spread.read_runs(runs[:1])
-    with pytest.raises(cli.InputError, match="one is named more than once"):
-        spread.read_runs([runs[0], runs[0] / "metrics.json"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Phones
-
-
-def test_the_phone_report_of_a_worked_case():
-    report = phones.phone_report([list("ABAC"), ["A"]], [list("ABXC"), ["A", "D"]])
-    assert [entry["phone"] for entry in report] == ["A", "B", "C", None]
-    assert report[0] == {"phone": "A", "support": 3, "precision": 1.0, "recall": 2 / 3, "confusions": [("X", 1)]}
-    assert report[3]["confusions"] == [("D", 1)] and report[3]["support"] == 1
-
-
-def test_the_phone_report_equals_sklearn_on_aligned_phones():
-    heard, written = strings(20, 50), strings(21, 50)
-    pairs = [pair for h, w in zip(heard, written) for pair in metrics.align(h, w)]
-    report = {entry["phone"]: entry for entry in phones.phone_report(heard, written) if entry["phone"]}
-    labels = sorted(report)
-    named = [[phone or "-" for phone in side] for side in zip(*pairs)]
-    precision, recall, _, support = precision_recall_fscore_support(*named, labels=labels, zero_division=np.nan)
-    assert [report[phone]["support"] for phone in labels] == support.tolist()
-    assert np.allclose([report[phone]["precision"] for phone in labels], precision, equal_nan=True)
-    assert np.allclose([report[phone]["recall"] for phone in labels], recall)
-
-
-def test_detection_and_confusions_are_printed_and_each_phone_is_written_to_a_file(monkeypatch, tmp_path, capsys):
-    path = write(tmp_path / "predictions.jsonl", records(speakers=3))
-    for _ in range(2):  # its own file is replaced
-        run(monkeypatch, phones, path)
-    printed = capsys.readouterr().out
-    ours, copied, *_ = (
-        line.split()[-9:] for line in printed.splitlines() if line.startswith(("  says everything right  ", "> this"))
-    )
-    assert copied == ["0.000", "-", "0.000", "1.000", "0.000", "-", "0.250", "0.000", "0.000"]
-    assert ours == ["0.667", "0.500", "1.000", "0.000", "0.333", "0.000", "0.000", "0.250", "0.000"]
-    assert "IY > nothing" in printed
-    lines = [line.split("\t") for line in (tmp_path / "phones.tsv").read_text(encoding="utf-8").splitlines()]
-    assert lines[0][:4] == ["phone", "heard", "precision", "recall"]
-    assert ["IY", "6", "-", "0.000", "-:6"] in lines and ["W", "6", "1.000", "1.000", ""] in lines
-
-
-def test_characters_that_no_file_or_terminal_shows_do_not_end_the_command(monkeypatch, tmp_path, capsys):
-    """Half a surrogate pair, which JSON can write, makes an answer unparsed; others stay in the file."""
-    lines = records()
-    lines[1]["output"] = r'{"word_transcript": "WE SEE", "phoneme_transcript": "W \ud800 S"}'
-    lines[5]["output"] = r'{"word_transcript": "W\u0000E", "phoneme_transcript": "W \u0000 \u001b[31m"}'
-    run(monkeypatch, phones, write(tmp_path / "predictions.jsonl", lines))
-    printed, written = capsys.readouterr().out, (tmp_path / "phones.tsv").read_text(encoding="utf-8")
-    assert r"> \x00" in printed and r"> \x1b[M" in printed and "\0:1" in written and "\x1b[M:1" in written
-
-
-@pytest.mark.parametrize(
-    "make",
-    [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("phone\tmine\n")],
-)
-def test_a_phones_file_of_something_else_is_not_replaced(monkeypatch, tmp_path, make):
-    path = write(tmp_path / "predictions.jsonl", records())
-    make(tmp_path / "phones.tsv")
-    with pytest.raises(cli.InputError, match="phones.tsv"):
-        run(monkeypatch, phones, path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["phones.tsv", "predictions.jsonl"]
-
-
-def test_predictions_of_that_name_are_not_replaced_either(monkeypatch, tmp_path):
-    content = write(tmp_path / "phones.tsv", records()).read_bytes()
-    with pytest.raises(cli.InputError, match="phones.tsv"):
-        run(monkeypatch, phones, tmp_path / "phones.tsv")
-    assert (tmp_path / "phones.tsv").read_bytes() == content
 
 
 # ----------------------------------------------------------------------------------------------------------------------
