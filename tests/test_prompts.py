@@ -48,7 +48,6 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
         *(
             f'{{"accuracy": {value}, "fluency": 9, "prosodic": 9, "total": 8}}'
