@@ -97,7 +97,7 @@ def test_what_is_longer_than_any_answer_is_unparsed_and_nothing_takes_long(start
     begun = time.perf_counter()
     prompts.parse_output("APA", (start * prompts.LONGEST)[: prompts.LONGEST])
     prompts.parse_output("APA", start * 100_000)
-    assert time.perf_counter() - begun < 2  # 0.2 s where a machine is idle
+    assert time.perf_counter() - begun < 5  # 0.2 s where a machine is idle
     target = prompts.apa_target(SCORES)
     assert prompts.parse_output("APA", target.rjust(prompts.LONGEST)) == SCORES
     assert prompts.parse_output("APA", target.rjust(prompts.LONGEST + 1)) is None
