@@ -6,11 +6,13 @@ more than its own request with it. A corpus needs no FFmpeg. Every fault is one 
 
 import io
 import math
+import os
 from pathlib import Path
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -211,7 +213,9 @@ def _run_ffmpeg(content, longest):
         "wav",
         "-",
     ]
-    with tempfile.TemporaryFile() as file:  # not a pipe: telephones write an M4A's table of contents at its end
+    # not a pipe: telephones write an M4A's table of contents at its end. No disk either, where memory can be a file
+    linux = sys.platform == "linux"
+    with os.fdopen(os.memfd_create("recording"), "w+b") if linux else tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
         try:
