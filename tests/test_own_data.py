@@ -45,7 +45,10 @@ def folder(tmp_path, utterances, reader):
 
 
 def test_an_utterance_gives_an_example_for_each_kind_of_label_that_it_has(folder):
+    lines = (folder / "train.jsonl").read_text().replace('"CALL IT"', '"CALL\u2028IT"')  # valid JSON, and one line
+    (folder / "train.jsonl").write_text("\ufeff" + lines)
     read = data.read_corpus(folder, "train")
+    assert {u.text for u in read} == {"CALL\u2028IT"}
     assert [u.tasks for u in read] == [("APA",), ("MDD",), ("APA", "MDD")] * 2
     assert read[0].scores == SCORES and read[1].scores is None
     assert [(w.canonical, w.heard, w.mispronounced) for w in read[1].words] == [
