@@ -1,20 +1,19 @@
 """The service under load: 200 requests, 20 at a time, 20 of them hostile. Is one lost or wrong, does memory grow?
 
-    pip install starlette uvicorn python-multipart pebble psutil
-    python bench/serve.py --adapter out/ --pronunciations tiny/pronunciations.txt          # five minutes, Linux
+    pip install starlette uvicorn python-multipart psutil
+    python -m bench.serve --adapter out/ --pronunciations tiny/pronunciations.txt          # five minutes, Linux
 
-Starts analysis.serve. Every answer is compared with that of an Assessor that is asked about one recording at a time:
-numbers to 1e-5, as sums are rounded by a batch's shape, and all else exactly. Each run sends the same requests one at a
-time, then 20 at a time; latencies are those of the recordings that can be answered. The clients have the same cores.
+Every answer is compared with that of an Assessor that is asked about one recording at a time: numbers to 1e-5, as sums
+are rounded by a batch's shape, and all else exactly. Each run sends the same requests one at a time, then 20 at a time;
+latencies are those of the recordings that can be answered. The clients have the same cores.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 import http.client
 import io
 import json
-import os
 from pathlib import Path
 import random
 import re
@@ -25,16 +24,13 @@ import subprocess
 import sys
 import time
 
-import workload  # first: it finds the project
-
-# isort: split
 import numpy as np
 import psutil
 import soundfile
 
 from analysis import assessor
 import data
-from support import cli, run_folder, sound
+from support import cli, run_folder, screen, sound
 
 AT_A_TIME, HOSTILE = 20, 0.1  # requests; the share of them
 CLOSE = 1e-5  # of a probability or score
@@ -100,7 +96,7 @@ def make_requests(settings):
     requests = []
     for number in range(settings.requests - bad):
         utterance = utterances[number % len(utterances)]
-        answer = json.dumps(assess(utterance.recording(), utterance.text))
+        answer = json.dumps(asdict(assess(utterance.recording(), utterance.text)))
         body = form(utterance.recording(), text=utterance.text)
         requests.append(Request("recording", 200, body, answer=answer))
     kinds = hostile(utterances[0].recording(), utterances[0].text)
@@ -116,8 +112,7 @@ def service(settings):
     if settings.pronunciations:
         arguments += ["--pronunciations", *settings.pronunciations]
     command = [sys.executable, "-m", "analysis.serve", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(workload.BENCH.parent)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             if not (address := re.search(r":(\d+)/", process.stdout.readline())):
                 raise cli.RunError("analysis.serve has not started; its own lines say why")
@@ -150,49 +145,39 @@ def send(port, request):
 
 
 def alike(first, second):
-    if isinstance(first, float) and isinstance(second, float):
-        return abs(first - second) <= CLOSE
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(alike(value, second[key]) for key, value in first.items())
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(alike, first, second))
-    return first == second
+    return abs(first - second) <= CLOSE if isinstance(first, float) and isinstance(second, float) else first == second
 
 
 def measure(port, requests, at_a_time):
-    """Figures of the requests, `at_a_time` at a time."""
+    """Figures of the requests, `at_a_time` at a time, as texts."""
     started = time.perf_counter()
     with ThreadPoolExecutor(at_a_time) as threads:
         answers = list(threads.map(lambda request: send(port, request), requests))
     took = time.perf_counter() - started
     seconds = [s for (s, _), request in zip(answers, requests) if request.kind == "recording"]
     faults = [fault for _, fault in answers if fault]
-    print("\n".join([f"{at_a_time} at a time: {len(requests) / took:.1f} requests a second", *faults]), flush=True)
-    figures = {"rate": len(requests) / took, "median": median(seconds), "late": quantiles(seconds, n=20)[-1]}
-    return figures | {name: sum(fault.startswith(name) for fault in faults) for name in ("lost", "wrong")}
-
-
-def held(process):
-    """MB of the service, and of the processes that it started."""
-    return [round(sum(p.memory_info().rss for p in some) / 1e6) for some in ([process], process.children(True))]
+    screen.say(*faults)
+    counts = [str(sum(fault.startswith(name) for fault in faults)) for name in ("lost", "wrong")]
+    return [f"{len(requests) / took:.1f}", f"{median(seconds):.2f}", f"{quantiles(seconds, n=20)[-1]:.2f}", *counts]
 
 
 def main():
     settings = cli.parse(Settings, __doc__)
     requests = make_requests(settings)
-    figures, memory = {"1": [], str(AT_A_TIME): []}, []
+    rows = []
     with service(settings) as (process, port):
         measure(port, requests, AT_A_TIME)  # to warm up
-        memory.append(held(process))
-        for _ in range(settings.runs):
-            for at_a_time, found in figures.items():
-                found.append(measure(port, requests, int(at_a_time)))
-            memory.append(held(process))
-            print("MB of the service, of its processes: ", *memory[-1])
-    kinds = sorted({request.kind for request in requests} - {"recording"})
-    result = {"model": "trained", "requests": len(requests), "hostile": round(HOSTILE * len(requests)), "kinds": kinds}
-    load = [round(value, 1) for value in os.getloadavg()]
-    workload.write_result("serve-trained", result | {"load": load, "figures": figures, "memory_mb": memory})
+        for run in range(settings.runs):
+            for at_a_time in (1, AT_A_TIME):
+                figures = measure(port, requests, at_a_time)
+                memory = sum(one.memory_info().rss for one in [process, *process.children(True)])
+                rows.append((f"run {run + 1}, {at_a_time} at a time", [*figures, f"{memory / 1e6:,.0f}"]))
+    columns = ["requests a second", "median s", "95% s", "lost", "wrong", "MB of memory"]
+    screen.show_table(f"{len(requests)} requests, {HOSTILE:.0%} of them hostile", columns, rows)
 
 
 if __name__ == "__main__":
