@@ -1,6 +1,6 @@
 """The service under load: 200 requests, 20 at a time, 20 of them hostile. Is one lost or wrong, does memory grow?
 
-    pip install starlette uvicorn python-multipart psutil
+    pip install starlette uvicorn python-multipart psutil urllib3
     python -m bench.serve --adapter out/ --pronunciations tiny/pronunciations.txt          # five minutes, Linux
 
 Every answer is compared with that of an Assessor that is asked about one recording at a time: numbers to 1e-5, as sums
@@ -10,15 +10,13 @@ latencies are those of the recordings that can be answered. The clients have the
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-import http.client
+from dataclasses import asdict, dataclass, field
 import io
 import json
 from pathlib import Path
 import random
 import re
 import signal
-import socket
 from statistics import median, quantiles
 import subprocess
 import sys
@@ -27,6 +25,7 @@ import time
 import numpy as np
 import psutil
 import soundfile
+import urllib3
 
 from analysis import assessor
 import data
@@ -34,7 +33,7 @@ from support import cli, run_folder, screen, sound
 
 AT_A_TIME, HOSTILE = 20, 0.1  # requests; the share of them
 CLOSE = 1e-5  # of a probability or score
-BOUNDARY = "boundary-of-the-form"
+GONE = 0.02  # s until a client hangs up
 
 
 @dataclass(kw_only=True)
@@ -49,18 +48,10 @@ class Settings:
 class Request:
     kind: str  # "recording", or of `hostile`
     status: int | None  # that the answer must have; None: nobody waits for it
-    body: bytes
-    headers: tuple = ()
+    sound: bytes
+    fields: dict = field(default_factory=dict)
+    origin: dict = field(default_factory=dict)
     answer: str | None = None  # the result it must have, as JSON
-
-
-def form(content, **fields):
-    parts = {f'"{name}"': value.encode() for name, value in fields.items()} | {'"sound"; filename="a"': content}
-    body = b"".join(
-        f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={name}\r\n\r\n".encode() + value + b"\r\n"
-        for name, value in parts.items()
-    )
-    return body + f"--{BOUNDARY}--\r\n".encode()
 
 
 def encoded(audio, rate=data.SAMPLE_RATE, format="WAV"):
@@ -74,16 +65,16 @@ def hostile(content, text):
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 31 * data.SAMPLE_RATE)
     bomb = encoded(np.zeros((20 * sound.HIGHEST_RATE, 8), np.int16), sound.HIGHEST_RATE, "FLAC")  # 0.25 GB of samples
     return [
-        Request("no sound file", 422, form(noise.tobytes()[:100_000])),
-        Request("cut off", 422, form(content[:-2000], text=text)),
-        Request("small, but large when decoded", 422, form(bomb)),
-        Request("longer than 30 s", 422, form(encoded(noise))),
-        Request("silence", 422, form(encoded(np.zeros(data.SAMPLE_RATE)))),
-        Request("a word that does not exist", 422, form(content, text="xqzzt")),
-        Request("too large", 413, form(bytes(12_000_000))),
-        Request("another form", 400, form(content, text=text, name="me")),
-        Request("another page", 403, form(content, text=text), (("Origin", "http://evil.example"),)),
-        Request("gone before the end", None, form(content, text=text)),
+        Request("no sound file", 422, noise.tobytes()[:100_000]),
+        Request("cut off", 422, content[:-2000], {"text": text}),
+        Request("small, but large when decoded", 422, bomb),
+        Request("longer than 30 s", 422, encoded(noise)),
+        Request("silence", 422, encoded(np.zeros(data.SAMPLE_RATE))),
+        Request("a word that does not exist", 422, content, {"text": "xqzzt"}),
+        Request("too large", 413, bytes(12_000_000)),
+        Request("another form", 400, content, {"text": text, "name": "me"}),
+        Request("another page", 403, content, {"text": text}, {"Origin": "http://evil.example"}),
+        Request("gone before the end", None, content, {"text": text}),
     ]
 
 
@@ -96,9 +87,9 @@ def make_requests(settings):
     requests = []
     for number in range(settings.requests - bad):
         utterance = utterances[number % len(utterances)]
-        answer = json.dumps(asdict(assess(utterance.recording(), utterance.text)))
-        body = form(utterance.recording(), text=utterance.text)
-        requests.append(Request("recording", 200, body, answer=answer))
+        content, text = utterance.recording(), utterance.text
+        answer = json.dumps(asdict(assess(content, text)))
+        requests.append(Request("recording", 200, content, {"text": text}, answer=answer))
     kinds = hostile(utterances[0].recording(), utterances[0].text)
     requests += [kinds[number % len(kinds)] for number in range(bad)]
     random.Random(0).shuffle(requests)
@@ -123,25 +114,17 @@ def service(settings):
 
 def send(port, request):
     """(seconds until the answer, None or what is wrong with it)."""
-    started = time.perf_counter()
-    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", **dict(request.headers)}
-    if request.status is None:
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            half = request.body[: len(request.body) // 2]
-            length = f"Content-Length: {len(request.body)}\r\n"
-            client.sendall(f"POST /assess HTTP/1.1\r\nHost: localhost\r\n{length}{head}\r\n".encode() + half)
-        return time.perf_counter() - started, None
+    started, url = time.perf_counter(), f"http://127.0.0.1:{port}/assess"
+    how = {"headers": request.origin, "timeout": 120 if request.status else GONE, "retries": False}
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("POST", "/assess", request.body, headers)
-        answer = connection.getresponse()
-        status, result = answer.status, json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return time.perf_counter() - started, f"lost: {request.kind}: {error!r}"
+        answer = urllib3.request("POST", url, fields={"sound": ("a", request.sound), **request.fields}, **how)
+        result = answer.json()
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        return time.perf_counter() - started, f"lost: {request.kind}: {error!r}" if request.status else None
     seconds = time.perf_counter() - started
-    right = status == request.status and (alike(result, json.loads(request.answer)) if request.answer else True)
-    return seconds, None if right else f"wrong: {request.kind}: {status} {json.dumps(result):.200}"
+    if answer.status == request.status and (not request.answer or alike(result, json.loads(request.answer))):
+        return seconds, None
+    return seconds, f"wrong: {request.kind}: {answer.status} {json.dumps(result):.200}"
 
 
 def alike(first, second):
