@@ -185,6 +185,11 @@ def test_checkpointing_reaches_the_audio_encoder_where_it_trains(new_model, exam
         assert relative(found[name], expected[name]) < 1e-4 or "k_proj.bias" in name, name
 
 
+def noting(seen, function):
+    """The function, noting what it is given."""
+    return lambda given: seen.append(given) or function(given)
+
+
 @pytest.mark.parametrize(
     "strategy, fit, encoded, read",
     [
@@ -202,13 +207,8 @@ def test_what_is_heard_is_kept_once_up_to_a_limit_and_losses_stay(
     expected = loss_of(forgetful, examples[:6]).item()
     make = forgetful._embeddings if strategy == "lora" else forgetful._features
     limit = sum(make(example.utterance).nbytes for example in examples[: 2 * fit : 2])
-    for name in calls:
-
-        def counted(given, name=name, function=getattr(model, name)):
-            calls[name].append(given)
-            return function(given)
-
-        monkeypatch.setattr(model, name, counted)
+    for name, seen in calls.items():
+        monkeypatch.setattr(model, name, noting(seen, getattr(model, name)))
     monkeypatch.setattr(models, "KEPT_AUDIO", limit)
     model.keep_audio = True
     assert [loss_of(model, examples[:6]).item() for _ in range(2)] == [expected] * 2
