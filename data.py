@@ -15,9 +15,9 @@ Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 import hashlib
 from itertools import islice
 import json
@@ -25,19 +25,18 @@ import math
 import os
 from pathlib import Path
 import re
-import sys
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 import prompts
-from support import cli, files, hub, sound
+from support import cli, files, sound
 from support.sound import FRAME, SAMPLE_RATE
 
 HOP = 160  # samples (10 ms) between windows
 FRAMES_PER_TOKEN = 8  # the audio encoder's subsampling: one embedding every 80 ms
-LONGEST = 10_000  # characters of a text, words of a sentence, phones of a word
+LONGEST = 10_000  # characters of a text or a phone
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 MAX_NEW_TOKENS = 400  # of a generated answer; the corpus' longest has 46 phones
 
@@ -67,20 +66,20 @@ class Utterance:
     speaker: str
 
     @property
-    def tasks(self):
+    def tasks(self) -> tuple[str, ...]:
         """The tasks that it has labels for."""
         return tuple(task for task, labels in zip(prompts.TASKS, (self.scores, self.words)) if labels)
 
     @property
-    def canonical(self):
+    def canonical(self) -> list[str]:
         return [phone for word in self.words for phone in word.canonical]
 
     @property
-    def heard(self):
+    def heard(self) -> list[str]:
         return [phone for word in self.words for phone in word.heard]
 
     @property
-    def audio_tokens(self):
+    def audio_tokens(self) -> int:
         """How many embeddings the audio encoder makes of the recording."""
         frames = (self.samples - FRAME) // HOP + 1
         return math.ceil(frames / FRAMES_PER_TOKEN)
@@ -90,7 +89,9 @@ class Utterance:
 # The corpus
 
 
-def read_corpus(source, split, revision=None, limit=None):
+def read_corpus(
+    source: str | Path, split: str, revision: str | None = None, limit: int | None = None
+) -> list[Utterance]:
     """The utterances of one split, all of them checked.
 
     source: folder in the layout of the public release, or a hub id; revision: of the hub id; limit: only the first N.
@@ -98,26 +99,25 @@ def read_corpus(source, split, revision=None, limit=None):
     """
     folder, commit = find_corpus(source, revision)
     reader = read_hub(source, folder, split) if commit else read_folder(folder, split)
-    utterances, problems = [], []
+    utterances, problems = {}, []
     for id, make in islice(reader, limit):
         try:
-            utterances.append(make())
+            utterance = make()
+            if utterances.setdefault(utterance.id, utterance) is not utterance:
+                raise cli.InputError(f"another utterance has the id {utterance.id}")
         except cli.InputError as error:
             problems.append(f"{id}: {error}")
     if problems:
         raise cli.InputError(
-            f"{len(problems)} of {len(utterances) + len(problems)} utterances of {source} ({split}) cannot be used; "
-            f"repair or remove them:\n  " + "\n  ".join(problems)
+            f"{len(problems)} utterances of {source} ({split}) cannot be used; repair or remove them:\n  "
+            + "\n  ".join(problems)
         )
-    repeated = [id for id, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
-    if repeated:
-        raise cli.InputError(f"{source} ({split}) has several utterances with one id: {', '.join(repeated)}")
     if not utterances:
         raise cli.InputError(f"{source} has no utterances in split {split!r}")
-    return utterances
+    return [*utterances.values()]
 
 
-def find_corpus(source, revision):
+def find_corpus(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """The folder of a corpus, of a hub id after a download, and the hub's commit, None for a folder.
 
     Raises InputError when there is none.
@@ -125,10 +125,13 @@ def find_corpus(source, revision):
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and not os.path.isdir(Path(source).parent)
     if not hub_id and not os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         raise cli.InputError(f"corpus folder {source} does not exist: give a folder or a hub id such as {HUB_CORPUS}")
-    return hub.fetch(source, revision, "dataset", HUB_FILES)
+    return files.fetch(source, revision, "dataset", HUB_FILES)
 
 
-def read_folder(root, split):
+Reader = Iterator[tuple[str, Callable[[], Utterance]]]
+
+
+def read_folder(root: Path, split: str) -> Reader:
     """A reader: the public release, in the order of its list of the split.
 
     A reader yields (id, make) of each utterance; make() returns the Utterance, or raises InputError with what is wrong
@@ -143,21 +146,13 @@ def read_folder(root, split):
     records, recordings, speakers = _read_records(needed[0]), _read_list(needed[1]), _read_list(needed[2])
     for id, path in recordings.items():
         recording = partial(files.read_bytes, str(root / path))
-        yield id, partial(_utterance, id, recording, records.pop(id, None), speakers.get(id))
+        yield id, partial(_utterance, id, recording, records.get(id), speakers.get(id))
 
 
 def _read_records(path):
-    """{id: record} of scores.json. Raises InputError when it is no JSON object, or one of its objects repeats a key."""
-
-    def once(pairs):
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise cli.InputError(f"{path} has {repeated!r:.80} twice in one object: remove one")
-        return fields
-
+    """{id: record} of scores.json."""
     try:
-        records = json.loads(files.read_text(path), object_pairs_hook=once)
+        records = json.loads(files.read_text(path), object_pairs_hook=partial(_once, path))
     except (ValueError, RecursionError) as error:
         raise cli.InputError(f"{path} is not JSON: {cli.first_line(error)}") from error
     return files.check(dict[str, Any], records, path)
@@ -165,17 +160,21 @@ def _read_records(path):
 
 def _read_list(path):
     """A Kaldi list, one `key value` a line, as a dict."""
-    values = {}
-    for number, line in enumerate(files.read_text(path).splitlines(), 1):
-        fields = line.split(maxsplit=1)
-        if len(fields) != 2 or fields[0] in values:
-            fault = "repeats a key" if len(fields) == 2 else "is not a key and a value"
-            raise cli.InputError(f"line {number} of {path} {fault}: {line!r:.80}")
-        values[fields[0]] = sys.intern(fields[1].strip())
-    return values
+    lines = [line.split(maxsplit=1) for line in files.read_text(path).rstrip("\n").split("\n")]
+    if wrong := [number for number, fields in enumerate(lines, 1) if len(fields) != 2]:
+        raise cli.InputError(f"line {wrong[0]} of {path} is not a key and a value")
+    return _once(path, [(key, value.strip()) for key, value in lines])
 
 
-def read_hub(name, folder, split):
+def _once(path, pairs):
+    """Pairs as a dict, in which a repeated key would hide the first."""
+    if len(fields := dict(pairs)) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise cli.InputError(f"{path} has {repeated!r:.80} twice: remove one")
+    return fields
+
+
+def read_hub(name: str, folder: Path, split: str) -> Reader:
     """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
@@ -189,11 +188,7 @@ def read_hub(name, folder, split):
     for i, record in enumerate(dataset):
         # The hub has no id column: the name of the sound file is the release's utterance id.
         id = Path(record.pop("audio")["path"] or f"{split}-{i:05d}").stem
-        yield id, partial(_utterance, id, partial(_hub_recording, dataset, i), record, record["speaker"])
-
-
-def _hub_recording(dataset, index):
-    return dataset[index]["audio"]["bytes"]
+        yield id, partial(_utterance, id, lambda i=i: dataset[i]["audio"]["bytes"], record, record["speaker"])
 
 
 def _utterance(id, recording, record, speaker):
@@ -203,29 +198,29 @@ def _utterance(id, recording, record, speaker):
     if speaker is None:
         raise cli.InputError("no speaker")
     record = files.check(Record, record, "its record")
-    return Utterance(
-        id=id,
-        recording=recording,
-        samples=len(sound.read_audio(recording)),
-        text=record.text,
-        scores=_shared_scores(*(getattr(record, name) for name in prompts.SCORES)),
-        words=tuple(map(_word, record.words)),
-        speaker=speaker,
-    )
+    scores = {name: getattr(record, name) for name in prompts.SCORES}
+    words = tuple(map(_word, record.words))
+    return Utterance(id, recording, read_length(recording), record.text, scores, words, speaker)
 
 
-@lru_cache(1000)  # a corpus has some hundred
-def _strip_stress(phone):
-    phone = re.sub(r"\d", "", phone)
-    if not re.fullmatch(r"\S+", phone):
-        raise ValueError("a phone is one sign such as AH0")
-    return phone
+def read_length(recording: Callable[[], bytes]) -> int:
+    """How many samples a recording has at SAMPLE_RATE. Raises InputError for what must not be trained on."""
+    audio = sound.read_audio(recording)
+    sound.check_level(audio)
+    return len(audio)
 
 
-def _one_line(text):
+def _text(text):
     if re.search(r"[\x00-\x1f\x7f]|<\|", text):
         raise ValueError("a line of text, without <| which starts a control token")
     return text
+
+
+def _phone(text):
+    phone = re.sub(r"\d", "", text)  # stress
+    if not re.fullmatch(r"[^\s|]+", phone) or not phone.isprintable():
+        raise ValueError("a phone is one sign such as AH0")
+    return phone
 
 
 def _whole(number):
@@ -238,33 +233,22 @@ def _as_list(phones):
     return phones.split() if isinstance(phones, str) else phones
 
 
-Text = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST), AfterValidator(_one_line)
-]
-Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_one_line), AfterValidator(_strip_stress)]
-Phones = Annotated[list[Phone], Field(min_length=1, max_length=LONGEST), BeforeValidator(_as_list)]
 LOWEST, HIGHEST = prompts.SCORE_RANGE
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST), AfterValidator(_text)]
+Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_phone)]
+Phones = Annotated[list[Phone], Field(min_length=1), BeforeValidator(_as_list)]
 Score = Annotated[float, Field(ge=LOWEST, le=HIGHEST), AfterValidator(_whole)]  # 8 may be written as 8.0
 
 
 class Mispronunciation(files.Shape):
-    index: Annotated[int, Field(ge=0, le=LONGEST)]  # of the canonical phone within its word
+    index: Annotated[int, Field(ge=0)]  # of the canonical phone within its word
     heard: Phone = Field(alias="pronounced-phone")
 
 
 class RatedWord(files.Shape):
     text: Text
     phones: Phones
-    mispronunciations: Annotated[list[Mispronunciation], Field(max_length=LONGEST)]
-
-    @model_validator(mode="after")
-    def _labels_its_phones(self):
-        for index, count in Counter(label.index for label in self.mispronunciations).items():
-            if index >= len(self.phones):
-                raise ValueError(f"mispronunciation index {index} is outside its {len(self.phones)} phones")
-            if count > 1:
-                raise ValueError(f"mispronunciation index {index} is labelled {count} times")
-        return self
+    mispronunciations: list[Mispronunciation]
 
 
 class Record(files.Shape):  # of an utterance, in scores.json and on the hub
@@ -273,32 +257,27 @@ class Record(files.Shape):  # of an utterance, in scores.json and on the hub
     fluency: Score
     prosodic: Score
     total: Score
-    words: Annotated[list[RatedWord], Field(min_length=1, max_length=LONGEST)]
+    words: Annotated[list[RatedWord], Field(min_length=1)]
 
 
 def _word(record):
     """One word with its realised phones: each mispronunciation replaces the phone at its index within the word.
 
-    Stress digits go; `<DEL>` means nothing was heard; `<unk>` and starred phones (close to the phone, but not it) are
-    labels of their own.
+    Stress digits are gone; `<DEL>` means nothing was heard; `<unk>` and starred phones (close to the phone, but not it)
+    are labels of their own. Raises InputError for an index that is outside, or that has two labels.
     """
-    heard = list(record.phones)
-    for label in record.mispronunciations:
-        heard[label.index] = label.heard
-    spoken = tuple(phone for phone in heard if phone != "<DEL>")
-    return _shared_word(record.text, tuple(record.phones), spoken, len(record.mispronunciations))
+    labels = {label.index: label.heard for label in record.mispronunciations}
+    if len(labels) < len(record.mispronunciations) or max(labels, default=0) >= len(record.phones):
+        indices = sorted(label.index for label in record.mispronunciations)
+        raise cli.InputError(
+            f"word {record.text!r:.40}: mispronunciation index twice, or outside its {len(record.phones)} phones: "
+            f"{indices!r:.80}"
+        )
+    heard = [labels.get(index, phone) for index, phone in enumerate(record.phones)]
+    return Word(record.text, tuple(record.phones), tuple(phone for phone in heard if phone != "<DEL>"), len(labels))
 
 
-# Equal words and scores of a corpus are held once
-_shared_word = cache(Word)
-
-
-@cache
-def _shared_scores(*values):
-    return dict(zip(prompts.SCORES, values))
-
-
-def log_mel(utterance, extractor):
+def log_mel(utterance: Utterance, extractor) -> np.ndarray:
     """Log-mel features (F, 80) of one utterance, by the model's own feature extractor.
 
     One recording at a time: the extractor's batched path fails on some sets of lengths.
@@ -307,7 +286,7 @@ def log_mel(utterance, extractor):
     return features["audio_input_features"][0]
 
 
-def describe(utterances):
+def describe(utterances: Sequence[Utterance]) -> str:
     """One line about a list of utterances; the phone inventory tells which version of the labels was read."""
     inventory = Counter(phone for utterance in utterances for phone in utterance.heard)
     canonical = sum(len(utterance.canonical) for utterance in utterances)
@@ -320,7 +299,7 @@ def describe(utterances):
     )
 
 
-def fingerprint(utterances):
+def fingerprint(utterances: Sequence[Utterance]) -> str:
     """A digest of what was read, labels included: equal for the same corpus, wherever it lies."""
     digest = hashlib.sha256()
     for u in utterances:
@@ -330,7 +309,9 @@ def fingerprint(utterances):
     return digest.hexdigest()
 
 
-def hold_out_speakers(utterances, share, seed):
+def hold_out_speakers(
+    utterances: Sequence[Utterance], share: float, seed: int
+) -> tuple[list[Utterance], list[Utterance]]:
     """Utterances to train on and to validate on. No speaker is in both, as none is in the corpus' own two parts.
 
     share: of the speakers, drawn at random, at least one. Raises InputError when none would be left to train on.
@@ -346,7 +327,7 @@ def hold_out_speakers(utterances, share, seed):
     return [u for u in utterances if u.speaker not in held_out], [u for u in utterances if u.speaker in held_out]
 
 
-def reference(utterance, task):
+def reference(utterance: Utterance, task: str) -> dict:
     """What an answer is scored against."""
     if task == "APA":
         return utterance.scores

@@ -9,10 +9,12 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 import gc
 import hashlib
+import math
 import os
 from pathlib import Path
 import sys
@@ -25,10 +27,9 @@ from tqdm import tqdm
 import data
 import metrics
 import prompts
-from support import answers, choices, cli, files, screen
+from support import answers, cli, files
 from support import run as runs
 from support.later import when_used
-from support.screen import cells, with_halves
 
 with when_used():
     import model as models
@@ -61,6 +62,7 @@ PAPER = {
 # Ids of its test part, sorted, one a line, as SHA-256: labels may change, ids do not
 PAPER_CORPUS = "0eb5426df00d6fc77dcd5d64bbe80d6324c92a1fc2e0053a2b49ec1b227e6f25"
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
+CLOSE = 0.05  # a number this near to the paper's is marked
 OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
     "detection_f1": "found: F1",
     "apa_unparsed": "unparsed APA",
@@ -79,8 +81,8 @@ class ModelSettings:
     base: bool = False  # the model before fine-tuning, prompts without control tokens (the paper's epoch 0)
     model: str | None = None  # checkpoint folder or hub id of the base model
     revision: str | None = None  # of the hub id
-    dtype: choices.Dtype | None = None  # of frozen weights
-    attention: choices.Attention | None = None  # of the language model
+    dtype: runs.Dtype | None = None  # of frozen weights
+    attention: runs.Attention | None = None  # of the language model
     max_new_tokens: cli.Count = data.MAX_NEW_TOKENS  # an answer longer than this is cut off and counted
 
 
@@ -153,7 +155,7 @@ def saved_evaluation(path, output=None):
     writer = answers.writer(path)
     evaluation = Evaluation(writer.evaluated if writer else "predictions", output or path.parent, None, writer)
     if evaluation.paper_row is None:
-        screen.say(f"{path}: which training wrote it is not known, so it is compared with none of the paper's rows")
+        cli.say(f"{path}: which training wrote it is not known, so it is compared with none of the paper's rows")
     return evaluation
 
 
@@ -163,12 +165,13 @@ def saved_evaluation(path, output=None):
 
 def choose_model(evaluation, settings):
     """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
-    defaults = choices.HUB_MODEL, choices.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
+    defaults = runs.HUB_MODEL, runs.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
-    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter)
+    tokens = getattr(evaluation.training, "max_tokens", 0) + settings.max_new_tokens
+    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter, tokens)
     if settings.revision and not commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
     return replace(settings, **chosen | {"revision": commit})
@@ -181,7 +184,7 @@ def read_corpus(evaluation, settings):
     if settings.data_revision and os.path.isdir(source):
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
     utterances = data.read_corpus(source, settings.split, revision, settings.limit)
-    screen.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
+    cli.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
 
@@ -231,11 +234,11 @@ def generate(evaluation, utterances, settings):
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
         distances = models.moved(model)
         shift = f"; {models.describe_moved(distances)}" if distances else ""
-        screen.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
+        cli.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
     done = len(utterances) - len(missing)
-    bar = {"initial": done, "unit": "utterance", "ncols": screen.width(sys.stderr), "disable": rank > 0}
+    bar = {"initial": done, "unit": "utterance", "ncols": cli.width(sys.stderr), "disable": rank > 0}
     with tqdm(total=len(utterances), **bar) as bar:
         for first in range(0, len(missing), together):
             batches = missing[first : first + together]
@@ -244,6 +247,30 @@ def generate(evaluation, utterances, settings):
             written.add(model.answer(own, *arguments) if own else [])
             bar.update(len(batches))
     return written.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers as text
+
+
+def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[str] = ()) -> list[str]:
+    """Numbers as text, "-" where there is none; those close to the one that `near` has for the key are marked."""
+    texts = []
+    for key in columns:
+        value = numbers.get(key, math.nan)
+        mark = "*" if key in near and abs(value - near[key]) <= CLOSE else ""
+        texts.append("-" if math.isnan(value) else f"{mark}{value:.3f}")
+    return texts
+
+
+def with_halves(rows: Iterable, columns: Sequence[str]) -> cli.Rows:
+    """Rows of evaluate.Row for `show_table`: under each number half the width of its interval."""
+    lines = []
+    for row in rows:
+        found = [row.intervals.get(key, (math.nan, math.nan)) for key in columns]
+        halves = ["" if math.isnan(low) else f"\n±{(high - low) / 2:.3f}" for low, high in found]
+        lines.append((row.label, [text + half for text, half in zip(cells(row.numbers, columns, row.near), halves)]))
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,7 +303,7 @@ def rows_of(records, label, paper_row):
         numbers, reasons = metrics.score(records, scoring)
         rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring), near))
         for key, reason in reasons.items():
-            screen.say(f"{name}: no {key}: {reason}")
+            cli.say(f"{name}: no {key}: {reason}")
     return rows
 
 
@@ -314,7 +341,7 @@ def explain(rows):
         "mispronunciations, the field's convention; more of it: python -m analysis.phones.",
         "says everything right: writing what should have been said, without listening. cut off: the length limit came "
         "before the end.",
-        *(f"*: within {screen.CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.near),
+        *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.near),
     ]
 
 
@@ -359,13 +386,13 @@ def score(records, label, paper_row, folder):
 
 def show(rows, floors):
     """Print the tables, and what is in them."""
-    screen.show_table(*table_3(rows, floors), own=len(rows))
+    cli.show_table(*table_3(rows, floors), own=len(rows))
     caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
-    screen.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
+    cli.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
     pvalues = [[f"{row.numbers[f'{name}_pvalue']:.1e}".replace("nan", "-") for name in prompts.SCORES] for row in rows]
-    screen.show_table("p-values of the PCCs", prompts.SCORES, list(zip((row.label for row in rows), pvalues)))
+    cli.show_table("p-values of the PCCs", prompts.SCORES, list(zip((row.label for row in rows), pvalues)))
     print()
-    screen.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
+    cli.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 
 
 def main():
@@ -379,7 +406,9 @@ def main():
         chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
-    mark, written = (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
+    mark, written = (
+        (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
+    )
     with ExitStack() as owned:
         for evaluation in chosen:
             owned.enter_context(files.own(evaluation.output, "evaluate.py", mark, written))
@@ -401,7 +430,7 @@ def evaluate(chosen, saved, settings):
         show(rows, [copying_floor(records)])
         names = answers.SCORED if saved else (answers.WHOLE, *answers.SCORED)
         print()
-        screen.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
+        cli.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
     if not saved:
         processes.end()
 

@@ -3,18 +3,19 @@
 Error rates are fractions (0.114, not 11.4 %). Everything that counts errors is pooled over the corpus: sums of counts
 are divided, utterances are never averaged. Correlations are over utterances.
 
-A metric takes weights over the N utterances: ones (or none) give the number, those of `speaker_weights`, (R, N), give R
-numbers, as other speakers might have given them, and their percentiles are the interval.
+Each utterance is counted once. A number is made of sums over utterances, and its interval of the same sums over
+corpora of other speakers: `assessment` and `diagnosis` take how often each of N utterances is in each of R corpora.
 
 There are two F1s, because the paper's definition (4.3) and its figures (Table 3) do not describe the same number:
 
-    detection F1        mispronunciations found, the convention of the field (Kaldi-style scoring, `detection_counts`)
+    detection F1        mispronunciations found, the convention of the field (Kaldi-style scoring, `phone_columns`)
     phone agreement F1  position-by-position agreement of two phone strings, weighted over phones (`phone_agreement`).
                         Random errors put into the test labels at a PER of 0.11 give 0.56 where they are spread evenly
                         and 0.77 where they gather in a third of the utterances; the paper has 0.724 at 0.114
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 import math
 import re
 
@@ -24,22 +25,15 @@ from prompts import SCORES, TASKS, parse_output
 
 RESAMPLES = 1000  # of the bootstrap
 LEVEL = 0.95  # of its intervals
+SAME = 1e-6  # score points: a smaller standard deviation is what rounding leaves of equal scores
 SCORINGS = ("greedy", "expected")  # of APA: the written answer (the paper's), the mean of each score's distribution
 EVENTS = ("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error")
+KINDS = ("same", "substituted", "missing", "added")  # of an aligned pair
 RIGHT = ("true_accept", "correct_diagnosis", "diagnosis_error")  # detection decided well; diagnosis is another matter
 
 
-def _sum(values, weights):
-    """The sum over utterances. values: (N, ...); weights: (N,) or (R, N), None for ones. Returns (...) or (R, ...)."""
-    return values.sum(axis=0) if weights is None else weights @ values
-
-
-def _mean(values, weights):
-    return _ratio(_sum(values, weights), _sum(np.ones(len(values)), weights))
-
-
-def _ratio(numerator, denominator):
-    """numerator / denominator, nan where the denominator is zero; numbers or arrays."""
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, nan where the denominator is zero."""
     numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
     return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
 
@@ -48,7 +42,7 @@ def _ratio(numerator, denominator):
 # Scores
 
 
-def correlation(predicted, human):
+def correlation(predicted: list[float], human: list[float]) -> tuple[float, float, float, str | None]:
     """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
 
     Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
@@ -57,43 +51,69 @@ def correlation(predicted, human):
     from scipy import stats  # takes a second
 
     n, reason = len(human), None
-    pcc = float(pearson(predicted, human))
+    numbers = score_numbers(np.array(predicted, float), np.array(human, float), np.ones((1, n)))
+    pcc, mae = numbers["pcc"].item(), numbers["mae"].item()
     # how a correlation of independent normal scores is distributed
     pvalue = 2 * stats.beta.sf(abs(pcc), n / 2 - 1, n / 2 - 1, loc=-1, scale=2)
     if n < 3:
         reason = f"only {n} utterances" if n else "no scores"
     elif math.isnan(pcc):
-        name, values = ("predicted", predicted) if len(set(predicted)) == 1 else ("human", human)
+        name, values = ("predicted", predicted) if np.std(predicted) <= SAME else ("human", human)
         reason = f"all {n} {name} scores are {values[0]:g}"
-    return pcc, float(pvalue), float(mean_error(predicted, human)), reason
+    return pcc, float(pvalue), mae, reason
 
 
-def pearson(predicted, human, weights=None):
-    """Pearson correlation of (N,) with (N,); nan for less than three utterances, or where either does not vary."""
-    if len(human) < 3:
-        return _mean(np.full(len(human), math.nan), weights)
-    x, y = (values - np.median(values) for values in (predicted, human))  # small, so squares keep their digits
-    n, of_x, of_y = (_sum(values, weights) for values in (np.ones(len(x)), x, y))
+def score_numbers(predicted: np.ndarray, human: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers of (N,) predicted and (N,) human scores in R corpora, (R,) each. weights: (R, N), see `assessment`.
 
-    def spread(products, first, second):  # n squared times the covariance; exact for whole numbers
-        return n * _sum(products, weights) - first * second
+    pcc and spearman, correlations of the scores and of their ranks; sd_ratio, the standard deviation of the predicted
+    scores over that of the human ones; mae, the mean absolute difference. The first three are nan for less than three
+    utterances, and where scores do not vary: either for a correlation, the human ones for the ratio.
+    """
+    if not len(human):
+        return dict.fromkeys(("pcc", "spearman", "sd_ratio", "mae"), np.full(len(weights), math.nan))
+    n = weights.sum(axis=1)
+    scores, ranks = ([of(values, weights) for values in (predicted, human)] for of in (_deviations, _ranks))
+    sd, human_sd = (np.sqrt(_ratio(_product(weights, of, of), n)) for of in scores)
+    varies, human_varies = ((n >= 3) & (of > SAME) for of in (sd, human_sd))
+    pcc, spearman = (np.where(varies & human_varies, _cosine(weights, *of), math.nan) for of in (scores, ranks))
+    return {
+        "pcc": pcc,
+        "spearman": spearman,
+        "sd_ratio": np.where(human_varies, _ratio(sd, human_sd), math.nan),
+        "mae": _ratio(weights @ abs(predicted - human), n),
+    }
 
-    variances = np.maximum(spread(x * x, of_x, of_x), 0) * np.maximum(spread(y * y, of_y, of_y), 0)
-    pcc = np.clip(_ratio(spread(x * y, of_x, of_y), np.sqrt(variances)), -1, 1)
-    return np.where(n >= 3, pcc, math.nan)
+
+def _product(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The sum of products in R corpora, (R,); all three: (R, N)."""
+    return np.einsum("rn,rn,rn->r", weights, first, second)
 
 
-def mean_error(predicted, human, weights=None):
-    """The mean absolute difference of (N,) and (N,)."""
-    return _mean(np.abs(np.subtract(predicted, human)), weights)
+def _cosine(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The correlation of deviations from the mean, (R,); all three: (R, N)."""
+    lengths = np.sqrt(_product(weights, first, first) * _product(weights, second, second))
+    return np.clip(_ratio(_product(weights, first, second), lengths), -1, 1)
 
 
-def expectation(probabilities):
+def _deviations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(N,) values around their mean in R corpora, (R, N)."""
+    return values - _ratio(weights @ values, weights.sum(axis=1))[:, None]
+
+
+def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Ranks of (N,) values in R corpora, around their mean, (R, N); equal values share the mean of their ranks."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    held = np.add.reduceat(weights[:, np.argsort(group)], np.cumsum(sizes) - sizes, axis=1)  # (R, groups)
+    return (held.cumsum(axis=1) - (held + held.sum(axis=1, keepdims=True)) / 2)[:, group]
+
+
+def expectation(probabilities: list[float]) -> float:
     """The mean score of a distribution over the values 0, 1, 2, ..."""
     return sum(value * probability for value, probability in enumerate(probabilities))
 
 
-def likeliest(probabilities):
+def likeliest(probabilities: list[float]) -> int:
     """The value with the highest probability, the lowest one of several."""
     return max(range(len(probabilities)), key=probabilities.__getitem__)
 
@@ -102,133 +122,151 @@ def likeliest(probabilities):
 # Words and phones
 
 
-def normalise_words(text):
+def normalise_words(text: str) -> list[str]:
     """Words as they are compared: upper case, no punctuation other than apostrophes inside a word."""
     words = re.sub(r"[^\w']|_", " ", text.replace("’", "'").upper()).split()
     return [word for word in (word.strip("'") for word in words) if word]
 
 
-def normalise_phones(text):
+def normalise_phones(text: str) -> list[str]:
     """Phones as they are compared: upper case, stress digits removed; `<unk>` and starred phones stay themselves."""
     phones = [re.sub(r"\d", "", phone.upper()) for phone in text.split()]
     return ["<unk>" if phone == "<UNK>" else phone for phone in phones if phone]
 
 
-def error_counts(references, hypotheses):
-    """Substitutions, deletions, insertions and reference length of each utterance, (N, 4), by jiwer's alignment.
+def error_counts(references: list[list[str]], hypotheses: list[list[str]]) -> np.ndarray:
+    """Substitutions, deletions, insertions and reference length of each of N utterances, (N, 4), by jiwer's alignment.
 
-    Both are lists with one list of words or phones per utterance.
+    Both are lists with one list of words per utterance.
     """
     import jiwer
 
-    if not references:
-        return np.zeros((0, 4))
-    output = jiwer.process_words([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])
     counts = []
-    for reference, alignment in zip(references, output.alignments, strict=True):
-        of = Counter()
-        for chunk in alignment:
-            of[chunk.type] += max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-        counts.append((of["substitute"], of["delete"], of["insert"], len(reference)))
-    return np.array(counts, dtype=np.float64)
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        found = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+        counts.append((found.substitutions, found.deletions, found.insertions, len(reference)))
+    return np.array(counts, dtype=float).reshape(-1, 4)
 
 
-def error_parts(references, hypotheses, weights=None):
-    """Substitutions, deletions and insertions, each divided by the reference length; sums of the corpus are divided."""
-    *errors, length = np.moveaxis(_sum(error_counts(references, hypotheses), weights), -1, 0)
-    return [_ratio(count, length) for count in errors]
-
-
-def error_rate(references, hypotheses, weights=None):
+def error_rate(references: list[list[str]], hypotheses: list[list[str]]) -> float:
     """(substitutions + deletions + insertions) / reference length (paper 4.3); nan when the references hold nothing."""
-    return sum(error_parts(references, hypotheses, weights))
+    *errors, length = error_counts(references, hypotheses).sum(axis=0)
+    return _ratio(sum(errors), length).item()
 
 
-def align(first, second):
-    """The edit-distance alignment of two sequences, as pairs; None stands for a gap.
+def align(first: list[str], second: list[str]) -> list[tuple[str | None, str | None]]:
+    """The edit-distance alignment of two phone strings, as pairs; None stands for a gap.
 
     Unit costs. Where several alignments cost the same, the traceback from the end takes a match or substitution if
     it is no worse than both others, else a gap in `second` (a deletion) if no worse than a gap in `first`: the rule
     of Kaldi's `align-text`, on which published detection figures rest.
     """
-    rows, columns = len(first) + 1, len(second) + 1
-    cost = [[i + j if i * j == 0 else 0 for j in range(columns)] for i in range(rows)]
-    for i in range(1, rows):
-        for j in range(1, columns):
-            substitution = cost[i - 1][j - 1] + (first[i - 1] != second[j - 1])
-            cost[i][j] = min(substitution, cost[i - 1][j] + 1, cost[i][j - 1] + 1)
+    return [(_item(first, i), _item(second, j)) for i, j in _alignment(first, second)]
 
+
+def _item(phones: list[str], index: int | None) -> str | None:
+    return None if index is None else phones[index]
+
+
+def _alignment(first: list[str], second: list[str]) -> list[tuple[int | None, int | None]]:
+    """`align`, as indices."""
+    if first == second:  # most of what learners say, and an answer to it
+        return [(i, i) for i in range(len(first))]
+    cost = [list(range(len(second) + 1))]
+    for i, phone in enumerate(first, 1):
+        above, row = cost[-1], [i]
+        for other, corner, top in zip(second, above, above[1:]):
+            row.append(corner if phone == other else 1 + min(corner, top, row[-1]))
+        cost.append(row)
     pairs = []
-    i, j = rows - 1, columns - 1
+    i, j = len(first), len(second)
     while i or j:
         if i and j and cost[i][j] == cost[i - 1][j - 1] + (first[i - 1] != second[j - 1]):
             i, j = i - 1, j - 1
-            pairs.append((first[i], second[j]))
+            pairs.append((i, j))
         elif i and cost[i][j] == cost[i - 1][j] + 1:
             i -= 1
-            pairs.append((first[i], None))
+            pairs.append((i, None))
         else:
             j -= 1
-            pairs.append((None, second[j]))
+            pairs.append((None, j))
     return pairs[::-1]
 
 
-def kind_of(first, second):
-    """What an aligned pair is, with None for a gap: same, substituted, missing (in `second`) or added (by it)."""
+def kind_of(first: str | None, second: str | None) -> str:
+    """What an aligned pair is, one of KINDS: the same, or by `second` substituted, missing or added; None: a gap."""
     if first is None:
         return "added"
     return "missing" if second is None else "same" if first == second else "substituted"
 
 
-def detection_counts(canonical, heard, predicted, weights=None):
-    """Mispronunciation detection and diagnosis, counted per phone and pooled over the corpus.
+def phone_columns(canonical: list[str], heard: list[str], written: list[str]) -> list[tuple[str | None, ...]]:
+    """What should be said, what raters heard and what the model wrote of one utterance, under each other.
 
-    The three arguments are lists with one list of phones per utterance: what should be said, what raters heard, what
-    the model wrote. Three alignments decide: canonical-heard says what was mispronounced, heard-predicted whether the
-    model heard the same, canonical-predicted what became of phones the speaker left out. The positive class is a
-    mispronunciation; a wrong diagnosis is still a detection. Phones that only the model has are counted nowhere here
-    (they count in the PER). This is the scoring of the CTC-Attention-Mispronunciation and HMamba recipes.
+    A list of (canonical, heard, written, event), None for a gap; the event, one of EVENTS, is what became of the phone.
+    Three alignments decide: canonical-heard says what was mispronounced, heard-written whether the model heard the
+    same, canonical-written what became of phones the speaker left out. The positive class is a mispronunciation; a
+    wrong diagnosis is still a detection. Phones that only the model has are no event, None: they count in the PER
+    alone. This is the scoring of the CTC-Attention-Mispronunciation and HMamba recipes.
 
         canonical  DH AH K AE T
         heard      D  AH K AE      (DH said as D, T left out)
-        predicted  D  AH G AE T    -> D: correct diagnosis; AH, AE: true accepts; G: a false reject; T: a false accept
+        written    D  AH G AE T    -> D: correct diagnosis; AH, AE: true accepts; G: a false reject; T: a false accept
 
-    Returns counts of true_accept, false_reject, false_accept, correct_diagnosis, diagnosis_error.
+    The columns with an event, and their order, depend on canonical and heard alone, so those of two systems can be
+    paired. Each written phone stands once; one under a heard phone may have decided about one left out beside it.
     """
-    events = detection_events(canonical, heard, predicted)
-    counts = {name: np.array([found.count(name) for found in events], dtype=np.int64) for name in EVENTS}  # (N,) each
-    return {name: _sum(values, weights) for name, values in counts.items()}
+    required, answered = dict(_alignment(canonical, written)), []  # the written phone of each canonical and heard one
+    extra = [[] for _ in range(len(heard) + 1)]  # written phones before each heard one, and behind the last
+    for j, k in _alignment(heard, written):
+        (extra[len(answered)] if j is None else answered).append(k)
+    columns, spoken = [], 0
+    for i, j in _alignment(canonical, heard):
+        k = required[i] if j is None else answered[j]
+        phones = _item(canonical, i), _item(heard, j), _item(written, k)
+        waiting = extra[spoken]
+        if j is None:  # left out: it stands with what was written for it, if that is not under a heard phone
+            passed = waiting[: waiting.index(k)] if k in waiting else []
+            shown = written[k] if k in waiting else None
+            extra[spoken] = waiting[len(passed) + (k in waiting) :]
+        else:
+            passed, shown = waiting, phones[2]
+            spoken += 1
+        columns += [(None, None, written[other], None) for other in passed]
+        columns.append((*phones[:2], shown, _event(*phones)))
+    return columns + [(None, None, written[other], None) for other in extra[spoken]]
 
 
-def detection_events(canonical, heard, predicted):
-    """What became of each phone, see `detection_counts`: a list with one list of event names per utterance.
-
-    Which phones there are depends on canonical and heard alone, so the events of two systems can be paired.
-    """
-    return [list(_detection_events(*phones)) for phones in zip(canonical, heard, predicted, strict=True)]
-
-
-def _detection_events(canonical, heard, predicted):
-    said = align(canonical, heard)
-    spoken, required = ([pair for pair in said if pair[side] is not None] for side in (1, 0))
-    judged = list(zip(spoken, _written_for(heard, predicted), strict=True))
-    left_out = zip(required, _written_for(canonical, predicted), strict=True)
-    judged += [(pair, written) for pair, written in left_out if pair[1] is None]
-    for (phone, perceived), written in judged:
-        if phone == perceived:
-            yield "true_accept" if written == perceived else "false_reject"
-        elif written == perceived:
-            yield "correct_diagnosis"
-        else:  # writing the canonical phone, or nothing for an added one, is what a correct speaker would get
-            yield "false_accept" if written == phone else "diagnosis_error"
+def _event(canonical: str | None, heard: str | None, written: str | None) -> str | None:
+    if canonical == heard:
+        return None if heard is None else "true_accept" if written == heard else "false_reject"
+    if written == heard:
+        return "correct_diagnosis"
+    # writing the canonical phone, or nothing for an added one, is what a correct speaker would get
+    return "false_accept" if written == canonical else "diagnosis_error"
 
 
-def _written_for(phones, predicted):
-    """What the model wrote for each of the phones, None for nothing."""
-    return [written for phone, written in align(phones, predicted) if phone is not None]
+def phone_errors(columns: list[list[tuple]]) -> np.ndarray:
+    """Substitutions, deletions, insertions and reference length of each of N utterances' `phone_columns`, (N, 4)."""
+    kinds = [[kind_of(*pair) for _, *pair, _ in utterance if pair != [None, None]] for utterance in columns]
+    same, substituted, missing, added = _counts(kinds, KINDS).T
+    return np.stack([substituted, missing, added, same + substituted + missing], axis=1)
 
 
-def detection_scores(counts):
+def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
+    """How often each of K names is among the items of each of N utterances, (N, K)."""
+    found = [[counter[name] for name in names] for counter in map(Counter, items)]
+    return np.array(found, float).reshape(len(items), len(names))
+
+
+def detection_counts(canonical: list[list[str]], heard: list[list[str]], predicted: list[list[str]]) -> dict[str, int]:
+    """How often each of EVENTS is in the `phone_columns` of a corpus: lists with one list of phones per utterance."""
+    columns = map(phone_columns, canonical, heard, predicted)
+    found = Counter(event for utterance in columns for *_, event in utterance)
+    return {name: found[name] for name in EVENTS}
+
+
+def detection_scores(counts: dict) -> dict:
     """Detection and diagnosis from pooled counts; nan where a denominator is zero.
 
     With detected = correct_diagnosis + diagnosis_error:
@@ -250,118 +288,90 @@ def detection_scores(counts):
     }
 
 
-def phone_agreement(heard, predicted, weights=None):
+def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall and F1 of phones by position, weighted over phones by how often they were heard.
 
     Position i of one string is compared with position i of the other, without alignment; one-vs-rest scores of each
-    phone are averaged with its frequency in `heard` as weight (0 for a phone that is never predicted). Not the
-    field's convention: reported because the paper's Table 3 fits it.
+    phone are averaged with its frequency among the heard ones as weight (0 for a phone that is never written). Not
+    the field's convention: reported because the paper's Table 3 fits it.
+    heard, written, agreed: how often each of P phones was heard, written, and both in one position, (..., P).
     """
-    support, written, agreed = (_sum(counts, weights) for counts in phone_counts(heard, predicted))  # (..., P)
 
-    def weighted(numerator, denominator):
-        return _ratio((support * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), support.sum(axis=-1))
+    def weighted(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        return _ratio((heard * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), heard.sum(axis=-1))
 
     return {
         "precision": weighted(agreed, written),
-        "recall": weighted(agreed, support),
-        "f1": weighted(2 * agreed, support + written),
+        "recall": weighted(agreed, heard),
+        "f1": weighted(2 * agreed, heard + written),
     }
-
-
-def phone_counts(heard, predicted):
-    """How often each phone was heard, written, and both in one position; three arrays (N, P), P phones by name."""
-    column = {phone: i for i, phone in enumerate(sorted({p for phones in [*heard, *predicted] for p in phones}))}
-    support, written, agreed = (np.zeros((len(heard), len(column))) for _ in range(3))
-    for row, (perceived, output) in enumerate(zip(heard, predicted, strict=True)):
-        agreement = [a for a, b in zip(perceived, output) if a == b]
-        for table, phones in ((support, perceived), (written, output), (agreed, agreement)):
-            np.add.at(table[row], [column[phone] for phone in phones], 1)
-    return support, written, agreed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # All numbers of an evaluation
 
 
-def assessment(apa, weights=None):
-    """The numbers of scores, by key. apa, weights: see `summarise` and the top of this file."""
+def assessment(apa: list, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of scores in R corpora, (R,) by key.
+
+    apa: (parsed scores or None, human scores) of each of N utterances; unparsed outputs leave the correlations, and
+    their share stands beside them. weights: (R, N), how often each utterance is in each corpus; ones for the one that
+    was evaluated, see `speaker_weights` for others.
+    """
     parsed = np.array([scores is not None for scores, _ in apa], dtype=bool)  # (N,)
-    own_weights = None if weights is None else weights[..., parsed]
-    numbers = {}
+    numbers = {"apa_unparsed": _ratio(weights @ ~parsed, weights.sum(axis=1))}
     for name in SCORES:
-        predicted, human = _scores(apa, name)
-        numbers[f"{name}_pcc"] = pearson(predicted, human, own_weights)
-        numbers[f"{name}_mae"] = mean_error(predicted, human, own_weights)
-    return numbers | {"apa_unparsed": _mean(~parsed, weights)}
+        predicted, human = (np.array(values) for values in _scores(apa, name))
+        found = score_numbers(predicted, human, weights[:, parsed])
+        numbers |= {f"{name}_{key}": values for key, values in found.items()}
+    return numbers
 
 
-def _scores(apa, name):
+def _scores(apa: list, name: str) -> tuple[list[float], list[float]]:
     pairs = [(scores[name], human[name]) for scores, human in apa if scores is not None]
     return [predicted for predicted, _ in pairs], [human for _, human in pairs]
 
 
-def diagnosis(mdd, weights=None):
-    """The numbers of words and phones, by key. mdd, weights: see `summarise` and the top of this file."""
+def diagnosis(mdd: list, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of words and phones in R corpora, (R,) by key.
+
+    mdd: (parsed transcripts or None, reference with word_transcript, canonical, heard) of each of N utterances; an
+    unparsed output counts as an empty transcript. weights: as in `assessment`.
+    """
     canonical, heard, written = phones_of(mdd)
+    columns = list(map(phone_columns, canonical, heard, written))
     spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
     words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    numbers = {}
-    for name, sides in (("wer", (spoken, words)), ("per", (heard, written))):
-        parts = error_parts(*sides, weights)
-        numbers[name] = sum(parts)
-        numbers |= dict(zip((f"{name}_sub", f"{name}_del", f"{name}_ins"), parts))
-    counts = detection_counts(canonical, heard, written, weights)
-    numbers |= {f"detection_{key}": value for key, value in detection_scores(counts).items()} | counts
-    numbers |= {f"phone_agreement_{key}": v for key, v in phone_agreement(heard, written, weights).items()}
-    return numbers | {"mdd_unparsed": _mean(np.array([output is None for output, _ in mdd], dtype=bool), weights)}
+    numbers = {"mdd_unparsed": _ratio(weights @ [output is None for output, _ in mdd], weights.sum(axis=1))}
+    for name, counts in (("wer", error_counts(spoken, words)), ("per", phone_errors(columns))):
+        *errors, length = (weights @ counts).T
+        numbers[name] = _ratio(sum(errors), length)
+        numbers |= {f"{name}_{kind}": _ratio(n, length) for kind, n in zip(("sub", "del", "ins"), errors)}
+    events = [[event for *_, event in utterance] for utterance in columns]
+    counts = dict(zip(EVENTS, (weights @ _counts(events, EVENTS)).T))
+    numbers |= {f"detection_{key}": values for key, values in detection_scores(counts).items()} | counts
+    names = sorted({phone for phones in heard for phone in phones})
+    agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
+    agreement = phone_agreement(*(weights @ _counts(phones, names) for phones in (heard, written, agreed)))
+    return numbers | {f"phone_agreement_{key}": values for key, values in agreement.items()}
 
 
-def phones_of(mdd):
+def phones_of(mdd: list) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
     """Phones of each utterance, three lists: what should be said, what raters heard, what the model wrote."""
     canonical, heard = ([reference[key] for _, reference in mdd] for key in ("canonical", "heard"))
     return canonical, heard, [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
-
-
-def summarise(apa, mdd):
-    """All numbers of one evaluation, with flat keys.
-
-    apa: list of (parsed scores or None, human scores); unparsed outputs leave the correlations, and their share
-        stands beside them as `apa_unparsed`.
-    mdd: list of (parsed transcripts or None, reference with word_transcript, canonical, heard); an unparsed output
-        counts as an empty transcript.
-    Returns (numbers, reasons); `reasons` says of each missing correlation why it is nan.
-    """
-    numbers, reasons = {key: value.item() for key, value in (assessment(apa) | diagnosis(mdd)).items()}, {}
-    for name in SCORES:
-        predicted, human = _scores(apa, name)
-        _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
-        if reason:
-            reasons[f"{name}_pcc"] = reason if human or not apa else f"none of {len(apa)} outputs could be parsed"
-    return numbers, reasons
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Uncertainty: other speakers might have been recorded
 
 
-def resample(apa, mdd, apa_speakers, mdd_speakers, seed=0):
-    """All numbers on RESAMPLES corpora of as many speakers, drawn with replacement: {key: (RESAMPLES,)}.
-
-    apa, mdd: see `summarise`; the speakers' names are in their order. The draws depend on the set of speakers and the
-    seed alone, so two systems' numbers can be subtracted from each other.
-    """
-    names = {*apa_speakers, *mdd_speakers}
-    numbers = assessment(apa, speaker_weights(apa_speakers, names, seed))
-    numbers |= diagnosis(mdd, speaker_weights(mdd_speakers, names, seed))
-    return {key: values for key, values in numbers.items() if key not in EVENTS}
-
-
-def speaker_weights(speakers, names=None, seed=0):
-    """How often each utterance is in each resample of the speakers, (RESAMPLES, N).
+def speaker_weights(speakers: list[str], names: Iterable[str] | None = None, seed: int = 0) -> np.ndarray:
+    """How often each utterance is in each of RESAMPLES corpora of as many speakers, drawn with replacement, (R, N).
 
     Speakers, not utterances, are drawn: those of one speaker resemble each other, and counting them as independent
     would make intervals too narrow. speakers: of each utterance; names: all that are drawn from, by default these.
+    The draws depend on the set of names and the seed alone, so two systems' numbers can be subtracted from each other.
     """
     names = sorted(set(speakers if names is None else names))
     rng = np.random.default_rng(seed)
@@ -370,7 +380,7 @@ def speaker_weights(speakers, names=None, seed=0):
     return draws[:, [column[speaker] for speaker in speakers]].astype(np.float64)
 
 
-def interval(samples):
+def interval(samples: np.ndarray) -> tuple[float, float]:
     """Percentile interval at LEVEL, (low, high); nan where most resamples have no such number."""
     samples = samples[np.isfinite(samples)]
     if len(samples) < RESAMPLES / 2:
@@ -379,8 +389,11 @@ def interval(samples):
     return float(low), float(high)
 
 
-def sign_pvalue(differences):
-    """Two-sided bootstrap p-value of a difference: how often resamples have it on either side of zero."""
+def sign_pvalue(differences: np.ndarray) -> float:
+    """Two-sided bootstrap p-value of a difference: how often resamples have it on either side of zero.
+
+    It is never below 2 / resamples: so many cannot tell a smaller one.
+    """
     differences = differences[np.isfinite(differences)]
     if not len(differences):
         return math.nan
@@ -388,7 +401,7 @@ def sign_pvalue(differences):
     return float(min(1.0, max(2 * side, 2 / len(differences))))
 
 
-def mcnemar(first, second):
+def mcnemar(first: Iterable, second: Iterable) -> tuple[int, int, float]:
     """McNemar's exact test on the decisions of two systems about the same items, phones for example.
 
     first, second: whether each decision is right. Returns (only the first is right, only the second is right, p-value).
@@ -405,7 +418,7 @@ def mcnemar(first, second):
 # The lines of a predictions file
 
 
-def scorings(records):
+def scorings(records: list[dict]) -> list[str]:
     """Which scorings of APA a predictions file holds."""
     apa = [record for record in records if record["task"] == "APA"]
     expected = bool(apa) and all("scores" in record for record in apa)
@@ -413,8 +426,8 @@ def scorings(records):
     return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
 
 
-def paired(records, scoring="greedy"):
-    """Outputs with their references, as `summarise` takes them: apa, mdd."""
+def paired(records: list[dict], scoring: str = "greedy") -> tuple[list, list]:
+    """Outputs with their references, as `assessment` and `diagnosis` take them: apa, mdd."""
     apa, mdd = [], []
     for record in records:
         if record["task"] == "APA" and scoring == "expected":
@@ -425,9 +438,19 @@ def paired(records, scoring="greedy"):
     return apa, mdd
 
 
-def score(records, scoring="greedy"):
-    """Numbers, and the reasons of missing ones: those of `summarise`, shares of cut-off outputs, and `utterances`."""
-    numbers, reasons = summarise(*paired(records, scoring))
+def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
+    """All numbers of a predictions file with flat keys, and by key the reason why a correlation is nan.
+
+    Beside those of `assessment` and `diagnosis`: p-values, shares of outputs that were cut off, and `utterances`.
+    """
+    apa, mdd = paired(records, scoring)
+    found = assessment(apa, np.ones((1, len(apa)))) | diagnosis(mdd, np.ones((1, len(mdd))))
+    numbers, reasons = {key: int(value[0]) if key in EVENTS else value.item() for key, value in found.items()}, {}
+    for name in SCORES:
+        predicted, human = _scores(apa, name)
+        _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
+        if reason:
+            reasons[f"{name}_pcc"] = reason if human or not apa else f"none of {len(apa)} outputs could be parsed"
     for task in TASKS:
         cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
         numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
@@ -435,13 +458,18 @@ def score(records, scoring="greedy"):
     return numbers, reasons
 
 
-def resamples(records, scoring="greedy"):
-    """`resample` of a predictions file; empty where it does not name two speakers or more."""
+def resamples(records: list[dict], scoring: str = "greedy") -> dict[str, np.ndarray]:
+    """The numbers in corpora of other speakers, (RESAMPLES,) by key; empty where less than two speakers are named."""
     speakers = [[record.get("speaker") for record in records if record["task"] == task] for task in TASKS]
     named = {*speakers[0], *speakers[1]}
-    return {} if None in named or len(named) < 2 else resample(*paired(records, scoring), *speakers)
+    if None in named or len(named) < 2:
+        return {}
+    apa, mdd = paired(records, scoring)
+    of_apa, of_mdd = (speaker_weights(of, named) for of in speakers)
+    found = assessment(apa, of_apa) | diagnosis(mdd, of_mdd)
+    return {key: values for key, values in found.items() if key not in EVENTS}  # these grow with a corpus
 
 
-def intervals(records, scoring="greedy"):
+def intervals(records: list[dict], scoring: str = "greedy") -> dict[str, tuple[float, float]]:
     """{key: (low, high)} of a predictions file; empty where it does not name two speakers or more."""
     return {key: interval(samples) for key, samples in resamples(records, scoring).items()}

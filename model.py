@@ -38,7 +38,7 @@ from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausal
 
 import data
 import prompts
-from support import cli, files, hub, pretrained
+from support import cli, files, pretrained
 
 FROZEN_SPEECH = "speech"  # name of the shipped adapter inside the network where it stays beside quantised weights
 
@@ -52,10 +52,8 @@ TRAINED = {  # what parameters' names contain; see `set_trainable`
 }
 STRATEGIES = {"lora": ("LoRA", "control tokens"), "unfreeze": tuple(TRAINED)}  # paper 3.2
 
-ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 TRAINED_FILE = "trained.safetensors"  # trained weights outside PEFT's adapter
 UNMOVED = 1e-4  # share of a layer's norm; our choice: below a fortieth of what bfloat16 can tell apart
-SPARE = 0.1  # share of the median norm below which a spare row was never trained
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
 KEPT_AUDIO = 4 * 2**30  # bytes; our choice: speechocean762's train part takes 0.4 GB in bfloat16
 
@@ -76,9 +74,9 @@ class SpeechModel(nn.Module):
         self.control_ids = tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
         self.audio_id, self.pad_id = network.config.audio_config.audio_token_id, network.config.pad_token_id
         # Put in like audio, so that the matrix stays as it is, whole and frozen
-        self.control = nn.Parameter(self.control_start())  # (2, D)
+        self.control = nn.Parameter(self.control_start()[0])  # (2, D)
         self.folder = self.commit = None  # of the checkpoint
-        self.started_from = None  # file of the shipped adapter, where that is what trains
+        self.started_from = None  # folder of the shipped adapter, where that is what trains
         self.keep_audio = False  # whether what is heard is kept in memory, for the epochs to come
         self._kept = {}  # utterance id -> embeddings (A, D), or features (F, 80) where the audio encoder trains
 
@@ -97,20 +95,23 @@ class SpeechModel(nn.Module):
         return self.core.device
 
     @torch.no_grad()
-    def control_start(self) -> torch.Tensor:
-        """Where the control tokens' vectors start (2, D): at spare rows of the embedding, or where those are next to
-        nothing, at <|user|>'s.
+    def control_start(self) -> tuple[torch.Tensor, str]:
+        """Where the control tokens' vectors start (2, D), and a line about it: at spare rows of the embedding matrix,
+        or where one is next to nothing, at <|user|>'s.
 
         The model normalises a vector before it is read, so the gradient of one with a thousandth of the usual norm is
-        a thousand times the usual one: it would rule the clipped norm of every step.
+        a thousand times the usual one: it would rule the clipped norm of every step. Raises InputError where the matrix
+        has no spare rows.
         """
         matrix = self.core.get_input_embeddings().weight  # (V, D)
         if max(self.control_ids) >= len(matrix):
             raise cli.InputError(f"the model has {len(matrix)} embedding rows, none to spare for the control tokens")
-        norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)  # (V,)
+        small, line = pretrained.spare_rows(matrix, dict(zip(prompts.CONTROL_TOKENS.values(), self.control_ids)))
         user = self.tokenizer.convert_tokens_to_ids(prompts.USER)
-        chosen = [token if norms[token] >= SPARE * norms.median() else user for token in self.control_ids]
-        return matrix[chosen].float()
+        starts = [
+            user if token in small else row for token, row in zip(prompts.CONTROL_TOKENS.values(), self.control_ids)
+        ]
+        return matrix[starts].float(), line + "".join(f"; {token} starts from {prompts.USER}'s" for token in small)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Hearing (paper 3.2)
@@ -347,7 +348,7 @@ def load_base(
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    folder, commit = hub.fetch(name, revision, "model", pretrained.FILES)
+    folder, commit = pretrained.fetch(name, revision)
     what = f"model {name!r}" + (f" (revision {revision})" if commit else "")
     tokenizer, extractor = pretrained.load_reading(folder, what)
     network = pretrained.load_network(folder, what, dtype, attention, LORA_TARGETS if quantize else None)
@@ -358,11 +359,11 @@ def load_base(
             if ".lora_" in key:
                 parameter.data = parameter.data.to(getattr(torch, dtype))
     elif speech_adapter == "merge":
-        network = _with_speech_adapter(network, folder).merge_and_unload()
+        network = pretrained.fold(_with_speech_adapter(network, folder))
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.folder, model.commit = folder, commit
-    model.started_from = folder / pretrained.SPEECH_ADAPTER / ADAPTER_FILE if speech_adapter == "continue" else None
+    model.started_from = folder / pretrained.SPEECH_ADAPTER if speech_adapter == "continue" else None
     return model
 
 
@@ -375,7 +376,7 @@ def _with_speech_adapter(network, folder, adapter_name="default", **changes):
         setattr(config, key, value)
     network = get_peft_model(network, config, adapter_name=adapter_name)
     with pretrained.loading(f"speech adapter {folder}"):
-        pretrained.load_exactly(network, pretrained.read_weights(folder / ADAPTER_FILE), adapter_name)
+        pretrained.load_exactly(network, pretrained.read_adapter(folder), adapter_name)
     return network
 
 
@@ -453,7 +454,7 @@ def moved(model: SpeechModel) -> dict[str, float]:
     """
     if not isinstance(model.network, PeftModel):
         return {}
-    started = pretrained.read_weights(model.started_from) if model.started_from else {}
+    started = pretrained.read_adapter(model.started_from) if model.started_from else {}
     changes = []
     for name, layer in model.core.named_modules():
         if isinstance(layer, LoraLayer):
@@ -464,7 +465,7 @@ def moved(model: SpeechModel) -> dict[str, float]:
             change = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()  # |BA| without BA, which is as large as W
             weight = dequantize_module_weight(layer.get_base_layer())
             changes.append(layer.scaling["default"] * change / torch.linalg.vector_norm(weight, dtype=torch.float32))
-    start = model.control_start()
+    start, _ = model.control_start()
     return {
         "adapter_moved": torch.stack(changes).median().item(),
         "control_tokens_moved": ((model.control - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
@@ -480,6 +481,63 @@ def describe_moved(moved: dict[str, float]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
+
+
+CARD = """\
+---
+library_name: peft
+license: mit
+{front}---
+
+LoRA for English pronunciation evaluation after arXiv 2509.02915: epoch {epoch} on {data}, strategy `{strategy}`. It
+fits `{model}`{way}, and no other base. settings.json has all settings.
+
+    python evaluate.py --adapter FOLDER                      # scores it
+    python -m analysis.export NEW_FOLDER --adapter FOLDER    # a checkpoint that transformers loads alone
+{lines}"""
+LOADING = """
+With transformers and PEFT alone, `base` and `adapter` being the two folders:
+
+```python
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+
+tokens = {tokens}
+tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+tokenizer.add_tokens(tokens, special_tokens=True)
+model = Phi4MultimodalForCausalLM.from_pretrained(base, dtype="auto")
+{merge}trained = load_file(f"{{adapter}}/trained.safetensors")
+rows = model.get_input_embeddings().weight.data
+rows[tokenizer.convert_tokens_to_ids(tokens)] = trained.pop("control").to(rows)
+if wrong := model.load_state_dict(trained, strict=False).unexpected_keys:
+    raise ValueError(wrong)
+model = PeftModel.from_pretrained(model, adapter)
+```
+"""
+MERGING = """\
+config = LoraConfig.from_pretrained(f"{{base}}/speech-lora")
+config.target_modules = {targets!r}
+model = get_peft_model(model, config)
+prefix = "base_model.model."  # some copies leave it out, and PEFT would find nothing and say nothing
+speech = load_file(f"{{base}}/speech-lora/adapter_model.safetensors").items()
+speech = {{prefix + name.removeprefix(prefix): weight for name, weight in speech}}
+if wrong := set_peft_model_state_dict(model, speech).unexpected_keys:
+    raise ValueError(wrong)
+model = model.merge_and_unload()
+"""
+
+
+def adapter_card(settings: dict[str, Any]) -> str:
+    """README.md of an adapter: what it fits, and the lines that load it. settings: train.py's, with the epoch."""
+    ways = {"merge": " with its speech adapter folded in", "none": " without its speech adapter", "continue": ""}
+    merge = MERGING.format(targets=LORA_TARGETS) if settings["speech_adapter"] == "merge" else ""
+    return CARD.format(
+        **settings,
+        front=f"base_model: {settings['model']}\n" if settings["revision"] else "",  # a folder is no id of the hub
+        way=" in 4 bits, as evaluate.py loads it" if settings["quantize"] else ways[settings["speech_adapter"]],
+        lines="" if settings["quantize"] else LOADING.format(tokens=[*prompts.CONTROL_TOKENS.values()], merge=merge),
+    )
 
 
 def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> None:
@@ -499,6 +557,7 @@ def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> 
         )
         asked = {task: prompts.build_prompt(task) for task in prompts.TASKS}
         (temporary / "prompts.json").write_text(json.dumps(asked, indent=2) + "\n")
+        (temporary / "README.md").write_text(adapter_card(settings))
         (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -508,7 +567,7 @@ def load_trained(model: SpeechModel, folder: Path, strategy: str) -> None:
     config.inference_mode = True
     model.network = _attach(model.network, config)
     with pretrained.loading(f"adapter {folder}"):
-        pretrained.load_exactly(model.network, pretrained.read_weights(folder / ADAPTER_FILE))
+        pretrained.load_exactly(model.network, pretrained.read_adapter(folder))
         weights, own = pretrained.read_weights(folder / TRAINED_FILE), _outside_adapter(model, strategy)
         pretrained.check_fit(weights, own)
     for name, parameter in own.items():

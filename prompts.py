@@ -14,6 +14,7 @@ which is not JSON, and the MDD example holds an apostrophe; the answers trained 
 the same order (our choice), and the parser reads both.
 """
 
+from contextlib import suppress
 import hashlib
 import json
 import re
@@ -26,6 +27,9 @@ USER, ASSISTANT, END = TURN_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 SCORES = ("accuracy", "fluency", "prosodic", "total")  # paper 4.1; completeness is left out
 SCORE_RANGE = (0, 10)
 TRANSCRIPTS = ("word_transcript", "phoneme_transcript")
+LONGEST = (
+    16_000  # characters of an answer: 400 new tokens of about 4 make 1,600. The time to read it grows by the square
+)
 
 # Paper, Appendix 7.1
 APA_PROMPT = """\
@@ -103,21 +107,18 @@ def mdd_target(text, heard):
     return json.dumps(dict(zip(TRANSCRIPTS, (text, " ".join(heard)))), ensure_ascii=False)
 
 
-def parse_output(task, text):
-    """What an output says, or None.
+def parse_output(task: str, text: str) -> dict | None:
+    """What an output says by key, as numbers (APA) or strings (MDD), or None.
 
     Accepts double or single quotes, text around the object, apostrophes inside single quotes, scores written as
     strings or floats. Anything that would need a guess is None: a missing key, a score outside 0-10, an answer that
-    was cut off inside a value, two answers that differ.
-
-    Returns {"accuracy", "fluency", "prosodic", "total"} of numbers for APA,
-    {"word_transcript", "phoneme_transcript"} of strings for MDD.
+    was cut off inside a value, two answers that differ, a text longer than LONGEST.
     """
+    if len(text) > LONGEST:
+        return None
     keys, convert = (SCORES, _score) if task == "APA" else (TRANSCRIPTS, _transcript)
-    candidates, rest = _json_objects(text, keys)
-    if quoted := _quoted_values(rest, keys):
-        candidates.append(quoted)
-    answers = [{key: convert(found[key]) for key in keys} for found in candidates]
+    objects, rest = _json_objects(text, keys)
+    answers = [{key: convert(found[key]) for key in keys} for found in objects + _quoted_values(rest, keys)]
     agreed = answers and None not in answers[0].values() and all(answer == answers[0] for answer in answers)
     return answers[0] if agreed else None
 
@@ -125,10 +126,8 @@ def parse_output(task, text):
 def _score(value):
     if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
     low, high = SCORE_RANGE
-    return value if low <= value <= high else None
+    return value if type(value) in (int, float) and low <= value <= high else None
 
 
 def _transcript(value):
@@ -137,47 +136,33 @@ def _transcript(value):
 
 
 def _json_objects(text, keys):
-    """The JSON objects in the text that have all the keys, and the text without them.
+    """The JSON objects that have all the keys, in a list, and the text without them."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unambiguous)
+    for brace in re.finditer(r"\{", text):
+        with suppress(ValueError, RecursionError):
+            found, end = decoder.raw_decode(text, brace.start())
+            if found.keys() >= set(keys):
+                others, rest = _json_objects(text[end:], keys)
+                return [found, *others], text[: brace.start()] + rest
+    return [], text
 
-    A key that is given two values in one object counts as None.
-    """
 
-    def unambiguous(pairs):
-        return {
-            key: value if all(other == value for name, other in pairs if name == key) else None for key, value in pairs
-        }
-
-    decoder = json.JSONDecoder(object_pairs_hook=unambiguous)
-    objects, rest, position = [], "", 0
-    for match in re.finditer(r"\{", text):
-        if match.start() < position:
-            continue  # inside an object that was taken
-        try:
-            value, end = decoder.raw_decode(text, match.start())
-        except ValueError:
-            continue
-        except RecursionError:  # no answer; so would be what is inside, brace by brace
-            break
-        if value.keys() >= set(keys):
-            objects.append(value)
-            rest += text[position : match.start()]
-            position = end
-    return objects, rest + text[position:]
+def _unambiguous(pairs):
+    """A JSON object; a key that is given two values counts as None."""
+    values = {}
+    for key, value in pairs:
+        values[key] = value if values.get(key, value) == value else None
+    return values
 
 
 def _quoted_values(text, keys):
-    """The values of an object that is not JSON (single quotes, no opening brace) by key, or None if one is missing.
+    """The values of an object that is not JSON (single quotes, no opening brace), in a list; none where a key is missing.
 
     A string ends at its quote only where another key or the closing brace follows, so apostrophes stay inside; a
     number must be followed by a comma or the brace: "1" may have been about to become "10", or "8" to become "8 or 9".
     """
-    values = {}
-    for key in keys:
-        string = r"(?P<quote>['\"])(?P<string>[^\\]*?)(?P=quote)(?=\s*(?:,\s*['\"]\w+['\"]\s*:|\}))"
-        number = r"(?P<number>\d+(?:\.\d+)?)(?=\s*[,}])"
-        matches = re.finditer(rf"(['\"]){key}\1\s*:\s*(?:{string}|{number})", text, re.DOTALL)
-        found = {match["string"] if match["number"] is None else match["number"] for match in matches}
-        if not found:
-            return None
-        values[key] = found.pop() if len(found) == 1 else None
-    return values
+    string = r"(['\"])([^\\]*?)\2(?=\s*(?:,\s*['\"]\w+['\"]\s*:|\}))"
+    number = r"(\d+(?:\.\d+)?)(?=\s*[,}])"
+    found = [re.findall(rf"(['\"]){key}\1\s*:\s*(?:{string}|{number})", text, re.DOTALL) for key in keys]
+    values = [{text or digits for *_, text, digits in matches} for matches in found]
+    return [{key: v.pop() if len(v) == 1 else None for key, v in zip(keys, values)}] if all(values) else []

@@ -20,18 +20,21 @@ import os
 from pathlib import Path
 import re
 import sys
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 import soundfile
 from tqdm import tqdm
 
 import data
 import prompts
-from support import cli, files, screen
+from support import cli
 from support.later import when_used
 
 with when_used():
     import peft
+    from safetensors import torch as safetensors
     import tokenizers
     from tokenizers import pre_tokenizers
     import torch
@@ -49,13 +52,12 @@ class Settings:
 
     output: Path = Path("tiny")  # folder for model/ and corpus/
     steps: cli.Count = 1000  # of pretraining, on 32 clips each
-    train_speakers: cli.Count = 50  # 20 utterances each
-    test_speakers: cli.Count = 16  # others than in training
-    per_speaker: cli.Count = 20  # utterances
+    train_speakers: Annotated[int, Field(ge=1, le=4_999)] = 50  # four digits of an id name the speaker
+    test_speakers: Annotated[int, Field(ge=1, le=4_999)] = 16  # others than in training
+    per_speaker: Annotated[int, Field(ge=1, le=99_999)] = 20  # utterances; five digits of an id name one
     seed: cli.Seed = 0  # of corpus, weights and pretraining
 
 
-MOST_SPEAKERS, MOST_UTTERANCES = 9_999, 99_999  # four digits of an id name the speaker, five the utterance
 ENTRIES = """WE W IY, SEE S IY, IT IH T, NINE N AY N, FIVE F AY V, BEAR B EH R, CALL K AO L, MARK M AA R K,
 THREE TH R IY, ZERO Z IY R OW, SEVEN S EH V AH N, CHINA CH AY N AH"""
 LEXICON = dict(entry.strip().split(" ", 1) for entry in ENTRIES.split(","))
@@ -355,7 +357,7 @@ class Pretraining:
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
-        bar = tqdm(range(steps), desc=name, unit="step", ncols=screen.width(sys.stderr))
+        bar = tqdm(range(steps), desc=name, unit="step", ncols=cli.width(sys.stderr))
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:
@@ -408,8 +410,11 @@ class Pretraining:
         return data.Example(None, "pretraining", prompt, self.encode(answer + prompts.END))
 
 
-def write_model(folder, steps, seed, clips=3000):
-    """Pretrain a tiny model and write it as a checkpoint folder in the real format."""
+def write_model(folder, steps, seed, clips=3000, bare_names=False):
+    """Pretrain a tiny model and write it as a checkpoint folder in the real format.
+
+    bare_names: of the speech adapter's weights, as transformers' converter writes them; Microsoft's have PEFT's prefix.
+    """
     pretrained.quieten()
     torch.manual_seed(seed)
     tokenizer, extractor = new_tokenizer(), transformers.Phi4MultimodalFeatureExtractor()
@@ -424,6 +429,10 @@ def write_model(folder, steps, seed, clips=3000):
     # The real adapter lists suffixes, which name modules of the audio encoder too: model.py must not fall for it.
     speech.peft_config["default"].target_modules = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     speech.save_pretrained(folder / pretrained.SPEECH_ADAPTER)
+    if bare_names:
+        weights = peft.get_peft_model_state_dict(speech, save_embedding_layers=False)
+        weights = {name.removeprefix(pretrained.PEFT_PREFIX): weight for name, weight in weights.items()}
+        safetensors.save_file(weights, folder / pretrained.SPEECH_ADAPTER / pretrained.ADAPTER_FILE)
     speech.unload().save_pretrained(folder)
 
 
@@ -447,18 +456,18 @@ def main():
     """Write tiny/corpus and tiny/model."""
     settings = cli.parse(Settings, __doc__)
     speakers = {"train": settings.train_speakers, "test": settings.test_speakers}
-    if sum(speakers.values()) > MOST_SPEAKERS or settings.per_speaker > MOST_UTTERANCES:
-        raise cli.InputError(
-            f"{speakers['train']:,} + {speakers['test']:,} speakers of {settings.per_speaker:,} utterances are above "
-            f"what ids of this form tell apart: {MOST_SPEAKERS:,} of {MOST_UTTERANCES:,}"
-        )
     corpus, model = settings.output / "corpus", settings.output / "model"
     for folder in (corpus, model):
         if os.path.lexists(folder):
             raise cli.InputError(f"{folder} exists already: remove it or choose another --output")
-    files.make_folder(settings.output, "--output")
+    try:
+        model.mkdir(parents=True)
+    except OSError as error:
+        raise cli.InputError(
+            f"cannot write into {settings.output}: {error.strerror}; choose another --output"
+        ) from error
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
-    screen.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
+    cli.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)
     print(f"{model}: written")
 

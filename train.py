@@ -24,7 +24,7 @@ from pydantic import Field
 import data
 from data import HUB_CORPUS, HUB_CORPUS_REVISION
 import prompts
-from support import choices, cli, files, screen
+from support import cli, files
 from support import run as runs
 from support.later import when_used
 
@@ -40,7 +40,7 @@ class Method:
     """What a run computes, each setting with its unit and source; --resume reads it from the run's settings.json."""
 
     # The paper's (3.2, 4.2)
-    strategy: choices.Strategy = "lora"  # what trains: LoRA; or audio encoder and projector as well
+    strategy: runs.Strategy = "lora"  # what trains: LoRA; or audio encoder and projector as well
     epochs: cli.Count = 3  # passes over the corpus (Table 3 reports 1-4, 3 is best)
     batch_size: cli.Count = 8  # examples in a micro-batch
     accumulation: cli.Count = 8  # micro-batches in a step
@@ -48,20 +48,20 @@ class Method:
     weight_decay: cli.Fraction = 0.0  # AdamW's; 0 makes it the paper's Adam
 
     # Ours: not stated in the paper
-    rank: choices.Rank | None = 64  # of the fresh LoRA
+    rank: runs.Rank | None = 64  # of the fresh LoRA
     alpha: cli.Count | None = 128  # of the fresh LoRA, scale alpha / rank
     dropout: cli.Fraction | None = 0.05  # of the fresh LoRA's input
-    speech_adapter: choices.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
+    speech_adapter: runs.SpeechAdapter = "merge"  # shipped: folded in, trained on (the paper's words), or none
     warmup: cli.Fraction = 0.03  # fraction of all steps with linear warmup
     clip: cli.Positive = 1.0  # largest norm of a step's gradient
     betas: tuple[cli.Fraction, cli.Fraction] = (0.9, 0.999)  # of AdamW (PyTorch's)
     epsilon: cli.Positive = 1e-8  # of AdamW (PyTorch's)
     seed: cli.Seed = 0  # of weights, order, dropout and held-out speakers
-    model: str = choices.HUB_MODEL  # checkpoint folder or hub id
-    revision: str | None = choices.HUB_MODEL_REVISION  # of the hub id: transformers' own format
-    dtype: choices.Dtype | None = None  # of frozen weights (trained ones: float32); not given: bfloat16 on CUDA
-    quantize: choices.Quantize | None = None  # QLoRA: keep the language model's frozen layers in 4 bits
-    attention: choices.Attention = "sdpa"  # implementation
+    model: str = runs.HUB_MODEL  # checkpoint folder or hub id
+    revision: str | None = runs.HUB_MODEL_REVISION  # of the hub id: transformers' own format
+    dtype: runs.Dtype | None = None  # of frozen weights (trained ones: float32); not given: bfloat16 on CUDA
+    quantize: runs.Quantize | None = None  # QLoRA: keep the language model's frozen layers in 4 bits
+    attention: runs.Attention = "sdpa"  # implementation
     limit: cli.Count | None = None  # use only the first N utterances
     validation: cli.Fraction = 0.0  # share of the training speakers held out, to choose an epoch by
 
@@ -90,7 +90,7 @@ def resumed(settings: Settings) -> Settings:
     path = settings.output / runs.MARK
     if not path.exists():
         if settings.resume:
-            screen.say(f"no run in {settings.output}: it begins at the start")
+            cli.say(f"no run in {settings.output}: it begins at the start")
         return settings
     if not settings.resume:
         raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it be")
@@ -208,12 +208,14 @@ def train_step(
 def train(settings: Settings) -> None:
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     # refs/pr/70 moves, a commit does not
-    settings.revision = pretrained.check(settings.model, settings.revision, settings.speech_adapter)
+    settings.revision = pretrained.check(
+        settings.model, settings.revision, settings.speech_adapter, settings.max_tokens + data.MAX_NEW_TOKENS
+    )
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
     warmup = math.ceil(settings.warmup * steps)
-    screen.say(f"{settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
+    cli.say(f"{settings.epochs} epochs = {steps} steps, the first {warmup} of them warmup")
 
     record = as_json(settings)
     with runs.open_run(settings, record, corpus, per_epoch) as run:
@@ -221,6 +223,7 @@ def train(settings: Settings) -> None:
             set_seed(settings.seed)
         model = build_model(settings)
         examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (chosen, held_out))
+        pretrained.check_hearing(model, chosen)
         # From here on each process has random numbers of its own: dropout differs, the weights do not
         torch.manual_seed(settings.seed + (cli.process_rank() << 32))
         weights = models.trained_parameters(model)
@@ -263,12 +266,12 @@ def read_data(settings: Settings) -> tuple[list[data.Utterance], list[data.Utter
     """Utterances to train on, those held out for validation, and the fingerprint of all; prints what was read."""
     _, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
     utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
-    screen.say(f"corpus: {data.describe(utterances)}")
+    cli.say(f"corpus: {data.describe(utterances)}")
     if not settings.validation:
         return utterances, [], data.fingerprint(utterances)
     chosen, held_out = data.hold_out_speakers(utterances, settings.validation, settings.seed)
     speakers = len({utterance.speaker for utterance in held_out})
-    screen.say(
+    cli.say(
         f"validation: {len(held_out):,} utterances of {speakers} speakers held out, {len(chosen):,} left to train on"
     )
     return chosen, held_out, data.fingerprint(utterances)
@@ -287,14 +290,14 @@ def batch_arithmetic(examples: int, settings: Settings) -> tuple[int, int]:
             f"{settings.accumulation}) cannot be shared by the {count} processes of torchrun --nproc-per-node"
         )
     per_epoch, left = divmod(examples, step_size)
-    screen.say(
+    cli.say(
         f"batches: {settings.batch_size} examples x {settings.accumulation} micro-batches = {asked} a step; "
         f"{examples:,} examples = {per_epoch} steps an epoch"
     )
     if (settings.micro_batch, count) != (settings.batch_size, 1):
-        screen.say(f"computed {settings.micro_batch} at a time in each of {count} processes")
+        cli.say(f"computed {settings.micro_batch} at a time in each of {count} processes")
     if left:
-        screen.say(f"the {left} examples over are left out of an epoch, other ones each time: the order is random")
+        cli.say(f"the {left} examples over are left out of an epoch, other ones each time: the order is random")
     return step_size, per_epoch
 
 
@@ -309,9 +312,10 @@ def build_model(settings: Settings) -> "models.SpeechModel":
         model.compile_layers()
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
+    cli.say(f"model: {model.control_start()[1]}")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items())
-    screen.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
+    cli.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")
     return model
 
 

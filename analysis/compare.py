@@ -1,105 +1,208 @@
 """Is one system better than another, or is it chance?
 
-    python -m analysis.compare a/predictions.jsonl b/predictions.jsonl
+    python -m analysis.compare out --against other                      # two runs
+    python -m analysis.compare out/seed-* --against other/seed-*        # two groups of seeds
+    python -m analysis.compare out/seed-*                               # how much seeds differ
 
-Prints the differences of two predictions files of the same utterances, with intervals and p-values of a paired
-bootstrap over speakers, and McNemar's exact test on their decisions about each phone. Needs no model.
+Runs are evaluated folders, or files like their predictions.jsonl, all of the same utterances. The difference of two
+runs, or of the means of two groups, has an interval and a p-value by a paired bootstrap over speakers; groups also have
+Welch's t-test over their runs. --format csv or latex prints the table alone. Needs no model.
 """
 
+from collections.abc import Callable
+import csv
 from dataclasses import dataclass
 import math
 from pathlib import Path
+import statistics
+import sys
+from typing import Literal
 
+import numpy as np
 from tyro.conf import Positional
 
 import metrics
 import prompts
-from support import cli, predictions, screen
+from support import answers, cli
 
-COMPARED = (
-    *(f"{name}_{kind}" for kind in ("pcc", "mae") for name in prompts.SCORES),
-    "wer",
-    "per",
-    "detection_precision",
-    "detection_recall",
-    "detection_f1",
-    "phone_agreement_f1",
-    "apa_unparsed",
-    "mdd_unparsed",
+Format = Literal["table", "csv", "latex"]
+LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {sign: f"${sign}$" for sign in "<>"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "≤": r"$\le$"}
 )
+COUNTS = (*metrics.EVENTS, "utterances")  # of metrics.score: no measure of a system
 
 
 @dataclass
 class Settings:
-    first: Positional[Path]  # predictions.jsonl of system A
-    second: Positional[Path]  # predictions.jsonl of system B, on the same utterances
+    runs: Positional[tuple[Path, ...]]  # evaluated folders, or predictions.jsonl files: system A
+    against: tuple[Path, ...] = ()  # the same of system B; without it: how much the runs of A differ
+    format: Format = "table"
 
 
-def read_pair(first, second):
-    """The records of both files, in one order. Raises InputError where they are not of the same utterances."""
-    records = [predictions.read(path) for path in (first, second)]
-    ours, theirs = ({(r["id"], r["task"]): r["reference"] for r in lines} for lines in records)
-    if ours != theirs:
-        other = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-        raise cli.InputError(
-            f"{first} and {second}: {len(other)} outputs are in one alone, or have other references, such as "
-            f"{' '.join(other[0])}: evaluate both on one corpus"
-        )
-    order = {key: i for i, key in enumerate(ours)}
-    return [sorted(lines, key=lambda record: order[record["id"], record["task"]]) for lines in records]
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
-def scorings(records):
-    """Pairs of scorings to compare: those that both files have, else the one that each has."""
-    ours, theirs = (metrics.scorings(lines) for lines in records)
-    return [(name, name) for name in ours if name in theirs] or [(ours[0], theirs[0])]
+def read_runs(paths: tuple[Path, ...]) -> list[list[dict]]:
+    """The lines of each run's predictions, in one order. Raises InputError where they are of other utterances."""
+    files = [path / answers.WHOLE if path.is_dir() else path for path in paths]
+    runs = [{(record["id"], record["task"]): record for record in answers.read(file)} for file in files]
+    asked = [{key: (record.get("speaker"), record["reference"]) for key, record in run.items()} for run in runs]
+    for file, other in zip(files, asked):
+        if wrong := sorted(key for key in asked[0].keys() | other.keys() if asked[0].get(key) != other.get(key)):
+            raise cli.InputError(
+                f"{files[0]} and {file}: {len(wrong)} answers are in one alone, or have another speaker or reference, "
+                f"such as {' '.join(wrong[0])}: evaluate all on one corpus"
+            )
+    return [[run[key] for key in runs[0]] for run in runs]
 
 
-def differences(records, scoring):
-    """The table of differences, (caption, columns, rows), for a pair of scorings; None where speakers are not named."""
-    samples = [metrics.resamples(lines, name) for lines, name in zip(records, scoring)]
-    if not all(samples):
-        return None
-    ours, theirs = (metrics.score(lines, name)[0] for lines, name in zip(records, scoring))
+def scorings_of(groups: list) -> list[list[str]]:
+    """The scorings to compare of each group: those that all runs hold, else the one that all of a group hold."""
+    held = [[name for name in metrics.SCORINGS if all(name in metrics.scorings(r) for r in group)] for group in groups]
+    if not all(held):
+        raise cli.InputError("some runs of a group hold greedy answers alone, others expected scores alone")
+    shared = [name for name in held[0] if name in held[-1]]
+    return [shared or names[:1] for names in held]
+
+
+def numbers_of(group: list, scorings: list[str], measure: Callable[[list[dict], str], dict]) -> dict[str, list]:
+    """What `measure` gives of each run, by key; scores of a second scoring as expected_..., as in metrics.json."""
+    found = {}
+    for scoring in scorings:
+        each = [measure(run, scoring) for run in group]
+        for key in each[0]:
+            if scoring == scorings[0]:
+                found[key] = [numbers[key] for numbers in each]
+            elif key.startswith(prompts.SCORES):
+                found[f"{scoring}_{key}"] = [numbers[key] for numbers in each]
+    return {key: values for key, values in found.items() if key not in COUNTS}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def score(run: list[dict], scoring: str) -> dict:
+    return metrics.score(run, scoring)[0]
+
+
+def spread(group: list) -> tuple[list[str], cli.Rows]:
+    """How much runs differ: columns and rows; a number is over the runs that have it."""
     rows = []
-    for key in COMPARED:
-        difference = samples[0][key] - samples[1][key]  # (RESAMPLES,), of the same speakers
-        low, high = metrics.interval(difference)
+    for key, values in numbers_of(group, scorings_of([group])[0], score).items():
+        values = [value for value in values if not math.isnan(value)]
+        if values:
+            deviation = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+            mean, least, most = (f"{number:.3f}" for number in (statistics.fmean(values), min(values), max(values)))
+            rows.append((key, [mean, deviation, least, most, str(len(values))]))
+    return ["mean", "std", "min", "max", "runs"], rows
+
+
+def differences(groups: list) -> tuple[list[str], cli.Rows]:
+    """The difference of two groups' means: columns and rows; without what is nan for a run, or most resamples.
+
+    Raises InputError where speakers are not named.
+    """
+    scorings = scorings_of(groups)
+    means, samples = (
+        [numbers_of(group, names, measure) for group, names in zip(groups, scorings)]
+        for measure in (score, metrics.resamples)
+    )
+    if not all(samples):
+        raise cli.InputError("the predictions name no speakers, or one alone: evaluate the runs again")
+    several, rows = min(map(len, groups)) > 1, []
+    for key in samples[0]:
+        ours, theirs = (np.array(numbers[key]) for numbers in means)
+        drawn = np.mean(samples[0][key], axis=0) - np.mean(
+            samples[1][key], axis=0
+        )  # (RESAMPLES,), of the same speakers
+        low, high = metrics.interval(drawn)
         if math.isnan(low):
             continue
-        pvalue = metrics.sign_pvalue(difference)
-        numbers = [f"{ours[key]:.3f}", f"{theirs[key]:.3f}", f"{ours[key] - theirs[key]:+.3f}"]
-        rows.append((key, [*numbers, f"{low:+.3f}..{high:+.3f}", f"{pvalue:.3f}"]))
-    names = [f"{letter} {name}" for letter, name in zip("AB", scoring)]
-    return "Difference, by speakers", [*names, "difference", f"{metrics.LEVEL:.0%}", "p"], rows
+        texts = [f"{ours.mean():.3f}", f"{theirs.mean():.3f}", f"{ours.mean() - theirs.mean():+.3f}"]
+        texts += [f"{low:+.3f}", f"{high:+.3f}", pvalue_text(drawn)]
+        rows.append((key, texts + (welch(ours, theirs) if several else [])))
+    names = ["A", "B", "A-B", "from", "to", "p"]
+    return names + (["std A", "std B", "p, runs"] if several else []), rows
 
 
-def decided_well(records):
+def pvalue_text(drawn: np.ndarray) -> str:
+    """The bootstrap's p-value of a difference; with a sign where so many resamples cannot tell a smaller one."""
+    pvalue = metrics.sign_pvalue(drawn)
+    return f"{'≤ ' if pvalue <= 2 / np.isfinite(drawn).sum() else ''}{pvalue:.3f}"
+
+
+def welch(ours: np.ndarray, theirs: np.ndarray) -> list[str]:
+    """Standard deviation over the runs of both groups, and the p-value of Welch's t-test on their means, as texts."""
+    from scipy import stats  # takes a second
+
+    deviations = [f"{values.std(ddof=1):.3f}" for values in (ours, theirs)]
+    if max(ours.std(), theirs.std()) <= metrics.SAME:  # no run differs from another: a test would divide by nothing
+        return [*deviations, "-"]
+    return [*deviations, f"{stats.ttest_ind(ours, theirs, equal_var=False).pvalue:.3f}"]
+
+
+def decided_well(records: list[dict]) -> list[bool]:
     """Of each phone whether its detection is right; in the same order for all systems."""
-    phones = metrics.phones_of(metrics.paired(records)[1])
-    return [event in metrics.RIGHT for utterance in metrics.detection_events(*phones) for event in utterance]
+    phones = zip(*metrics.phones_of(metrics.paired(records)[1]))
+    return [event in metrics.RIGHT for of in phones for *_, event in metrics.phone_columns(*of) if event]
 
 
-def main():
+def print_table(format: Format, caption: str, columns: list[str], rows: cli.Rows) -> None:
+    """A table for the terminal, a spreadsheet or a paper, on stdout."""
+    if format == "table":
+        cli.show_table(caption, columns, rows)
+        return
+    lines = [[cli.visible(text) for text in line] for line in [["name", *columns], *([name, *of] for name, of in rows)]]
+    if format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        return
+    head, *body = (" & ".join(text.translate(LATEX) for text in line) + r" \\" for line in lines)
+    print(rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\hline", head, r"\hline", *body, r"\hline", sep="\n")
+    print(r"\end{tabular}")
+
+
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
-    records = read_pair(settings.first, settings.second)
-    for scoring in scorings(records):
-        table = differences(records, scoring)
-        if table is None:
-            raise cli.InputError(
-                f"{settings.first} or {settings.second} names no speakers, or one alone: evaluate it again"
-            )
-        screen.show_table(*table)
-    ours, theirs, pvalue = metrics.mcnemar(*map(decided_well, records))
-    print()
-    screen.say(
-        f"A: {settings.first}",
-        f"B: {settings.second}",
-        f"difference A - B with its interval and p-value: paired bootstrap over speakers, {metrics.RESAMPLES:,} "
-        f"resamples.",
-        f"Detection, phone by phone: A alone is right {ours:,} times, B alone {theirs:,} times; McNemar's exact test, "
-        f"p = {pvalue:.2g} (it takes phones as independent, which those of one speaker are not quite).",
-    )
+    if not settings.runs or len(settings.runs + settings.against) < 2:
+        raise cli.InputError("two runs or more can be compared: name others of their kind, or one --against them")
+    for paths in (settings.runs, settings.against):
+        real = [path.resolve() for path in paths]
+        if repeated := [path for path, own in zip(paths, real) if real.count(own) > 1]:
+            raise cli.InputError(f"{repeated[0]} is named more than once: a group is of different runs")
+    runs = read_runs(settings.runs + settings.against)
+    groups = [runs[: len(settings.runs)], runs[len(settings.runs) :]]
+    if settings.against:
+        print_table(settings.format, "Difference", *differences(groups))
+    else:
+        print_table(settings.format, f"{len(runs)} runs", *spread(runs))
+    if settings.format == "table":
+        print()
+        cli.say(*notes(settings, groups))
+
+
+def notes(settings: Settings, groups: list) -> list[str]:
+    """What the table shows, one note a line."""
+    if not settings.against:
+        return ["std: of the sample (n - 1). runs: those that have the number; a constant has no correlation."]
+    said = [f"{letter}: {' '.join(map(str, of))}" for letter, of in zip("AB", (settings.runs, settings.against))]
+    said += [f"{letter}: {' and '.join(names)} scores" for letter, names in zip("AB", scorings_of(groups))]
+    said += [
+        f"from, to: {metrics.LEVEL:.0%} interval of A - B, as p by a paired bootstrap over speakers, "
+        f"{metrics.RESAMPLES:,} resamples; ≤: so many resamples cannot tell a smaller p."
+    ]
+    if min(map(len, groups)) > 1:
+        said += ["std: over the runs of a group. p, runs: Welch's t-test, whether other seeds might have given this."]
+    if max(map(len, groups)) == 1 and any(line["task"] == "MDD" for line in groups[0][0]):
+        ours, theirs, pvalue = metrics.mcnemar(*(decided_well(group[0]) for group in groups))
+        said += [
+            f"Detection, phone by phone: A alone is right {ours:,} times, B alone {theirs:,} times; McNemar's exact "
+            f"test, p = {pvalue:.2g} (it takes phones as independent, which those of one speaker are not quite)."
+        ]
+    return said
 
 
 if __name__ == "__main__":

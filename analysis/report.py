@@ -1,375 +1,430 @@
 """What does somebody see who wants to look, and listen, instead of reading a table?
 
-    python -m analysis.report out/ --output report.html
+    python -m analysis.report out/
 
-Writes one HTML file of an evaluated folder, without anything from elsewhere: where the run stands, how it learned,
-predicted against human scores, phones, and the utterances with the largest errors, with their recordings; beside it
+Writes report.html for an evaluated folder, one file without anything from elsewhere: where the run stands, predicted
+against human scores, phones, and the utterances with the largest errors, with their recordings; beside it the pictures
 results.png, scores.png and confusion.png. Needs no model. The page shows what the files hold, and its date is that of
-predictions.jsonl, so the same files give the same page. Text of models, corpora and file names is escaped; the page's
-policy forbids loads from outside and every script but its own.
+predictions.jsonl, so the same files give the same page. Text of models and corpora is escaped; the page's policy
+forbids scripts and loads.
 """
 
 import base64
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-import hashlib
+import io
 import json
 import math
-import os
 from pathlib import Path
-import shlex
-import sys
 
 import jinja2
+import numpy as np
 from tyro.conf import Positional
 
-from analysis import errors, floors, phones, standing
+from analysis import floors, phones
 import evaluate
 import metrics
 import prompts
-from support import answers, cli, files, log, predictions, screen
+from support import answers, cli, files
 from support.later import when_used
 
 with when_used():
-    from analysis import pictures
+    import matplotlib
+    from matplotlib import figure as figures
 
+PAGE, PICTURES = "report.html", ("results.png", "scores.png", "confusion.png")
+TEMPLATE = Path(__file__).with_suffix(".jinja")
 SHOWN = 40  # utterances with the largest errors
 FIRST = 10  # of them, that are not folded away
-MARK = "pronunciation evaluation, report.py"  # in what may be replaced
-GENERATOR = f'<meta name="generator" content="{MARK}">'
-HEAD = 200  # bytes from the start in which the mark stands
-PICTURES = ("results.png", "scores.png", "confusion.png")  # written beside the page
-SECTIONS = {
-    "run": "This run",
-    "curve": "Learning curve",
-    "scores": "Scores",
-    "phones": "Phones",
-    "errors": "Largest errors",
-    "tables": "All numbers",
-    "again": "This page again",
-}
-
-TEMPLATE, STYLE, SCRIPT = (
-    Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".jinja", ".css", ".js")
-)
+RAW = 400  # characters of an unparsed output that are shown
+LOW, HIGH = prompts.SCORE_RANGE
 
 
 @dataclass
 class Settings:
-    run: Positional[Path]  # folder with predictions.jsonl and metrics.json of evaluate.py
-    output: Path | None = None  # the .html file; default: report.html in that folder
+    run: Positional[Path]  # folder with predictions.jsonl of evaluate.py
+    output: Path | None = None  # folder for the page and its pictures; default: that one
     data: str | None = None  # corpus folder or hub id, for recordings and floors; default: that of the training
     data_revision: str | None = None  # of the hub id
     split: str = "test"  # the part that was evaluated
 
 
-def check_path(path):
-    """Raises InputError where a report cannot be written, or would replace something else than an earlier report."""
-    if path.suffix != ".html":
-        raise cli.InputError(f"--output {path} is not the name of an .html file")
-    for file in (path, *(path.with_name(name) for name in PICTURES)):
-        if os.path.lexists(file) and MARK not in files.read_bytes(file)[:HEAD].decode(errors="replace"):
-            raise cli.InputError(
-                f"{file} is not of a report and would be replaced: choose another --output, or move it"
-            )
-    files.make_folder(path.parent, "--output")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is read
-
-
-@dataclass
-class Evaluated:
-    """All that a page is made of."""
-
-    evaluation: evaluate.Evaluation
-    records: list  # lines of predictions.jsonl
-    utterances: dict  # id -> data.Utterance, for recordings and words; ids may be missing
-    rows: list  # of evaluate.Row, of every scoring
-    floors: list  # of evaluate.Row
-    notes: list  # why something is missing
-
-
-def read(settings):
-    """An evaluated folder as Evaluated.
+def read_corpus(settings: Settings, records: list[dict], evaluation: evaluate.Evaluation) -> tuple[list, list, list]:
+    """The utterances that were evaluated, the train part, and notes on why either is missing.
 
     Raises InputError only for a corpus that the user named: a page without recordings is better than none.
     """
-    evaluation = floors.read_evaluation(settings.run)
-    records = predictions.read(settings.run / answers.WHOLE)
-    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    known, notes = [evaluate.copying_floor(records), floors.silent_row(records)], []
-    evaluated = Evaluated(evaluation, records, {}, rows, known, notes)
-    if not (settings.data or evaluation.training):
-        notes.append("Without recordings and floors of the scores: the corpus is not known, give --data.")
-        return evaluated
-    asked = evaluate.Settings(data=settings.data, data_revision=settings.data_revision, split=settings.split)
+    corpus = floors.find_corpus(settings, settings.run)
+    if not corpus.data:
+        return [], [], ["Without recordings and floors of the scores: the corpus is not known, give --data."]
     try:
-        corpus = evaluate.read_corpus(evaluation, asked)
-        found = floors.find_utterances(records, corpus, settings.data or evaluation.training.data)
+        tested = floors.find_utterances(records, evaluation, corpus)
     except cli.InputError as error:
         if settings.data:
             raise
-        notes.append(f"Without recordings and floors of the scores: {error}")
-        return evaluated
-    evaluated.utterances = {utterance.id: utterance for utterance in found}
+        return [], [], [f"Without recordings and floors of the scores: {error}"]
     try:
-        train = evaluate.read_corpus(evaluation, replace(asked, split="train"))
-        known.append(floors.fitted_row(records, train, found))
+        return tested, evaluate.read_corpus(evaluation, replace(corpus, split="train")), []
     except cli.InputError as error:
-        notes.append(f"Without floors of the scores: {error}")
-    return evaluated
-
-
-def facts(settings, evaluated):
-    """What was evaluated, as {name: text}."""
-    made_with = settings.run / answers.SETTINGS
-    how = files.read_json(made_with, dict) if made_with.exists() else {}
-    training = evaluated.evaluation.training.model_dump() if evaluated.evaluation.training else {}
-    speakers = {record["speaker"] for record in evaluated.records if "speaker" in record}
-    ids = {record["id"] for record in evaluated.records}
-    source = settings.data or training.get("data", "not known")
-    written = (settings.run / answers.WHOLE).stat().st_mtime
-    trained = ("strategy", "rank", "epochs", "learning_rate", "seed")
-    commits = [how.get("revision", training.get("revision")), settings.data_revision or training.get("data_revision")]
-    of_model, of_data = (f" at {commit}" if commit else "" for commit in commits)  # a folder has none
-    found = {
-        "model": str(how.get("model", training.get("model", "not known"))) + of_model,
-        "data": f"{source}{of_data} ({settings.split}), {len(ids):,} utterances of {len(speakers):,} speakers",
-        "training": ", ".join(f"{key} {training[key]}" for key in trained if key in training) or "not known",
-        "answers": ", ".join(f"{key} {how[key]}" for key in ("dtype", "max_new_tokens") if key in how) or "not known",
-        "answered": datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-    return found
+        return tested, [], [f"Without floors of the scores: {error}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables
+# Where a run stands: beside what needs no pronunciation, beside the paper, beside what others report
+
+NUMBERS = {f"{name}_pcc": name for name in prompts.SCORES} | {"detection_f1": "detection F1", "per": "PER"}
+LESS_IS_BETTER = {"per"}
+# What others report on the same test part, in the order of NUMBERS; F1 is detection, by the field's convention. Those
+# with a dagger are given the sentence that should be read, which makes scoring easier and a low PER nearly free:
+# copying it has a PER of 0.03. F1 of Joint-CAPT-L1 and HMamba: HMamba, Table 3.
+PUBLISHED = {
+    "GOPT (2022) \u2020": (0.714, 0.753, 0.760, 0.742, math.nan, math.nan),
+    "Joint-CAPT-L1 (2023)": (0.719, 0.775, 0.773, 0.743, 0.415, 0.099),
+    "MultiPA (2024)": (0.705, 0.772, 0.763, 0.730, math.nan, math.nan),
+    "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, math.nan, math.nan),
+    "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.6385, 0.0272),
+}
+BEST = "HMamba (2025) \u2020"  # in every number of the list
+VERDICTS = {
+    "better": "better than the floor",
+    "unclear": "unclear: the interval holds the floor",
+    "not better": "not better",
+}
 
 
 @dataclass
-class Cell:
-    text: str
-    small: str = ""  # below it: an interval, or what the number is of
+class Standing:
+    """One number of a run and what it is to be compared with; nan where there is no such number."""
+
+    key: str  # of NUMBERS
+    value: float
+    interval: tuple[float, float]
+    floor: float  # the best number of any floor
+    paper: float
+    best: float  # of BEST
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is better than its floor: of VERDICTS; "" without a floor or a number.
+
+        Without an interval the number alone decides.
+        """
+        if math.isnan(self.floor) or math.isnan(self.value):
+            return ""
+        sign = -1 if self.key in LESS_IS_BETTER else 1
+        ends = [sign * (end - self.floor) for end in (self.value, *self.interval) if not math.isnan(end)]
+        if ends[0] <= 0:
+            return "not better"
+        return "better" if min(ends) > 0 else "unclear"
 
 
-@dataclass
-class Line:
-    name: str
-    cells: list[Cell]
-    own: bool = False  # of this run: highlighted
+def standings(row: evaluate.Row, floor_rows: list[evaluate.Row], papers_corpus: bool) -> list[Standing]:
+    """A Standing for each of NUMBERS. papers_corpus: whether the published numbers are of these utterances."""
+    best = dict(zip(NUMBERS, PUBLISHED[BEST])) if papers_corpus else {}
+    found = []
+    for key in NUMBERS:
+        known = [floor.numbers[key] for floor in floor_rows if not math.isnan(floor.numbers[key])]
+        floor = (min if key in LESS_IS_BETTER else max)(known, default=math.nan)
+        value, interval = row.numbers[key], row.intervals.get(key, (math.nan, math.nan))
+        found.append(Standing(key, value, interval, floor, row.near.get(key, math.nan), best.get(key, math.nan)))
+    return found
 
 
-@dataclass
-class Table:
-    caption: str
-    columns: list[str]  # titles, that of the names first
-    rows: list[Line]
+def sentence(found: list[Standing]) -> str:
+    """Which numbers are better than their floors: the one thing to know of a run."""
+    names = {verdict: [NUMBERS[s.key] for s in found if s.verdict == verdict] for verdict in VERDICTS}
+    if not any(names.values()):
+        return "Nothing could be compared with a floor."
+    parts = [f"{verdict}: {', '.join(named) or 'none'}" for verdict, named in names.items()]
+    return f"Beside floors that need no pronunciation: {'; '.join(parts)}."
 
 
-def cell(value, interval=(math.nan, math.nan), mark=""):
-    ends = "" if math.isnan(interval[0]) else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
-    return Cell("-" if math.isnan(value) else f"{value:.3f}{mark}", ends)
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.parse_math": False,  # a phone is no formula
+    "savefig.dpi": 200,
+}
+BLUE, ORANGE, GREY, FLOOR = "#1f77b4", "#ff7f0e", "#7f7f7f", "#d5d9dd"
+MARKERS = {  # of a number by its verdict: a good one is filled
+    "better": {"color": BLUE, "markerfacecolor": BLUE},
+    "unclear": {"color": BLUE, "markerfacecolor": "white"},
+    "not better": {"color": ORANGE, "markerfacecolor": "white"},
+    "": {"color": GREY, "markerfacecolor": GREY},
+}
+LARGEST = 12  # points, of the largest dot of a score panel: about what a score point has
+# Phones that resemble each other stand together, so that common confusions lie near the diagonal; others come last
+ORDER = "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY W Y R L M N NG P B T D K G CH JH F V TH DH S Z SH ZH HH".split()
+OTHER, NOTHING = "another", "nothing"
 
 
-def plain(caption, columns, rows):
-    """A table of texts. rows: list of (name, texts of the other cells)."""
-    return Table(caption, columns, [Line(name, [Cell(text) for text in texts]) for name, texts in rows])
+def draw_standings(found: list[Standing]) -> "figures.Figure":
+    """Six numbers as dots with intervals, beside floors, paper and best published system."""
+    figure = figures.Figure(figsize=(5.2, 0.42 * len(found) + 1.1), layout="constrained")
+    axis = figure.subplots()
+    known = [end for s in found for end in (s.value, *s.interval, s.floor, s.paper) if not math.isnan(end)]
+    left, right = min([0, *known]) - 0.02 * any(end < 0 for end in known), max([1, *known])
+    for row, s in enumerate(found):
+        worse = right if s.key in LESS_IS_BETTER else left  # where the bar of the floor begins
+        if not math.isnan(s.floor):
+            axis.barh(row, s.floor - worse, left=worse, height=0.7, color=FLOOR, label="floor: needs no pronunciation")
+        for value, shape, label in ((s.paper, "D", "paper"), (s.best, "^", BEST)):
+            if not math.isnan(value):
+                axis.plot(value, row, shape, color="black", markerfacecolor="none", zorder=3, label=label)
+        axis.plot(s.interval, (row, row), linewidth=2.5, color=MARKERS[s.verdict]["color"], solid_capstyle="butt")
+        label = VERDICTS.get(s.verdict)
+        axis.plot(s.value, row, "o", markersize=8, markeredgewidth=2, label=label, **MARKERS[s.verdict])
+        ends = "" if math.isnan(s.interval[0]) else " [{:.2f}, {:.2f}]".format(*s.interval)
+        text = "-" if math.isnan(s.value) else f"{s.value:.2f}{ends}"
+        axis.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center")
+    names = [NUMBERS[s.key] + "\n(less is better)" * (s.key in LESS_IS_BETTER) for s in found]
+    axis.set(yticks=range(len(found)), yticklabels=names, xlim=(left, right), ylim=(len(found) - 0.4, -0.6))
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    named = dict(zip(labels, handles))  # each once
+    figure.legend(named.values(), named.keys(), loc="outside lower left", ncols=2, frameon=False)
+    return figure
 
 
-def row_table(caption, columns, rows, floors=()):
-    """A table of evaluate.Row, those of the run first. columns: {key: title}."""
-    lines = []
-    for row in [*rows, *floors]:
-        cells = []
-        for key in columns:
-            value = row.numbers.get(key, math.nan)
-            close = abs(value - row.near.get(key, math.nan)) <= screen.CLOSE
-            cells.append(cell(value, row.intervals.get(key, (math.nan, math.nan)), "*" if close else ""))
-        lines.append(Line(row.label, cells, row in rows))
-    return Table(caption, ["name", *columns.values()], lines)
+def draw_scores(assessed: list) -> "figures.Figure":
+    """Predicted against human scores, four panels. assessed: of metrics.paired; unparsed answers are left out."""
+    figure = figures.Figure(figsize=(5.2, 5.8), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)  # inches; or a title touches the label above
+    ticks, limits = range(LOW, HIGH + 1, 2), (LOW - 0.7, HIGH + 0.7)
+    for axis, name in zip(figure.subplots(2, 2).flat, prompts.SCORES):
+        pairs = [(human[name], predicted[name]) for predicted, human in assessed if predicted]
+        pcc, _, mae, reason = metrics.correlation([p for _, p in pairs], [h for h, _ in pairs])
+        title = f"no PCC: {reason}" if reason else f"PCC {pcc:.3f}, mean error {mae:.2f}"
+        cells, counts = np.unique(np.floor(np.reshape(pairs, (-1, 2)) + 0.5), axis=0, return_counts=True)
+        axis.plot((LOW, HIGH), (LOW, HIGH), "--", color=GREY, linewidth=1)
+        axis.scatter(*cells.T, s=LARGEST**2 * counts / max(counts, default=1), color=BLUE, linewidths=0)
+        axis.set(title=f"{name}\n{title}", xlabel="human", ylabel="predicted", aspect="equal")
+        axis.set(xticks=ticks, yticks=ticks, xlim=limits, ylim=limits)
+    return figure
 
 
-def run_table(found, papers_corpus):
-    """The six numbers of the first picture. found: of standing.standings."""
-    lines = []
-    for s in found:
-        cells = [cell(s.value, s.interval), Cell(cell(s.floor).text, s.floor_of)]
-        cells += [cell(s.paper), cell(s.best)] if papers_corpus else []
-        lines.append(Line(s.name, cells))
-    return Table(
-        "Six numbers", ["number", "this run", "floor", *(["paper", "published"] if papers_corpus else [])], lines
-    )
+def draw_confusion(heard: list[list[str]], written: list[list[str]]) -> "figures.Figure":
+    """Which phone was written for which, as dots. heard, written: one list of phones per utterance.
+
+    A dot's area is the share of the heard phone's occurrences; what was written right is left out. The last columns are
+    phones that nobody was heard to say, and nothing. What was added has no such share and is not shown.
+    """
+    report = [entry for entry in phones.phone_report(heard, written) if entry["phone"]]
+    place = {phone: i for i, phone in enumerate(ORDER)}
+    rows = sorted((e["phone"] for e in report), key=lambda phone: (place.get(phone, len(place)), phone))
+    columns = [*rows, OTHER, NOTHING]
+    shares = Counter()
+    for entry in report:
+        for phone, count in entry["confusions"]:
+            column = NOTHING if phone is None else phone if phone in rows else OTHER
+            shares[columns.index(column), rows.index(entry["phone"])] += count / entry["support"]
+    figure = figures.Figure(figsize=(6, 6), layout="constrained")
+    axis = figure.subplots()
+    side = 5.2 * 72 / len(columns)  # points of a row or column, about
+    x, y = np.reshape(list(shares), (-1, 2)).T
+    largest = max(shares.values(), default=1)
+    axis.scatter(x, y, s=[side**2 * share / largest for share in shares.values()], color=ORANGE, linewidths=0)
+    axis.plot(range(len(rows)), range(len(rows)), ".", markersize=3, color=GREY)  # where what is right would be
+    axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="written", ylabel="heard")
+    axis.set_xticklabels(map(_printable, columns), rotation=90, fontsize=min(9, side * 0.8))
+    axis.set_yticklabels(map(_printable, rows), fontsize=min(9, side * 0.8))
+    axis.set(xlim=(-0.7, len(columns) - 0.3), ylim=(len(rows) - 0.3, -0.7))
+    axis.grid(alpha=0.2)
+    title = f"the largest dot: {largest:.0%} of a phone's occurrences" if shares else "no phone taken for another"
+    axis.set_title(title)
+    return figure
 
 
-def make_tables(evaluated, found, papers_corpus):
-    """The tables of the page by name. found: of standing.standings."""
-    rows = evaluated.rows
-    every = row_table("Table 3", evaluate.TABLE_3, rows, evaluated.floors)
-    tables = {
-        "run": run_table(found, papers_corpus),
-        "all": every,
-        "outputs": row_table("Mean error, outputs", evaluate.OUTPUTS, rows),
-        "detection": row_table("Detection", phones.DETECTION, rows[:1], evaluated.floors[:2]),
-    }
-    if papers_corpus:
-        papers = evaluate.papers_rows(rows).items()
-        every.rows += [Line(name, [cell(value) for value in values]) for name, values in papers]
-        published = [
-            Line(name, [cell(math.nan if value is None else value) for value in values])
-            for name, values in standing.PUBLISHED.items()
+def _printable(name):
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def draw(records: list[dict], found: list[Standing]) -> dict[str, bytes]:
+    """The pictures by file name, as PNG; what there is nothing for is left out."""
+    apa, mdd = metrics.paired(records, metrics.scorings(records)[0])
+    with matplotlib.rc_context(STYLE):
+        drawn = [
+            draw_standings(found),
+            draw_scores(apa) if apa else None,
+            draw_confusion(*metrics.phones_of(mdd)[1:]) if mdd else None,
         ]
-        tables["published"] = Table("Published systems", ["name", *standing.NUMBERS.values()], published)
-    for name, (caption, columns, lines) in zip(("phones", "confusions"), phones.phone_tables(evaluated.records)):
-        tables[name] = plain(caption, ["name", *columns], lines)
-    return tables
+        shown = {}
+        for name, figure in zip(PICTURES, drawn):
+            if figure:
+                file = io.BytesIO()
+                figure.savefig(file, format="png")
+                shown[name] = file.getvalue()
+    return shown
 
 
-def score_bins(every):
-    """{score name: of pictures.calibration_bins}; empty for a run without probabilities. every: of read_answers."""
-    scored = [(expected, a.apa["reference"]) for a in every if a.apa and (expected := errors.expected_scores(a.apa))]
-    return {
-        name: pictures.calibration_bins([e[name] for e, _ in scored], [h[name] for _, h in scored])
-        for name in (prompts.SCORES if scored else ())
-    }
+# ----------------------------------------------------------------------------------------------------------------------
+# Utterances
+
+SIGNS = {  # event of metrics.phone_columns -> its name here, and its sign
+    "true_accept": ("right", ""),
+    "false_reject": ("false alarm", "!"),
+    "false_accept": ("miss", "?"),
+    "correct_diagnosis": ("found", "✓"),
+    "diagnosis_error": ("found, as another phone", "≈"),
+    None: ("added, counts in the PER alone", "+"),
+}
 
 
-def bin_table(bins):
-    rows = [
-        (f"{name}, {edge} to {edge + 1}", [f"{count:,}", f"{expected:.2f}", f"{human:.2f}"])
-        for name, of_score in bins.items()
-        for edge, (count, expected, human) in of_score.items()
-    ]
-    return plain("Bins", ["expected score", "utterances", "mean expected", "mean human"], rows)
+@dataclass
+class Answers:
+    """What was answered to one utterance, beside what humans say about it."""
+
+    id: str
+    title: str
+    scores: list = field(default_factory=list)  # (name, human, predicted)
+    words: str = ""  # that were written
+    columns: list = field(default_factory=list)  # of metrics.phone_columns
+    per: float = math.nan  # where no phone was heard
+    error: float = 0.0  # by which the utterances are ordered
+    unparsed: list = field(default_factory=list)  # lines of predictions.jsonl
 
 
-def notes_of(evaluated, papers_corpus):
-    """What the columns and rows are, one note a line."""
-    row = evaluated.rows[0]
-    notes = [
-        "Scores are PCCs with human scores; the interval is a bootstrap over speakers.",
-        "F1, P, R of Table 3: phone agreement by position, a reading that can give the paper's figures. found: F1: "
-        "detection of mispronunciations, the field's convention. cut off: the length limit came before the end.",
-        phones.NOTES[0],
-    ]
-    if row.near:
-        notes.append(f"*: within {screen.CLOSE} of '{evaluate.paper_name(*row.paper_row)}'.")
-    if papers_corpus:
-        notes.append("Published systems: on the same utterances; \u2020: given the sentence that should be read.")
-    return notes
+def read_answers(records: list[dict], texts: dict[str, str]) -> list[Answers]:
+    """What was answered to each utterance, that with the largest error first. texts: {id: what should be read}.
+
+    The error is the absolute error in total score plus the PER. An unparsed output is as wrong as it can be in score
+    (10 points), and an empty transcript in phones; a line that is missing adds nothing.
+    """
+    pairs = dict(zip(prompts.TASKS, map(iter, metrics.paired(records, metrics.scorings(records)[0]))))
+    found = {}
+    for record in records:
+        said, human = next(pairs[record["task"]])
+        answers = found.setdefault(record["id"], Answers(record["id"], texts.get(record["id"], record["id"])))
+        if said is None:
+            answers.unparsed.append(record)
+        if record["task"] == "APA":
+            answers.scores = [(name, human[name], said[name] if said else math.nan) for name in prompts.SCORES]
+            answers.error += abs(said["total"] - human["total"]) if said else HIGH - LOW
+            continue
+        answers.title, answers.words = human["word_transcript"], said["word_transcript"] if said else ""
+        written = metrics.normalise_phones(said["phoneme_transcript"]) if said else []
+        answers.columns = metrics.phone_columns(human["canonical"], human["heard"], written)
+        if human["heard"]:
+            answers.per = sum(a != b for a, b in metrics.align(human["heard"], written)) / len(human["heard"])
+            answers.error += answers.per
+    return sorted(found.values(), key=lambda answers: answers.error, reverse=True)
 
 
-def standing_notes(evaluated, found, papers_corpus):
-    """What stands below the first picture."""
-    used = {s.floor_of for s in found}
-    meanings = {
-        "says everything right": "writes what should have been said",
-        "writes nothing": "writes no phone, so every phone is flagged",
-        "pauses and energy": "a linear fit on the waveform that knows no phones",
-    }
-    floors = "; ".join(f"{label} ({meaning})" for label, meaning in meanings.items() if label in used)
-    notes = [f"Floors, the best of: {floors}. A score that is not better shows nothing about pronunciation."]
-    if not papers_corpus:
-        notes.append(
-            "The paper's and other published numbers are left out: they are on the 2,500 test utterances of "
-            "speechocean762, and these are others."
-        )
-    else:
-        notes.append(
-            f"Best published: {standing.BEST}. It is given the sentence that should be read; that makes scoring "
-            "easier, and a low PER nearly free."
-        )
-    return [*notes, *evaluated.notes]
+def recording(utterance) -> tuple[str, str]:
+    """A recording as a URI, and why there is none: one of the two is empty. utterance: data.Utterance, or None."""
+    try:
+        content = utterance.recording() if utterance else b""
+    except (OSError, cli.InputError) as error:
+        return "", f"The recording cannot be read: {error}"
+    kind = "audio/flac" if content.startswith(b"fLaC") else "audio/wav"
+    return (data_uri(kind, content) if content else ""), ""
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def data_uri(content):
-    """(MIME type, bytes) as a URI; a filter of the template."""
-    return f"data:{content[0]};base64,{base64.b64encode(content[1]).decode()}"
+def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str, str], str]:
+    """What was evaluated, as {name: text}, and all settings that are known of it, as JSON text."""
+    places = {
+        "answers": settings.run / answers.SETTINGS,
+        "training": settings.run / "settings.json",
+        "training of the run": settings.run.parent / "settings.json",
+    }
+    known = {name: files.read_json(path, dict) for name, path in places.items() if path.is_file()}
+    speakers = {record.get("speaker") for record in records} - {None}
+    written = (settings.run / answers.WHOLE).stat().st_mtime
+    found = {
+        "model": known.get("answers", {}).get("model", "not known"),
+        "answers": f"{label}, {datetime.fromtimestamp(written, UTC):%Y-%m-%d %H:%M} UTC",
+        "utterances": f"{len({record['id'] for record in records}):,} of {len(speakers):,} speakers",
+    }
+    return found, json.dumps(known, indent=2)
 
 
-def draw(settings, evaluated, found):
-    """The figures of the page by name, as matplotlib Figures; what there is nothing for is left out."""
-    apa, mdd = metrics.paired(evaluated.records, metrics.scorings(evaluated.records)[0])
-    others = [s for row in evaluated.rows[1:] for s in standing.standings(row, [], False) if s.name in prompts.SCORES]
-    figures = {"standings": pictures.draw_standings(found, others)}
-    if (settings.run / "log.jsonl").exists():
-        figures["curve"] = log.curves(settings.run)
-    if apa:
-        figures["scores"] = pictures.draw_scores(apa)
-    if mdd:
-        figures["confusion"] = pictures.draw_confusion(*metrics.phones_of(mdd)[1:])
-    return figures
+def make_tables(rows, floor_rows, records, papers_corpus):
+    """The tables of the page, as (caption, columns, rows) of texts: those that are shown, and those that are folded."""
+    halves = evaluate.with_halves
+    outputs = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
+    detection = [*rows[:1], *(row for row in floor_rows if not math.isnan(row.numbers["per"]))]
+    shown = [
+        evaluate.table_3(rows, floor_rows),
+        (outputs, list(evaluate.OUTPUTS.values()), halves(rows, evaluate.OUTPUTS)),
+        ("Detection", list(phones.DETECTION.values()), halves(detection, phones.DETECTION)),
+    ]
+    folded = phones.phone_tables(records)
+    if papers_corpus:
+        lines = [(name, evaluate.cells(dict(zip(NUMBERS, values)), NUMBERS)) for name, values in PUBLISHED.items()]
+        folded.append(("Published systems, on the same utterances", list(NUMBERS.values()), lines))
+    return shown, [table for table in folded if table[2]]
 
 
-def make_page(settings, evaluated, command):
-    """The page as HTML text, and its figures by name. command: what makes the page again."""
-    papers_corpus = evaluate.is_papers_corpus(evaluated.records)
-    found = standing.standings(evaluated.rows[0], evaluated.floors, papers_corpus)
-    figures = draw(settings, evaluated, found)
-    tables = make_tables(evaluated, found, papers_corpus)
-    every = errors.read_answers(evaluated.records)
-    if bins := score_bins(every):
-        figures["calibration"] = pictures.draw_calibration(bins)
-        tables["bins"] = bin_table(bins)
-    shown = {name: ("image/svg+xml", pictures.to_svg(figure)) for name, figure in figures.items()}
-    if (settings.run / "figure5.png").exists():
-        shown["figure5"] = "image/png", files.read_bytes(settings.run / "figure5.png")
-    drawn = {"curve": "curve", "scores": "scores", "phones": "confusion"}  # sections that need their picture
-    worst = sorted(every, key=lambda answer: answer.error, reverse=True)[:SHOWN]
-    unparsed = evaluated.rows[0].numbers["apa_unparsed"]
-    training = evaluated.evaluation.training
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_uri"] = data_uri
-    page = environment.from_string(TEMPLATE).render(
-        generator=GENERATOR,
-        policy=f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(STYLE)}'; "
-        f"script-src '{_digest(SCRIPT)}'; base-uri 'none'; form-action 'none'",
-        style=STYLE,
-        script=SCRIPT,
-        title=f"Pronunciation evaluation: {evaluated.evaluation.label}",
-        lead=standing.sentence(found),
-        summary=standing.summary(found),
-        facts=facts(settings, evaluated),
-        contents={id: name for id, name in SECTIONS.items() if drawn.get(id, "standings") in figures},
-        pictures=shown,
-        standing_notes=standing_notes(evaluated, found, papers_corpus),
-        tables=tables,
-        notes=notes_of(evaluated, papers_corpus),
-        scored=f"; unparsed answers, {unparsed:.1%}, are left out" if unparsed else "",
-        utterances=f"{len(every):,}",
-        worst=[errors.show(answer, evaluated.utterances.get(answer.id)) for answer in worst],
-        first=FIRST,
-        signs=errors.SIGNS,
-        command=command,
-        settings=json.dumps(training.model_dump(), indent=2) if training else "",
+def make_page(
+    settings: Settings,
+    records: list[dict],
+    evaluation: evaluate.Evaluation,
+    corpus: tuple[list, list, list],
+) -> tuple[str, dict[str, bytes]]:
+    """The page as HTML text, and its pictures by file name. corpus: of `read_corpus`."""
+    tested, train, notes = corpus
+    papers_corpus = evaluate.is_papers_corpus(records)
+    rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
+    floor_rows = floors.phone_floors(records) + floors.score_floors(records, train, tested)
+    found = standings(rows[0], floor_rows, papers_corpus)
+    known = {utterance.id: utterance for utterance in tested}
+    every = read_answers(records, {id: utterance.text for id, utterance in known.items()})
+    pictures = draw(records, found)
+    named, everything = facts(settings, records, evaluation.label)
+    shown, folded = make_tables(rows, floor_rows, records, papers_corpus)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
     )
-    return page, figures
-
-
-def _digest(text):
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    text = page.render(
+        signature=files.signature("analysis.report"),
+        title=f"Pronunciation evaluation: {evaluation.label}",
+        lead=sentence(found),
+        facts=named,
+        settings=everything,
+        pictures={name.removesuffix(".png"): data_uri("image/png", content) for name, content in pictures.items()},
+        papers_corpus=papers_corpus,
+        best=BEST,
+        notes=[*notes, *evaluate.explain(rows), *phones.NOTES],
+        tables=shown,
+        folded=folded,
+        own=len(rows),
+        utterances=len(every),
+        worst=[(answers, *recording(known.get(answers.id))) for answers in every[:SHOWN]],
+        first=FIRST,
+        longest=RAW,
+        signs=SIGNS,
+    )
+    return text, pictures
 
 
 def main():
     settings = cli.parse(Settings, __doc__)
-    path = settings.output or settings.run / "report.html"
-    check_path(path)
-    evaluated = read(settings)
-    page, figures = make_page(settings, evaluated, shlex.join(["python", "-m", "analysis.report", *sys.argv[1:]]))
-    with files.whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # an output may hold half a surrogate pair
-    written = [path.name]
-    for name, figure in zip(PICTURES, ("standings", "scores", "confusion")):
-        if figure in figures:
-            with files.whole(path.with_name(name)) as temporary:
-                figures[figure].savefig(temporary, format="png", dpi=150, metadata={"Software": MARK})
-            written.append(name)
-    print("\n".join([*evaluated.notes, f"written: {', '.join(written)} in {path.parent}"]))
+    folder = settings.output or settings.run
+    records = answers.read(settings.run / answers.WHOLE)
+    with files.own(folder, "analysis.report", PAGE, [PAGE, *PICTURES]):
+        evaluation = evaluate.saved_evaluation(settings.run / answers.WHOLE)
+        corpus = read_corpus(settings, records, evaluation)
+        page, pictures = make_page(settings, records, evaluation, corpus)
+        for name, content in {PAGE: page.encode(), **pictures}.items():
+            with files.whole(folder / name) as temporary:
+                temporary.write_bytes(content)
+        cli.say(*corpus[2], f"written: {', '.join([PAGE, *pictures])} in {folder}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bench.workload import clock, spread
 import data
 import model as models
 import prompts
-from support import cli, run, screen
+from support import cli, run
 
 ALL = 2500  # utterances of the test part
 
@@ -137,7 +137,7 @@ def main():
         hours = f"{median(values) / len(utterances) * ALL / 3600:.2f}"
         rows.append((way, [spread([len(utterances) / value for value in values]), times, hours]))
     columns = ["utterances/s", "times one at a time", f"hours for {ALL:,}"]
-    screen.show_table(f"{name}, batches of {options.batch_size}", columns, rows, numbers=False)
+    cli.show_table(f"{name}, batches of {options.batch_size}", columns, rows, numbers=False)
     workload.write_result(
         f"evaluate-{name}-{options.batch_size}",
         {

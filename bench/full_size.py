@@ -39,7 +39,7 @@ from bench import workload
 import data
 import model as models
 import prompts
-from support import cli, files, pretrained, screen
+from support import cli, files, pretrained
 
 SHARDS = 2  # as transformers' converter writes them
 STALE = 3  # of the same weights under main's names, which a branch keeps beside the converted ones; no index names them
@@ -278,9 +278,9 @@ def show(cases):
             if kind() == "cuda" and name == "train.py":
                 hours.append(f"{case} {PAPERS_STEPS * figures['step'] / 3600:.1f}")
     columns = ["seconds", "of them a step", "peak GB", "without mapped", "loss"]
-    screen.show_table("The full-size model", columns, rows, numbers=False)
+    cli.show_table("The full-size model", columns, rows, numbers=False)
     if hours:
-        screen.say(f"hours for three epochs of 5,000 examples at these rates: {', '.join(hours)}")
+        cli.say(f"hours for three epochs of 5,000 examples at these rates: {', '.join(hours)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 
-import workload  # first: it finds the project
 
 # isort: split
 import numpy as np
@@ -34,7 +33,7 @@ import soundfile
 
 from analysis import assessor
 import data
-from support import cli, run_folder, sound
+from support import cli, sound
 
 AT_A_TIME, HOSTILE = 20, 0.1  # requests; the share of them
 CLOSE = 1e-5  # of a probability or score
@@ -93,7 +92,7 @@ def hostile(content, text):
 
 def make_requests(settings):
     """The requests of a run, in a random order, with the answers that are right."""
-    ((_, training),) = run_folder.adapters(settings.adapter, None)
+    ((_, training),) = runs.adapters(settings.adapter, None)
     bad = round(HOSTILE * settings.requests)
     utterances = data.read_corpus(training.data, "test", training.data_revision, settings.requests - bad)
     assess = assessor.Assessor(settings.adapter, settings.pronunciations)

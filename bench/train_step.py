@@ -29,7 +29,7 @@ from bench import workload
 from bench.workload import clock, spread
 import data
 import model as models
-from support import cli, screen
+from support import cli
 from support.run import peak_memory
 import train
 
@@ -279,7 +279,7 @@ def show(runs):
         peak = spread([run["peak_gb"] for run in found])
         rows.append((name, [*seconds, spread(ratios) if ratios else "", f"{known[0]['padding']:.1%}", peak]))
     columns = ["new, s", "known, s", "times Trainer", "padding", "peak GB"]
-    screen.show_table("A step of 64 examples: medians (and ranges)", columns, rows, numbers=False)
+    cli.show_table("A step of 64 examples: medians (and ranges)", columns, rows, numbers=False)
 
 
 if __name__ == "__main__":

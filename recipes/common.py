@@ -1,19 +1,15 @@
-"""What the three recipes share: settings, files of results, loading, LoRA, the small training loop, bootstrap.
+"""What the three recipes share: output folders, loading, LoRA, the update and its rate, bootstrap."""
 
-Adapters, quantisation and transformers are imported where they are used: sign_language.py does without.
-"""
-
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 import importlib.metadata
+from itertools import chain
 import json
 import logging
 import math
 from pathlib import Path
-import resource
-import sys
-import time
-import warnings
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -23,8 +19,16 @@ from tqdm import tqdm
 import data
 import metrics
 from support import cli, files
+from support.later import when_used
 
-HUB = "checkpoint in safetensors, as a folder, or as a hub id that can be reached"
+with when_used():  # sign_language does without them
+    import peft
+    import transformers
+
+    from support import files, pretrained
+
+CHECKPOINT = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]  # what is fetched of one
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says of CPUs helps nobody
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -32,43 +36,39 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Settings and results
 
 
-def written(names):
-    """Those of the settings that the user wrote, as flags: "--rank --alpha"; empty where there are none."""
-    return " ".join(cli.flag(name) for name in names if cli.given(name))
+def refuse_unused(settings: Any, mode: str, *used: str) -> None:
+    """Raises InputError for a flag that the user wrote beside the one of a mode, which does not use it."""
+    unused = [field.name for field in fields(settings) if field.name not in (mode, *used)]
+    if written := " ".join(cli.flag(name) for name in unused if cli.given(name)):
+        raise cli.InputError(f"{cli.flag(mode)} does not use {written}: leave it out")
 
 
-def written_beside(settings, *names):
-    """All flags that the user wrote but these."""
-    return written(field.name for field in fields(settings) if field.name not in names)
+@contextmanager
+def new_run(settings: Any, command: str, result: str, writes: Iterable[str], *packages: str) -> Iterator[dict]:
+    """Own --output and write settings.json into it, with the versions of packages; yields what that says.
+
+    result: the file that a run ends with. Raises InputError where it is there, or the folder holds what is not ours.
+    """
+    with files.own(settings.output, command, "settings.json", [result, *writes]):
+        if (settings.output / result).exists():
+            raise cli.InputError(f"{settings.output / result} is there already: choose another --output, or remove it")
+        record = {"written_by": files.signature(command)} | json.loads(json.dumps(asdict(settings), default=str))
+        record["versions"] = {name: importlib.metadata.version(name) for name in packages}
+        write_json(settings.output / "settings.json", record)
+        yield record
 
 
-def new_output(folder, made_by_a_run):
-    """Make a folder for all that a run writes. Raises InputError where it holds a run already."""
-    if (folder / made_by_a_run).exists():
-        raise cli.InputError(f"{folder / made_by_a_run} exists already: choose another --output, or remove it")
-    files.make_folder(folder, "--output")
-
-
-def record(settings):
-    """The settings as plain values, for a file."""
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in asdict(settings).items()}
-
-
-def versions(*packages):
-    return {"versions": {name: importlib.metadata.version(name) for name in packages}}
-
-
-def write_json(path, values):
+def write_json(path: Path, values: Any) -> None:
     with files.whole(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_lines(path, lines):
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
     with files.whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def every(items, check, whose):
+def every(items: Sequence, check: Callable, whose: str) -> list:
     """What `check` returns for each item. Raises one InputError, with a line for every item that it refuses."""
     checked, problems = [], []
     for item in items:
@@ -86,72 +86,62 @@ def every(items, check, whose):
 # Models
 
 
-def quieten():
-    """Silence what libraries say while they load: no user can act on it, and missing weights are checked for here."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-@contextmanager
-def loading(flag, name, kind):
-    """Turns a library's failure to load the file, folder or hub id `name` into an InputError that asks for a `kind`."""
-    remedy = f"{flag} needs {kind}"
-    if not Path(name).exists() and len(Path(name).parts) > 1 and Path(name).parent.is_dir():
-        # Not a hub id, which would be asked for again and again where there is no network
-        raise cli.InputError(f"{flag} {name} does not exist: {remedy}")
-    try:
-        yield
-    except cli.InputError:
-        raise
-    except Exception as error:  # four libraries read a checkpoint, and each has its own for a broken one
-        raise cli.InputError(f"{flag} {name} cannot be loaded: {cli.first_line(error)}; {remedy}") from error
+def find(name: str | Path) -> Path:
+    """The folder of a checkpoint, of a hub id after a download. Raises InputError where it is none that can be read."""
+    folder, _ = files.fetch(name, "main", "model", CHECKPOINT)
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):  # a FIFO would be waited for
+            raise cli.InputError(f"{path} is not a regular file: give a whole checkpoint")
+    return folder
 
 
-def check_weights(loaded, name, may_be_missing=()):
-    """Raises InputError where a checkpoint lacks weights: they would be random. loaded: transformers' loading info."""
+def load(kind: type, folder: Path, dtype: torch.dtype, quantize: bool, skipped=None, may_be_missing=(), **options):
+    """A network of one of transformers' classes in a folder; safetensors alone, which execute nothing.
+
+    quantize: in 4 bits, but for the modules skipped. Raises InputError where it cannot be loaded, lacks weights, which
+    would be random, or has weights that are no numbers.
+    """
+    if quantize:
+        cli.need("bitsandbytes")
+        sizes = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        bits = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **sizes)
+        options["quantization_config"] = bits
+    with pretrained.loading(folder):
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        network, loaded = kind.from_pretrained(folder, **options)
     missing = sorted(set(loaded["missing_keys"]) - set(may_be_missing))
     if wrong := missing + sorted(map(str, loaded["mismatched_keys"])):
-        raise cli.InputError(f"{name} lacks {len(wrong)} weights, such as {wrong[0]}: give a whole checkpoint")
+        raise cli.InputError(f"{folder} lacks {len(wrong)} weights, such as {wrong[0]}: give a whole checkpoint")
+    check_finite(network, folder)
+    return network if quantize else network.to(DEVICE)
 
 
-def nf4(quantize, dtype, skipped=None):
-    """How to load a network in 4 bits; None without `quantize`. skipped: modules that stay as they are."""
-    if not quantize:
-        return None
-    cli.need("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
+def check_finite(network: torch.nn.Module, path: Path) -> None:
+    for name, weight in chain(network.named_parameters(), network.named_buffers()):
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise cli.InputError(f"{path}: {name} holds values that are not finite: give another checkpoint")
 
 
-def add_lora(network, settings, targets, **options):
+def check_ids(ids: Iterable[int], weights: int, path: Path) -> None:
+    """Raises InputError where a vocabulary has an id beyond the weights: CTC would read foreign memory."""
+    if (largest := max(ids)) >= weights:
+        raise cli.InputError(f"{path}: its vocabulary has the id {largest:,}, its weights end with {weights - 1:,}")
+
+
+def add_lora(network, settings: Any, targets: str, **options):
     """The network with a fresh adapter by --rank, --alpha and --dropout, its base frozen. targets: of module names."""
-    from peft import LoraConfig, get_peft_model
-
     sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    return get_peft_model(network, LoraConfig(target_modules=targets, **sizes, **options))
+    return peft.get_peft_model(network, peft.LoraConfig(target_modules=targets, **sizes, **options))
 
 
-def trained(network):
+def trained(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def save(network, folder, processor=None):
+def save(network, folder: Path, processor=None) -> None:
     """A checkpoint, or an adapter in PEFT's format, whole or not at all."""
-    from peft import PeftModel
-
     # The adapters have no embeddings, so no look at the hub
-    options = {"save_embedding_layers": False} if isinstance(network, PeftModel) else {}
+    options = {"save_embedding_layers": False} if isinstance(network, peft.PeftModel) else {}
     with files.whole(folder) as temporary:
         network.save_pretrained(temporary, **options)
         if processor:
@@ -163,25 +153,18 @@ def autocast():
     return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
 
 
-def peak_memory():
-    """Largest memory in use so far, in GB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def learning_rate(step, steps, peak, warmup):
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Rate of a step (counted from 0): linear over the warmup steps up to the peak, then a cosine down to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def update(optimiser, parts, rate, clip, step):
+def update(optimiser: torch.optim.Optimizer, parts: Iterable, rate: float, clip: float, step: int) -> dict:
     """One update of the weights. parts: yields (ids, loss), whose sum is the loss of the step; returns what is logged.
 
     Raises RunError, before the weights change, where loss or gradient is not finite: it would spoil every weight.
@@ -206,44 +189,42 @@ def update(optimiser, parts, rate, clip, step):
     return {"step": step, "learning_rate": rate, "loss": total, "gradient_norm": norm}
 
 
-def train(network, items, step_size, parts_of, settings, seed, path):
+def train(network, items: list, step_size: int, parts_of: Callable, settings: Any, seed: int, path: Path) -> int:
     """Train on all items for --epochs, each step `step_size` of them, in an order by seed and epoch; AdamW.
 
-    parts_of: the items of a step -> what `update` takes. Writes a line of the log `path` a step. Returns how many steps
-    and weights, and the seconds it took.
+    parts_of: the items of a step -> what `update` takes. Writes a line of the log `path` a step. Returns the steps.
     """
-    weights, started = trained(network).values(), time.perf_counter()
+    weights = trained(network).values()
     count, total = (sum(weight.numel() for weight in some) for some in (weights, network.parameters()))
-    print(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
+    cli.say(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
     optimiser = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
-    epochs = [data.epoch_steps(len(items), step_size, seed, epoch) for epoch in range(1, settings.epochs + 1)]
-    steps = sum(map(len, epochs))
+    steps = settings.epochs * len(data.epoch_steps(len(items), step_size, seed, 1))
     warmup = math.ceil(settings.warmup * steps)
     network.train()
     with open(path, "w") as log, tqdm(total=steps, desc=f"training, seed {seed}", unit="step") as bar:
-        for epoch, orders in enumerate(epochs, 1):
-            for indices in orders:
+        for epoch in range(1, settings.epochs + 1):
+            for indices in data.epoch_steps(len(items), step_size, seed, epoch):
                 rate = learning_rate(bar.n, steps, settings.learning_rate, warmup)
                 parts = parts_of([items[i] for i in indices])
                 line = {"epoch": epoch, **update(optimiser, parts, rate, settings.clip, bar.n + 1)}
                 print(json.dumps(line), file=log, flush=True)
                 bar.update()
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, gradient {line['gradient_norm']:.2f}")
-    return {"steps": steps, "trained_weights": count, "seconds": time.perf_counter() - started}
+    return steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Uncertainty
 
 
-def resampled_ratio(numerator, denominator, speakers, seed=0):
+def resampled_ratio(numerator: np.ndarray, denominator: np.ndarray, speakers: list[str], seed: int = 0) -> np.ndarray:
     """sum(numerator) / sum(denominator), both (N,), for resampled speakers, (RESAMPLES,); nan where that is 0 / 0."""
     weights = metrics.speaker_weights(speakers, seed=seed)  # (RESAMPLES, N)
     with np.errstate(invalid="ignore"):
         return weights @ numerator / (weights @ denominator)
 
 
-def wilson(count, total):
-    """Wilson's interval of a share, (low, high), for items that are independent."""
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Wilson's interval of a share, for items that are independent."""
     low, high = stats.binomtest(count, total).proportion_ci(metrics.LEVEL, "wilson")
     return float(low), float(high)

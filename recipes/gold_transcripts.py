@@ -1,10 +1,9 @@
 """Better speech recognition from transcripts that a language model corrected (wav2vec2, LoRA).
 
-    python recipes/gold_transcripts.py --check-llm                                  # load the LLM, time one correction
-    python recipes/gold_transcripts.py --audio-dir recordings                       # with recordings/clean and /noisy
-    python recipes/gold_transcripts.py --data speechocean762 --quantize nf4         # human text to compare with
-    python recipes/gold_transcripts.py --write-tiny tiny-wav2vec2                   # a recogniser for a laptop, then:
-    python recipes/gold_transcripts.py --recogniser tiny-wav2vec2 --data speechocean762 --oracle --no-lora \
+    python -m recipes.gold_transcripts --audio-dir recordings                       # with recordings/clean and /noisy
+    python -m recipes.gold_transcripts --data speechocean762 --quantize nf4         # human text to compare with
+    python -m recipes.gold_transcripts --write-tiny tiny-wav2vec2                   # a recogniser for a laptop, then:
+    python -m recipes.gold_transcripts --recogniser tiny-wav2vec2 --data speechocean762 --oracle --no-lora \
         --epochs 5 --learning-rate 1.5e-3
 
 A recogniser transcribes all recordings. An LLM, which hears nothing, rewrites each transcript into the sentence that
@@ -21,17 +20,14 @@ batch, T tokens of the longest prompt and its answer.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 import json
 import math
 from pathlib import Path
 import re
-import sys
 import time
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -42,7 +38,9 @@ import transformers
 import data
 import metrics
 from recipes import common
-from support import cli, files, sound
+from support import cli, files, pretrained, sound
+
+COMMAND = "recipes.gold_transcripts"
 
 
 @dataclass
@@ -61,7 +59,6 @@ class Settings:
     llm_batch: cli.Count = 8  # transcripts rewritten at once (our choice)
     max_distance: cli.Positive = 0.5  # gold with more word errors per transcript word is rejected (our choice)
     oracle: bool = False  # take the human text of --data as gold instead of asking an LLM: the best that gold can be
-    check_llm: bool = False  # load the LLM, show and time one correction, and end
 
     recogniser: str = "facebook/wav2vec2-base-960h"  # folder or hub id, Wav2Vec2ForCTC (document)
     no_lora: bool = False  # train all weights but the feature encoder's (document)
@@ -81,8 +78,6 @@ class Settings:
     output: Path = Path("out-gold")  # folder for all that is written
 
 
-LLM_SETTINGS = ("llm", "llm_batch", "max_distance", "max_new_tokens", "quantize")
-LORA_SETTINGS = ("alpha", "dropout", "rank")
 CONDITIONS = ("clean", "noisy")  # folders of --audio-dir (document)
 LONGEST = 30.0  # seconds of a recording; our choice: attention's memory grows with the square
 BANDS, KERNEL, HOP, MEAN = 32, 400, 80, 8  # of the tiny recogniser's ears: number, samples, samples, frames
@@ -90,8 +85,9 @@ FEWEST, FEW = 2, 10  # samples to train on: fewer are refused, fewer are warned 
 ATTENTION = r".*encoder\.layers\.\d+\.attention\.(q|k|v|out)_proj"  # gets LoRA (public code)
 HEAD = "lm_head"  # of the recogniser; LoRA leaves it frozen unless it is named, and then saves it too
 MAY_BE_MISSING = {"wav2vec2.masked_spec_embed"}  # in wav2vec2-base-960h, which then was trained without
+RESULTS = "evaluation_results.json"
+COUNTED = ("error_samples", "empty")  # of a text, in the tables
 ORACLE = "oracle gold: human text, not an LLM"
-EXAMPLE = "HE WENT TOO THE STOAR TO BY SOME BRED"  # of --check-llm, and the first call of every run
 
 # Ours: the document gives none. Length and meaning are to stay, because what differs is trained on.
 PROMPT = """A speech recogniser wrote down one short English utterance, maybe with mistakes. Write the sentence that \
@@ -110,32 +106,14 @@ LABEL = re.compile(  # "Here is the corrected sentence:", "Output:"
 SYMBOLS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 
 
-def parse_settings():
-    """The command line as Settings. Raises InputError when a value is wrong or two cannot work together."""
-    settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
-    check(settings)
-    unused = LLM_SETTINGS * settings.oracle + LORA_SETTINGS * settings.no_lora + ("split",) * bool(settings.audio_dir)
-    return replace(settings, **dict.fromkeys(unused))  # None, so that no file says they were used
-
-
-def check(settings):
+def check(settings: Settings) -> None:
     """Raises InputError for settings that cannot work together."""
-    if settings.check_llm:
-        if more := common.written_beside(settings, "check_llm", "llm", "quantize", "max_new_tokens"):
-            raise cli.InputError(f"--check-llm only loads the LLM: leave out {more}")
-    elif settings.write_tiny:
-        if more := common.written_beside(settings, "write_tiny", "seed"):
-            raise cli.InputError(f"--write-tiny writes a recogniser and ends: leave out {more}")
+    if settings.write_tiny:
+        common.refuse_unused(settings, "write_tiny", "seed")
     elif bool(settings.audio_dir) == bool(settings.data):
         raise cli.InputError("give --audio-dir, recordings, or --data, a corpus with human text: one of the two")
-    if settings.oracle and settings.audio_dir:
+    elif settings.oracle and settings.audio_dir:
         raise cli.InputError("--oracle takes human text, and --audio-dir has none: give --data, or an LLM with --llm")
-    if settings.oracle and (more := common.written(LLM_SETTINGS)):
-        raise cli.InputError(f"--oracle asks no LLM: leave out {more}")
-    if settings.no_lora and (more := common.written(LORA_SETTINGS)):
-        raise cli.InputError(f"--no-lora trains no LoRA: leave out {more}")
-    if settings.audio_dir and cli.given("split"):
-        raise cli.InputError(f"--split {settings.split} is a part of --data: leave it out")
 
 
 @dataclass(frozen=True)
@@ -147,7 +125,7 @@ class Sample:
     human: str | None  # what was said, by people
 
 
-def read_samples(settings):
+def read_samples(settings: Settings) -> list[Sample]:
     """All recordings, checked. Raises InputError with one line for every one that cannot be used."""
     if settings.data:
         utterances = data.read_corpus(settings.data, settings.split, limit=settings.limit)
@@ -158,10 +136,11 @@ def read_samples(settings):
 
     def read(found):
         condition, path = found
-        sound.read_sound_file(path, LONGEST, data.SAMPLE_RATE)
+        audio = partial(sound.read_sound_file, path, LONGEST, data.SAMPLE_RATE)
+        audio()
         # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
         name = str(path.relative_to(folders[condition]).with_suffix(""))
-        return Sample(str(path.relative_to(root)), condition, name, partial(sound.read_sound_file, path, LONGEST), None)
+        return Sample(str(path.relative_to(root)), condition, name, audio, None)
 
     return common.every(found, read, f"recordings of {root}")
 
@@ -179,22 +158,19 @@ class Recogniser:
 
     def __init__(self, name, time_mask):
         """name: folder or hub id; time_mask: mask_time_prob. Raises InputError when it cannot be loaded."""
-        with common.loading("--recogniser", name, f"a Wav2Vec2ForCTC {common.HUB}"):
-            self.processor = transformers.Wav2Vec2Processor.from_pretrained(name)
-            self.network, loaded = transformers.Wav2Vec2ForCTC.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32, mask_time_prob=time_mask, output_loading_info=True
-            )
-        common.check_weights(loaded, f"--recogniser {name}", MAY_BE_MISSING)
-        if loaded["missing_keys"] and time_mask:  # what hidden frames become; never left to what memory held
-            torch.nn.init.uniform_(self.network.wav2vec2.masked_spec_embed)
-        if (rate := self.processor.feature_extractor.sampling_rate) != data.SAMPLE_RATE:
+        folder, kind = common.find(name), transformers.Wav2Vec2ForCTC
+        with pretrained.loading(folder):
+            self.processor = transformers.Wav2Vec2Processor.from_pretrained(folder)
+            tokenizer, rate = self.processor.tokenizer, self.processor.feature_extractor.sampling_rate
+            self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
+            self.letters[" "] = self.letters.pop(tokenizer.word_delimiter_token)
+        options = {"may_be_missing": MAY_BE_MISSING, "mask_time_prob": time_mask}
+        self.network = common.load(kind, folder, torch.float32, False, **options)
+        self.blank, self.capitals = tokenizer.pad_token_id, "E" in self.letters
+        common.check_ids([*self.letters.values(), self.blank], self.network.config.vocab_size, folder)
+        if rate != data.SAMPLE_RATE:
             raise cli.InputError(f"--recogniser {name} hears {rate} Hz: give one for {data.SAMPLE_RATE} Hz")
-        tokenizer = self.processor.tokenizer
-        self.blank = tokenizer.pad_token_id
-        self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
-        self.letters[" "] = self.letters.pop(tokenizer.word_delimiter_token)
-        self.capitals = "E" in self.letters
-        self.network.to(common.DEVICE).eval()
+        self.network.eval()
         self.network.freeze_feature_encoder()
 
     def normalise(self, text):
@@ -243,30 +219,23 @@ class Llm:
 
     def __init__(self, name, quantize, max_new_tokens):
         """name: folder or hub id; quantize: None or "nf4". Raises InputError when it cannot be loaded."""
-        dtype = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32
-        options = {"dtype": dtype, "use_safetensors": True, "quantization_config": common.nf4(quantize, dtype)}
-        with common.loading("without an LLM there is no gold: --llm", name, f"a chat model's {common.HUB}"):
+        dtype, folder = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32, common.find(name)
+        with pretrained.loading(folder):
             # Left: an answer continues the last token of its row, which may not be padding
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.network = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise cli.InputError(f"--llm {name} has no chat template: give an instruction-tuned one")
-        if not quantize:
-            self.network.to(common.DEVICE)
+        self.network = common.load(transformers.AutoModelForCausalLM, folder, dtype, bool(quantize)).eval()
+        common.check_ids(
+            self.tokenizer.get_vocab().values(), self.network.get_input_embeddings().num_embeddings, folder
+        )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = self.network.generation_config.eos_token_id  # some chat models have several
         self.ends = set(np.atleast_1d(self.tokenizer.eos_token_id if ends is None else ends).tolist())
-        self.network.generation_config = (
-            transformers.GenerationConfig(  # without the checkpoint's temperature and its like
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=sorted(self.ends),
-            )
-        )
-        self.network.eval()
-        self.rewrite([EXAMPLE])  # the first call is slow, and not what the time of a correction should be
+        ids = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": sorted(self.ends)}
+        greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ids)
+        self.network.generation_config = greedy  # without the checkpoint's temperature and its like
 
     @torch.no_grad()
     def rewrite(self, transcripts):
@@ -285,22 +254,6 @@ def clean_answer(answer):
     lines = [line.strip() for line in answer.splitlines()]
     sentences = [text for line in lines if (text := LABEL.sub("", line).strip(" \"'`*“”‘’"))]
     return sentences[0] if sentences else ""
-
-
-def check_llm(settings):
-    """Load the LLM, show and time one correction."""
-    started = time.perf_counter()
-    llm = Llm(settings.llm, settings.quantize, settings.max_new_tokens)
-    loaded = time.perf_counter()
-    (answer,) = llm.rewrite([EXAMPLE])
-    seconds = time.perf_counter() - loaded
-    print(f"transcript: {EXAMPLE}\nanswer:     {answer!r}\nsentence:   {clean_answer(answer or '')}")
-    print(f"loaded in {loaded - started:.1f} s, corrected in {seconds:.2f} s; {common.peak_memory():.1f} GB at most")
-    if answer is None:
-        raise cli.RunError(
-            f"the answer did not end within --max-new-tokens {settings.max_new_tokens}, and such answers are rejected: "
-            f"raise it, or choose an --llm that keeps to one line"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,15 +331,15 @@ def choose_training(lines, samples, recogniser):
 # Training and evaluation
 
 
-def train(recogniser, chosen, settings):
+def train(recogniser: Recogniser, chosen: list, settings: Settings) -> dict:
     """Fine-tune on (sample, target) pairs, and save. Returns what is said of it in the results."""
     if not settings.no_lora:
         recogniser.network = common.add_lora(recogniser.network, settings, ATTENTION, modules_to_save=[HEAD])
-    parts, log = partial(losses, recogniser), settings.output / "log.jsonl"
-    about = common.train(recogniser.network, chosen, settings.batch_size, parts, settings, settings.seed, log)
-    path = settings.output / ("model" if settings.no_lora else "adapter")
+    parts, log, started = partial(losses, recogniser), settings.output / "log.jsonl", time.perf_counter()
+    steps = common.train(recogniser.network, chosen, settings.batch_size, parts, settings, settings.seed, log)
+    path, seconds = settings.output / ("model" if settings.no_lora else "adapter"), time.perf_counter() - started
     common.save(recogniser.network, path, recogniser.processor)
-    return {"samples": len(chosen), "epochs": settings.epochs, **about, "path": str(path)}
+    return {"samples": len(chosen), "steps": steps, "seconds": seconds, "path": str(path)}
 
 
 def losses(recogniser, step):
@@ -457,30 +410,29 @@ def evaluate(training, held_out, settings):
     return {"held_out": measured, "gold_quality": quality}
 
 
-def show(results, groups):
+def show(results: dict, groups: str) -> None:
     """Print the tables. groups: what was held out together, "speakers" or "file names"."""
-    print(f"\n{results['gold']}")
+    cli.say("", results["gold"])
     for part, by_reference in results["held_out"].items():
         for reference, numbers in by_reference.items():
             show_comparison(f"held out, {part}, against {reference} text", numbers, groups)
     for part, numbers in results["gold_quality"].items():
         show_comparison(f"how good the gold is, {part}, against human text", numbers, groups)
-    print(f"\ncounts: {in_words(results['counts'])}")
+    cli.say("", in_words(results["counts"]))
 
 
 def show_comparison(title, numbers, groups):
     if numbers is None:
         return
-    print(f"\n{title}: {numbers['samples']:,} samples of {numbers['speakers']} {groups}")
+    rows = []
     for name, of in numbers.items():
-        if not isinstance(of, dict):
-            continue
-        (low, high), sign = of["wer_interval"], "+" if name == "difference" else ""
-        rest = "" if sign else f", with errors {of['error_samples']:,} ({of['error_rate']:.1%}), empty {of['empty']:,}"
-        rest += f", p {of['wer_pvalue']:.3f}" if sign else ""
-        rest += f", {of['wer_relative']:+.1%} of the first" if of.get("wer_relative") else ""
-        interval = f"[{low:{sign}.3f}, {high:{sign}.3f}]"
-        print(f"  {name:10} WER {of['wer']:{sign}.3f} {interval}  CER {of['cer']:{sign}.3f}{rest}")
+        if isinstance(of, dict):
+            sign, counts = "+" if name == "difference" else "", [str(of.get(key, "")) for key in COUNTED]
+            interval = " to ".join(f"{value:{sign}.3f}" for value in of["wer_interval"])
+            pvalue = f"{of['wer_pvalue']:.3f}" if "wer_pvalue" in of else ""
+            rows.append((name, [f"{of['wer']:{sign}.3f}", interval, pvalue, f"{of['cer']:{sign}.3f}", *counts]))
+    caption = f"{title}: {numbers['samples']:,} samples of {numbers['speakers']} {groups}"
+    cli.show_table(caption, ["WER", "95 %", "p", "CER", "with errors", "empty"], rows)
 
 
 def in_words(counts):
@@ -514,7 +466,7 @@ def write_tiny(folder, seed):
         (temporary / "vocab.json").write_text(json.dumps({symbol: id for id, symbol in enumerate(SYMBOLS)}))
         tokenizer = transformers.Wav2Vec2CTCTokenizer(str(temporary / "vocab.json"))
         transformers.Wav2Vec2Processor(transformers.Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(temporary)
-    print(f"{folder}: {network.num_parameters():,} weights, random: it knows nothing yet")
+    cli.say(f"{folder}: {network.num_parameters():,} weights, random: it knows nothing yet")
 
 
 @torch.no_grad()
@@ -537,56 +489,45 @@ def hear_bands(first, second):
 # All of it
 
 
-def run(settings):
+def run(settings: Settings) -> None:
     """Transcribe, rewrite, train, measure. Raises InputError before anything slow when the input is wrong."""
-    common.new_output(settings.output, "settings.json")
-    samples = read_samples(settings)
-    training, held_out = data.hold_out_speakers(samples, settings.validation, settings.seed)
-    torch.manual_seed(settings.seed)
-    np.random.seed(settings.seed)  # time masks are drawn from it
-    recogniser = Recogniser(settings.recogniser, settings.time_mask)
-    llm = None if settings.oracle else Llm(settings.llm, settings.quantize, settings.max_new_tokens)
-    record = record_settings(settings)
-    groups = "speakers" if settings.data else "file names"
-    print(f"{len(samples):,} recordings; {len(held_out):,} of {len({s.speaker for s in held_out})} {groups} held out")
+    writes = ["gold.jsonl", "log.jsonl", "held_out.jsonl", "adapter", "model"]
+    with common.new_run(settings, COMMAND, RESULTS, writes, "torch", "transformers", "peft") as record:
+        samples = read_samples(settings)
+        training, held_out = data.hold_out_speakers(samples, settings.validation, settings.seed)
+        torch.manual_seed(settings.seed)
+        np.random.seed(settings.seed)  # time masks are drawn from it
+        recogniser = Recogniser(settings.recogniser, settings.time_mask)
+        llm = None if settings.oracle else Llm(settings.llm, settings.quantize, settings.max_new_tokens)
+        groups = "speakers" if settings.data else "file names"
+        speakers = len({sample.speaker for sample in held_out})
+        cli.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {groups} held out")
 
-    transcripts = recogniser.transcribe(samples, "transcribing")
-    lines, lost = write_gold(samples, transcripts, recogniser, llm, settings)
-    del llm  # its memory is needed
-    held_out_ids = {sample.id for sample in held_out}
-    parts = {"training": [], "held_out": []}
-    for line in lines:
-        parts["held_out" if line["id"] in held_out_ids else "training"].append(line)
-    chosen, too_short = choose_training(parts["training"], samples, recogniser)
-    counts = count(lines, parts, chosen, too_short, lost)
-    if len(chosen) < FEWEST:
-        raise cli.RunError(
-            f"{len(chosen)} samples to train on, and {FEWEST} are the fewest ({in_words(counts)}): use "
-            f"more recordings; what became of each is in {settings.output}/gold.jsonl"
-        )
-    if len(chosen) < FEW:
-        print(f"only {len(chosen)} samples to train on: expect nothing of it")
+        transcripts = recogniser.transcribe(samples, "transcribing")
+        lines, lost = write_gold(samples, transcripts, recogniser, llm, settings)
+        del llm  # its memory is needed
+        by_id = {line["id"]: line for line in lines}
+        parts = [[by_id[sample.id] for sample in part] for part in (training, held_out)]
+        chosen, too_short = choose_training(parts[0], samples, recogniser)
+        counts = count(lines, parts, chosen, too_short, lost)
+        if len(chosen) < FEWEST:
+            raise cli.RunError(
+                f"{len(chosen)} samples to train on, and {FEWEST} are the fewest ({in_words(counts)}): use "
+                f"more recordings; what became of each is in {settings.output}/gold.jsonl"
+            )
+        if len(chosen) < FEW:
+            cli.say(f"only {len(chosen)} samples to train on: expect nothing of it")
 
-    trained = train(recogniser, chosen, settings)
-    tuned = recogniser.transcribe(held_out, "transcribing again")
-    for line, text in zip(parts["held_out"], tuned, strict=True):
-        line["tuned"] = text
-    common.write_lines(settings.output / "held_out.jsonl", parts["held_out"])
-    results = {"gold": record["gold"], **evaluate(**parts, settings=settings), "counts": counts}
-    results |= {"training": trained, "settings": record}
-    common.write_json(settings.output / "evaluation_results.json", results)
-    show(results, groups)
-    print(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: evaluation_results.json beside it")
-
-
-def record_settings(settings):
-    """Print the settings as they will be used, and write them to settings.json. Returns them, with versions."""
-    values = common.record(settings)
-    print("settings: " + " ".join(f"{key}={value}" for key, value in values.items()))
-    values["gold"] = ORACLE if settings.oracle else f"gold: written by {settings.llm}, which hears nothing"
-    values |= common.versions("torch", "transformers", "peft")
-    common.write_json(settings.output / "settings.json", values)
-    return values
+        trained = train(recogniser, chosen, settings)
+        tuned = recogniser.transcribe(held_out, "transcribing again")
+        lines = [line | {"tuned": text} for line, text in zip(parts[1], tuned, strict=True)]
+        common.write_lines(settings.output / "held_out.jsonl", lines)
+        gold = ORACLE if settings.oracle else f"gold: written by {settings.llm}, which hears nothing"
+        results = {"gold": gold, **evaluate(parts[0], lines, settings), "counts": counts}
+        results |= {"training": trained, "settings": record}
+        common.write_json(settings.output / RESULTS, results)
+        show(results, groups)
+        cli.say(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it")
 
 
 def count(lines, parts, chosen, too_short, lost):
@@ -594,7 +535,8 @@ def count(lines, parts, chosen, too_short, lost):
     verdicts = Counter(line["verdict"] for line in lines)
     return {
         "recordings": len(lines),
-        **{name: len(part) for name, part in parts.items()},
+        "training": len(parts[0]),
+        "held_out": len(parts[1]),
         "empty transcripts": sum(not line["baseline"] for line in lines),
         "gold kept": verdicts.pop("kept", 0),
         **{f"gold rejected: {verdict}": number for verdict, number in verdicts.items()},
@@ -606,17 +548,15 @@ def count(lines, parts, chosen, too_short, lost):
     }
 
 
-def main():
-    """Errors of the user and of the run end with one line and the exit codes 2 and 1."""
-    settings = parse_settings()
-    common.quieten()
+def main() -> None:
+    settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
+    check(settings)
+    pretrained.quieten()
     if settings.write_tiny:
         write_tiny(settings.write_tiny, settings.seed)
-    elif settings.check_llm:
-        check_llm(settings)
     else:
         run(settings)
 
 
 if __name__ == "__main__":
-    cli.run_script("gold_transcripts.py", main)
+    cli.run_script(COMMAND, main)

@@ -1,9 +1,9 @@
 """Read continuous sign language as glosses: landmarks, encoders by body part, MobileNetV3 blocks, BiLSTM, CTC.
 
-    python recipes/sign_language.py --write-synthetic glosses            # a small data folder in the real format
-    python recipes/sign_language.py --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
-    python recipes/sign_language.py --data glosses --evaluate out-sign/best.safetensors      # greedy and beam, on test
-    python recipes/sign_language.py --data phoenix-si5 --output phoenix                  # the document's settings
+    python -m recipes.sign_language --write-synthetic glosses            # a small data folder in the real format
+    python -m recipes.sign_language --data glosses --epochs 20 --warmup 1 --learning-rate 1e-3   # chooses on dev
+    python -m recipes.sign_language --data glosses --evaluate out-sign/best.safetensors      # greedy and beam, on test
+    python -m recipes.sign_language --data phoenix-si5 --output phoenix                  # the document's settings
 
 A data folder has <split>.SI5.corpus.csv (separator |) and one feature file a sequence: <split>/<id>.npz or <id>.npy,
 float [T, F]. Its features.json declares the body parts in the order of the F columns, {"pose": 99, "hands": 126, ...};
@@ -16,19 +16,14 @@ Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of t
 """
 
 from collections import Counter, defaultdict
-import csv
 from dataclasses import dataclass
 from functools import partial
+import io
 import json
 import math
 from pathlib import Path
-import sys
 import time
 from typing import Annotated, Any, Literal, NamedTuple
-import zipfile
-import zlib
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -37,12 +32,13 @@ from safetensors.torch import save_file
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import metrics
 from recipes import common
 from support import cli, files
+
+COMMAND = "recipes.sign_language"
 
 
 @dataclass
@@ -57,25 +53,24 @@ class Settings:
     unchecked_order: bool = False  # train although hands are not more often missing than faces
 
     dropout: cli.Fraction = 0.3  # in encoders and before the LSTM (document)
-    gradient_checkpointing: bool = False  # compute the encoders' activations twice: the same step with less memory
 
     epochs: cli.Count = 100  # passes over the train split (document)
     warmup: Annotated[int, Field(ge=0)] = 5  # epochs of linear warmup (document); a cosine follows (our choice)
     learning_rate: cli.Positive = 3e-4  # peak (document)
     weight_decay: cli.Fraction = 1e-4  # of AdamW (document)
-    batch_size: cli.Count = 4  # sequences computed at once (document)
-    accumulation: cli.Count = 1  # batches in a step (document; public code 4)
+    batch_size: cli.Count = 4  # sequences in a step (document; public code 4 x 4)
     clip: cli.Positive = 1.0  # largest norm of a step's gradient (document)
     patience: cli.Count = 15  # stop after so many epochs without a lower WER on dev (document)
 
     split: str = "test"  # that --evaluate scores (our choice)
-    beam_width: cli.Count = 10  # of the prefix beam search (our choice)
+    beam_width: Annotated[int, Field(ge=1, le=100)] = 10  # of the prefix search (our choice); its square is the time
 
     seed: cli.Seed = 42  # of weights, order, augmentation, resamples (public code)
     output: Path = Path("out-sign")  # folder for all that is written (our choice)
 
 
-EVALUATION = ("split", "beam_width")
+BEST = "best.safetensors"
+NUMBERS = ("wer", "low", "high", "sub", "del", "ins")  # of each search, in the table
 
 # Columns of a frame, in this order: 33 pose, 2 x 21 hand and 468 face points with x, y, z (document), then 3 x 1629
 # values that the document calls temporal: velocity, acceleration, and by the public code the raw values once more.
@@ -110,19 +105,14 @@ SYNTHETIC_GLOSSES = ("WIND", "REGEN", "SONNE", "SCHNEE", "NORD", "SUED", "MORGEN
 SYNTHETIC_SPLITS = {"train": (400, 8), "dev": (60, 4), "test": (120, 8)}  # sequences, signers: no signer in two splits
 
 
-def check(settings):
+def check(settings: Settings) -> None:
     """Raises InputError for settings that cannot work together."""
     if settings.write_synthetic:
-        if more := common.written_beside(settings, "write_synthetic", "seed"):
-            raise cli.InputError(f"--write-synthetic takes --seed alone: leave out {more}")
+        common.refuse_unused(settings, "write_synthetic", "seed")
     elif not settings.data:
         raise cli.InputError("--data is missing: give a data folder, or make one with --write-synthetic FOLDER")
     elif settings.evaluate:
-        used = ("evaluate", "data", "batch_size", "seed", "output", *EVALUATION)
-        if more := common.written_beside(settings, *used):
-            raise cli.InputError(f"--evaluate trains nothing: leave out {more}")
-    elif more := common.written(EVALUATION):
-        raise cli.InputError(f"{more} has no effect in training: leave it out, or add --evaluate CHECKPOINT")
+        common.refuse_unused(settings, "evaluate", "data", "batch_size", "seed", "output", "split", "beam_width")
     elif settings.warmup >= settings.epochs:
         raise cli.InputError(
             f"--warmup {settings.warmup} epochs leave nothing of --epochs {settings.epochs}: lower --warmup"
@@ -217,18 +207,14 @@ def read_split(folder, split, groups, which):
 
 def read_annotations(path):
     """Rows of an SI5 corpus file: [(line number, id, signer, glosses)]. Raises InputError."""
-    if not path.exists():
-        raise cli.InputError(f"{path} does not exist: --data is a folder with <split>.SI5.corpus.csv")
-    lines = files.read_text(path).removeprefix("\ufeff").splitlines()
-    reader = csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE)
-    columns = reader.fieldnames or []
+    columns, *rows = (line.rstrip("\r").split("|") for line in files.read_text(path).rstrip("\n").split("\n"))
     key = "id" if "id" in columns else "name"
     if missing := [name for name in (key, "signer", "annotation") if name not in columns]:
         raise cli.InputError(f"{path} has no column {' and '.join(missing)} (separator |), but {columns}")
-    rows = [(reader.line_num, row) for row in reader]
-    if bad := [str(line) for line, row in rows if None in row or None in row.values() or not row[key]]:
+    id, signer, annotation = map(columns.index, (key, "signer", "annotation"))
+    if bad := [str(line) for line, row in enumerate(rows, 2) if len(row) != len(columns) or not row[id]]:
         raise cli.InputError(f"{path} needs {len(columns)} fields and an id in line {', '.join(bad)}: repair it")
-    return [(line, row[key], row["signer"], row["annotation"].split()) for line, row in rows]
+    return [(line, row[id], row[signer], row[annotation].split()) for line, row in enumerate(rows, 2)]
 
 
 def is_dropped(gloss):
@@ -237,14 +223,12 @@ def is_dropped(gloss):
 
 def read_features(path, width):
     """A feature file, float32 (T, width). Raises InputError when it is missing, corrupt or of another shape."""
+    content = files.read_bytes(path)
     try:
-        with open(path, "rb") as file:
-            content = np.load(file)
-            if not isinstance(content, np.ndarray):
-                content = content[next(key for key in (*KEYS, *content.files) if key in content.files)]
-    except FileNotFoundError as error:
-        raise cli.InputError(f"no feature file: neither <split>/<id>.npz nor {path}") from error
-    except (OSError, ValueError, EOFError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
+        content = np.load(io.BytesIO(content))
+        if not isinstance(content, np.ndarray):
+            content = content[next(key for key in (*KEYS, *content.files) if key in content.files)]
+    except Exception as error:  # of numpy, zipfile, zlib, tokenize
         raise cli.InputError(f"{path} is not a readable array: {cli.first_line(error)}") from error
     if content.ndim != 2 or content.shape[1] != width or not np.issubdtype(content.dtype, np.floating):
         raise cli.InputError(f"{path} has {content.dtype} {list(content.shape)} instead of float [T, {width}]")
@@ -262,12 +246,12 @@ def describe(split, samples, dropped):
     impossible = [sample.id for sample in samples if not sample.possible]
     signers = len({sample.signer for sample in samples})
     frames, glosses = (sum(counts) for counts in zip(*((s.frames, len(s.glosses)) for s in samples)))
-    print(
+    cli.say(
         f"{split}: {len(samples):,} sequences of {signers} signers, {frames:,} frames, {glosses:,} glosses "
         f"({dropped:,} left out by the filter), {sum(not s.glosses for s in samples)} sequences without any"
     )
     if impossible:
-        print(
+        cli.say(
             f"{split}: {len(impossible)} sequences have more glosses than CTC can write in their frames; training "
             f"leaves them out, the WER counts them: {', '.join(impossible[:5])}"
         )
@@ -277,7 +261,7 @@ def compare_with_training(split, samples, system):
     """Print and return what a held-out split has that training did not have, and the other way round."""
     unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
     shared = sorted({sample.signer for sample in samples} & set(system.signers))
-    print(
+    cli.say(
         f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
         f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
         f"{', '.join(shared) or 'none'}"
@@ -311,7 +295,7 @@ def check_order(missing, unchecked):
     pose exchanged with what is never missing, and everything about temporal.
     """
     shares = ", ".join(f"{name} {share:.1%}" for name, share in missing.items())
-    print(f"frames with a half of the group exactly zero: {shares}")
+    cli.say(f"frames with a half of the group exactly zero: {shares}")
     if missing["hands"] <= missing["face"] and not unchecked:
         raise cli.InputError(
             f"hands are missing in {missing['hands']:.1%} of the frames and faces in {missing['face']:.1%}, so these "
@@ -332,9 +316,7 @@ class Batch(NamedTuple):
 class System:
     """All that is needed to read signs."""
 
-    model: nn.Module
-    mean: np.ndarray  # (F,) of the train split, as std
-    std: np.ndarray
+    model: "Student"  # with mean and standard deviation of the train split's features
     vocabulary: Vocabulary
     groups: dict[str, int]  # columns, in order
     signers: list[str]  # of training
@@ -342,9 +324,10 @@ class System:
 
 def make_batch(samples, system, rng=None):
     """A Batch on common.DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
+    mean, std = (values.cpu().numpy() for values in (system.model.mean, system.model.std))
     loaded = []
     for sample in samples:
-        frames = (read_features(sample.path, len(system.mean)) - system.mean) / system.std  # (T, F)
+        frames = (read_features(sample.path, len(mean)) - mean) / std  # (T, F)
         loaded.append((sample, torch.from_numpy(augment(frames, sample.needed, rng) if rng else frames)))
     loaded.sort(key=lambda pair: -len(pair[1]))
     samples, features = map(list, zip(*loaded))
@@ -438,15 +421,13 @@ def new_encoder(inputs, outputs, dropout):
 
 
 class Student(nn.Module):
-    """groups: {name: columns} in order; symbols: V; gradient_checkpointing: of the encoders, while training.
+    """groups: {name: columns} in order; symbols: V. It keeps the features' statistics, and takes normalised ones."""
 
-    Most activations are the encoders'. The rest is computed once: a batch norm that is computed twice would move its
-    running statistics twice.
-    """
-
-    def __init__(self, groups, symbols, dropout=0.3, gradient_checkpointing=False):
+    def __init__(self, groups, symbols, dropout=0.3):
         super().__init__()
-        self.columns, self.gradient_checkpointing = slices(groups), gradient_checkpointing
+        self.columns, width = slices(groups), sum(groups.values())
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
         encoders = {name: new_encoder(width, ENCODED[name], dropout) for name, width in groups.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.stem = ConvNorm(same_conv(sum(ENCODED.values()), STEM, 3, stride=2), nn.Hardswish)
@@ -461,7 +442,7 @@ class Student(nn.Module):
         """Log-probabilities (T, B, V), float32. features: (B, T, F); lengths: (B,) on the CPU, frames of each row."""
         frames = features.shape[1]
         mask = (torch.arange(frames) < lengths[:, None]).to(features.device)  # (B, T)
-        encoded = [self.encode(name, features[..., columns]) for name, columns in self.columns.items()]
+        encoded = [self.encoders[name](features[..., columns]) for name, columns in self.columns.items()]
         x = torch.cat(encoded, dim=2).transpose(1, 2)  # (B, C, T)
         reduced = mask[:, ::2]
         x = self.stem(x * mask[:, None], reduced)  # (B, C, T/2)
@@ -474,48 +455,31 @@ class Student(nn.Module):
         x, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=frames)
         return self.output(x).transpose(0, 1).log_softmax(dim=2, dtype=torch.float32)
 
-    def encode(self, name, part):
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(self.encoders[name], part, use_reentrant=False)
-        return self.encoders[name](part)
-
-
-def sizes(model):
-    """{part: parameters}; an encoder and a block are parts of their own."""
-    parts = {}
-    for name, module in model.named_children():
-        nested = module.named_children() if name in ("encoders", "blocks") else []
-        parts |= {f"{name}.{key}": child for key, child in nested} or {name: module}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return {name: count for name, count in counts.items() if count}
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(settings):
+def train(settings: Settings) -> None:
     """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
-    common.new_output(settings.output, "log.jsonl")
-    groups = read_features_order(settings.data)
-    samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
-    samples = [sample for sample in samples if sample.possible]
-    if not samples:
-        raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
-    mean, std, missing = feature_statistics(samples, groups)
-    check_order(missing, settings.unchecked_order)
-    vocabulary, signers = Vocabulary(g for sample in samples for g in sample.glosses), {s.signer for s in samples}
-    torch.manual_seed(settings.seed)
-    model = Student(groups, len(vocabulary.words), settings.dropout, settings.gradient_checkpointing).to(common.DEVICE)
-    total, parts = sum(sizes(model).values()), ", ".join(f"{name} {count:,}" for name, count in sizes(model).items())
-    print(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}: {parts}")
-    system = System(model, mean, std, vocabulary, groups, sorted(signers))
-    compare_with_training("dev", dev, system)
-    unused = (*EVALUATION, "evaluate", "write_synthetic")
-    record = {name: value for name, value in common.record(settings).items() if name not in unused}
-    record |= {"parameters": sizes(model)} | common.versions("torch")
-    common.write_json(settings.output / "settings.json", record)
-    run_epochs(system, samples, dev, settings, record)
+    with common.new_run(settings, COMMAND, BEST, ["log.jsonl"], "torch") as record:
+        groups = read_features_order(settings.data)
+        samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
+        samples = [sample for sample in samples if sample.possible]
+        if not samples:
+            raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
+        mean, std, missing = feature_statistics(samples, groups)
+        check_order(missing, settings.unchecked_order)
+        vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
+        torch.manual_seed(settings.seed)
+        model = Student(groups, len(vocabulary.words), settings.dropout)
+        model.mean, model.std = torch.from_numpy(mean), torch.from_numpy(std)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        cli.say(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}")
+        signers = sorted({sample.signer for sample in samples})
+        system = System(model.to(common.DEVICE), vocabulary, groups, signers)
+        compare_with_training("dev", dev, system)
+        run_epochs(system, samples, dev, settings, record)
 
 
 def run_epochs(system, samples, dev, settings, record):
@@ -525,7 +489,7 @@ def run_epochs(system, samples, dev, settings, record):
     """
     optimiser = torch.optim.AdamW(system.model.parameters(), weight_decay=settings.weight_decay)
     best, best_epoch, started = (math.inf, math.inf), 0, time.perf_counter()
-    per_epoch = math.ceil(len(samples) / (settings.batch_size * settings.accumulation))
+    per_epoch = math.ceil(len(samples) / settings.batch_size)
     with open(settings.output / "log.jsonl", "w") as log, tqdm(total=settings.epochs * per_epoch, unit="step") as bar:
         for epoch in range(1, settings.epochs + 1):
             epoch_started = time.perf_counter()
@@ -533,42 +497,38 @@ def run_epochs(system, samples, dev, settings, record):
             loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
             wer = metrics.error_rate(references, read)
             line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started}
-            print(json.dumps(line | {"memory_gb": common.peak_memory()}), file=log, flush=True)
+            print(json.dumps(line), file=log, flush=True)
             reached = wer, math.inf if loss is None else loss
             if reached < best:
                 best, best_epoch = reached, epoch
-                save(settings.output / "best.safetensors", system, record | {"epoch": epoch, "dev_wer": wer})
+                save(settings.output / BEST, system, record | {"epoch": epoch, "dev_wer": wer})
             bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best[0]:.3f}")
             if epoch - best_epoch >= settings.patience:
-                bar.write(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
+                cli.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
                 break
-    print(
+    cli.say(
         f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
-        f"--data {settings.data} --evaluate {settings.output}/best.safetensors"
+        f"--data {settings.data} --evaluate {settings.output}/{BEST}"
     )
 
 
 def train_epoch(system, samples, optimiser, settings, epoch, bar):
     """One pass over the samples in an order that depends on seed and epoch alone. Returns what is logged of it."""
-    rng = np.random.default_rng((settings.seed, epoch))
+    rng, lines = np.random.default_rng((settings.seed, epoch)), []
     order = [samples[i] for i in rng.permutation(len(samples))]
-    size, lines = settings.batch_size, []
     warmup = settings.warmup * bar.total // settings.epochs  # steps
     system.model.train()
-    for first in range(0, len(order), size * settings.accumulation):
-        step = order[first : first + size * settings.accumulation]
-        batches = [make_batch(step[i : i + size], system, rng) for i in range(0, len(step), size)]
+    for first in range(0, len(order), settings.batch_size):
+        batch = make_batch(order[first : first + settings.batch_size], system, rng)
         rate = common.learning_rate(bar.n, bar.total, settings.learning_rate, warmup)
-        lines.append(common.update(optimiser, losses(system.model, batches), rate, settings.clip, bar.n + 1))
+        lines.append(common.update(optimiser, mean_loss(system.model, batch), rate, settings.clip, bar.n + 1))
         bar.update()
     return lines[-1] | {key: np.mean([line[key] for line in lines]) for key in ("loss", "gradient_norm")}
 
 
-def losses(model, batches):
-    """The (ids, loss) of a step's batches; their sum: the mean over its sequences, of the loss by gloss."""
-    count = sum(len(batch.samples) for batch in batches)
-    for batch in batches:
-        yield [sample.id for sample in batch.samples], sequence_losses(model, batch)[0].sum() / count
+def mean_loss(model, batch):
+    """The (ids, loss) of a step: the mean over its sequences, of the loss by gloss."""
+    yield [sample.id for sample in batch.samples], sequence_losses(model, batch)[0].sum() / len(batch.samples)
 
 
 def sequence_losses(model, batch):
@@ -585,11 +545,10 @@ def sequence_losses(model, batch):
 
 def save(path, system, record):
     """The System and the record of its training, in one file that executes nothing."""
-    weights = {f"model.{key}": value.cpu().contiguous() for key, value in system.model.state_dict().items()}
-    statistics = {"mean": torch.from_numpy(system.mean), "std": torch.from_numpy(system.std)}
+    weights = {key: value.cpu().contiguous() for key, value in system.model.state_dict().items()}
     about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers}
     with files.whole(path) as temporary:
-        save_file(weights | statistics, temporary, {"about": json.dumps(about | {"training": record})})
+        save_file(weights, temporary, {"about": json.dumps(about | {"training": record})})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -605,19 +564,23 @@ class About(files.Shape):
     training: dict[str, Any]
 
 
-def load(path):
+def load(path: Path) -> tuple[System, dict]:
     """(System, record of its training) of a best.safetensors. Raises InputError when it is none."""
     if not path.is_file():
-        raise cli.InputError(f"--evaluate {path} does not exist")
-    with common.loading("--evaluate", path, "a best.safetensors of this script"):
+        raise cli.InputError(f"--evaluate {path} is missing, or not a regular file")
+    try:
         with safe_open(path, "pt") as file:
             about = files.check_json(About, file.metadata()["about"], path)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        mean, std = (tensors.pop(name).numpy() for name in ("mean", "std"))
+            weights = {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
         vocabulary = Vocabulary(about.vocabulary[len(SPECIAL) :])
         model = Student(about.features, len(vocabulary.words))
-        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
-    return System(model.to(common.DEVICE), mean, std, vocabulary, about.features, about.signers), about.training
+        model.load_state_dict(weights)
+    except cli.InputError:
+        raise
+    except Exception as error:  # of safetensors and of torch, which have their own for a broken file
+        raise cli.InputError(f"--evaluate {path} is no {BEST} of this script: {cli.first_line(error)}") from error
+    common.check_finite(model, path)
+    return System(model.to(common.DEVICE), vocabulary, about.features, about.signers), about.training
 
 
 @torch.no_grad()
@@ -669,28 +632,31 @@ def beam_search(log_probs, width):
     return list(next(iter(beams)))
 
 
-def evaluate(settings):
+def evaluate(settings: Settings) -> None:
     """Score one split with a checkpoint, by greedy and beam search; writes results.json. Raises InputError."""
-    common.new_output(settings.output, "results.json")
-    system, training = load(settings.evaluate)
-    groups = read_features_order(settings.data)
-    if list(groups.items()) != list(system.groups.items()):
-        raise cli.InputError(f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}")
-    samples = read_split(settings.data, settings.split, groups, training["glosses"])
-    results = {"checkpoint": str(settings.evaluate), "data": str(settings.data), "split": settings.split}
-    results |= {"sequences": len(samples), "beam_width": settings.beam_width}
-    results["impossible"] = [sample.id for sample in samples if not sample.possible]
-    results |= compare_with_training(settings.split, samples, system)
-    searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
-    results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
-    for name, hypotheses in zip(searches, read):
-        results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
-        shown = (f"{key} {value if isinstance(value, str) else f'{value:.3f}'}" for key, value in results[name].items())
-        print(f"{name}: {', '.join(shown)}")
-    lines = zip([sample.id for sample in samples], references, *read)
-    results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
-    common.write_json(settings.output / "results.json", results)
-    print(f"{settings.output / 'results.json'}: written")
+    with files.own(settings.output, COMMAND, "results.json", ["results.json"]):
+        system, training = load(settings.evaluate)
+        groups = read_features_order(settings.data)
+        if list(groups.items()) != list(system.groups.items()):
+            raise cli.InputError(
+                f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}"
+            )
+        samples = read_split(settings.data, settings.split, groups, training["glosses"])
+        results = {"written_by": files.signature(COMMAND), "checkpoint": str(settings.evaluate)}
+        results |= {"data": str(settings.data), "split": settings.split}
+        results |= {"sequences": len(samples), "beam_width": settings.beam_width}
+        results["impossible"] = [sample.id for sample in samples if not sample.possible]
+        results |= compare_with_training(settings.split, samples, system)
+        searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
+        results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
+        for name, hypotheses in zip(searches, read):
+            results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
+        lines = zip([sample.id for sample in samples], references, *read)
+        results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
+        common.write_json(settings.output / "results.json", results)
+    rows = [(name, [f"{results[name][key]:.3f}" for key in NUMBERS]) for name in searches]
+    caption = f"{settings.output / 'results.json'}; interval over {results['greedy']['resampled']}"
+    cli.show_table(caption, NUMBERS, rows)
 
 
 def wer_with_interval(references, hypotheses, samples, seed):
@@ -762,12 +728,13 @@ def synthetic_frames(movements, offset, extent, rng):
     return np.concatenate([raw, velocity, acceleration, raw], axis=1).astype(np.float32)
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
     check(settings)
     if settings.write_synthetic:
         write_synthetic(settings.write_synthetic, settings.seed)
-        print(f"{settings.write_synthetic}: synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}")
+        splits = f"synthetic glosses, splits (sequences, signers) {SYNTHETIC_SPLITS}"
+        cli.say(f"{settings.write_synthetic}: {splits}")
     elif settings.evaluate:
         evaluate(settings)
     else:
@@ -775,4 +742,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script("sign_language.py", main)
+    cli.run_script(COMMAND, main)

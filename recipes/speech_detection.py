@@ -1,10 +1,10 @@
 """Is there human speech in this clip? Qwen2-Audio with LoRA answers A (SPEECH) or B (NONSPEECH).
 
-    python recipes/speech_detection.py --data speechocean762/ --sounds esc50/ --quantize nf4       # the real model
-    python recipes/speech_detection.py --data speechocean762/ --model tiny --train all --learning-rate 1e-3 \\
+    python -m recipes.speech_detection --data speechocean762/ --sounds esc50/ --quantize nf4       # the real model
+    python -m recipes.speech_detection --data speechocean762/ --model tiny --train all --learning-rate 1e-3 \\
         --epochs 10 --batch-size 16 --accumulation 1 --train-clips 1920 --test-clips 480           # offline, two cores
-    python recipes/speech_detection.py --compare out-a/seed-0 out-b/seed-0                         # two runs
-    python recipes/speech_detection.py --trained out/seed-0 --audio my.wav                         # a clip of one's own
+    python -m recipes.speech_detection --compare out-a/seed-0 out-b/seed-0                         # two runs
+    python -m recipes.speech_detection --trained out/seed-0 --audio my.wav                         # a clip of one's own
 
 Clips of 200-1,000 ms are cut from recordings, noise is added to both classes alike, and the model is asked which class
 a clip is. What it answers on speakers and sources that training did not have stands beside one threshold on one number
@@ -14,17 +14,14 @@ Shapes: S samples, B clips of a batch, T tokens of a row, V vocabulary, F bins o
 """
 
 from collections import Counter
-import csv
 from dataclasses import dataclass
 from functools import partial
 import hashlib
 from pathlib import Path
-import sys
 from typing import Annotated, Literal, get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
+import peft
 from pydantic import Field
 from scipy import signal
 import soundfile
@@ -37,8 +34,9 @@ import transformers
 import data
 import metrics
 from recipes import common
-from support import cli, files, sound
+from support import cli, files, pretrained, sound
 
+COMMAND = "recipes.speech_detection"
 TINY = "tiny"
 Kind = Literal["white", "pink", "brown", "hum", "tone", "chord", "clicks", "silence", "scrambled"]
 
@@ -90,7 +88,6 @@ END = "<|im_end|>"
 IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 LANGUAGE_MODEL = r"language_model\.layers\.\d+\."  # names alone, such as q_proj, would match the audio encoder too
 ATTENTION, MLP = LANGUAGE_MODEL + r"self_attn\.[qkvo]_proj", LANGUAGE_MODEL + r"mlp\.(gate|up|down)_proj"
-LORA = ("rank", "alpha", "dropout", "mlp_targets", "audio_encoder")  # settings of an adapter
 UNQUANTISED = ["model.audio_tower", "model.multi_modal_projector", "lm_head"]
 AUDIO_ENCODER = r"audio_tower\.layers\.\d+\.self_attn\.[qkv]_proj"
 
@@ -104,16 +101,16 @@ SPLITS = ("train", "test")
 
 def check(settings):
     """Raises InputError for settings that cannot work together."""
-    ways = common.written(("compare", "trained", "audio"))
-    beside = common.written_beside(settings, "compare", "trained", "audio")
-    if ways and (beside or ways not in ("--compare", "--trained --audio")):
-        raise cli.InputError(f"--compare, and --trained with --audio, stand alone: leave out {beside or ways}")
-    if not (ways or settings.data):
+    if settings.compare:
+        common.refuse_unused(settings, "compare")
+    elif settings.trained:
+        common.refuse_unused(settings, "trained", "audio")
+        if not settings.audio:
+            raise cli.InputError("--trained answers clips: name them with --audio")
+    elif not settings.data:
         raise cli.InputError("give --data: a folder to cut speech from")
     if settings.train == "all" and settings.quantize:
         raise cli.InputError("--quantize nf4 freezes the weights that --train all would train")
-    if settings.train == "all" and (unused := common.written(LORA)):
-        raise cli.InputError(f"--train all trains everything, without LoRA: leave out {unused}")
     if len({*settings.seeds}) < len(settings.seeds):
         raise cli.InputError(f"--seeds {' '.join(map(str, settings.seeds))}: each is one run, so none can stand twice")
     if settings.train == "lora" and settings.model == TINY:
@@ -206,7 +203,7 @@ class Source:
 
 
 def make_clips(settings):
-    """Write output/clips/<split>/*.wav and output/clips.csv; returns the list of Clip.
+    """Write output/clips/<split>/*.wav and output/clips.jsonl; returns the list of Clip.
 
     Raises InputError when there are too few sources, or a recording cannot be used, and RunError when a source, a
     speaker or a sound is in both splits.
@@ -225,10 +222,7 @@ def make_clips(settings):
                 soundfile.write(folder / split / f"{clip.id}.wav", wave, data.SAMPLE_RATE, subtype="PCM_16")
                 clips.append(clip)
         check_leaks(clips)
-    with files.whole(settings.output / "clips.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(Clip.model_fields))
-        writer.writeheader()
-        writer.writerows(clip.model_dump() for clip in clips)
+    common.write_lines(settings.output / "clips.jsonl", [clip.model_dump() for clip in clips])
     return clips
 
 
@@ -246,14 +240,18 @@ def speech_of(utterance):
         raise cli.InputError(f"{utterance.id}: {error}") from error
 
 
-def sound_sources(folder):
+def sound_sources(folder: Path) -> list[Source]:
     """Sounds of one's own; each file is a group of its own. Raises InputError naming every file that cannot be used."""
 
     def read(path):
-        if len(sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)) < SHORTEST:
+        name, wave = str(path.relative_to(folder)), partial(sound.read_audio, partial(files.read_bytes, path))
+        try:
+            samples = len(wave(data.SAMPLE_RATE))
+        except cli.InputError as error:
+            raise cli.InputError(f"{path}: {error}") from error
+        if samples < SHORTEST:
             raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
-        name = str(path.relative_to(folder))
-        return Source(name, name, partial(sound.read_sound_file, path))
+        return Source(name, name, wave)
 
     return common.every(sound.sound_files(folder), read, f"files of {folder}")
 
@@ -337,36 +335,29 @@ def check_leaks(clips):
 
 
 def wave_of(clip, output):
-    return sound.read_sound_file(output / "clips" / clip.split / f"{clip.id}.wav")
+    """(S,) float32."""
+    return soundfile.read(output / "clips" / clip.split / f"{clip.id}.wav", dtype="float32")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
 
-def load_processor(name):
-    """Tokenizer and feature extractor of a checkpoint. Raises InputError when they cannot be loaded."""
-    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
-        processor = transformers.Qwen2AudioProcessor.from_pretrained(name)
-    # Generating continues the last column: with padding on the right it would continue padding.
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
 def load_base(name, train, quantize=None):
     """(network, processor). Frozen weights are bfloat16 on CUDA; those that train, and all on a CPU, are float32.
 
-    name: folder or hub id; train: "lora" or "all"; quantize: None, or "nf4" for the language model's layers. Weights
-    are read from safetensors alone. Raises InputError when the checkpoint cannot be loaded.
+    name: folder or hub id; train: "lora" or "all"; quantize: None, or "nf4" for the language model's layers. Raises
+    InputError when the checkpoint cannot be loaded.
     """
-    processor, cuda = load_processor(name), common.DEVICE == "cuda"
-    nf4 = common.nf4(quantize, torch.bfloat16 if cuda else torch.float32, UNQUANTISED)
-    dtype = torch.bfloat16 if cuda and train == "lora" else torch.float32
-    options = {"dtype": dtype, "use_safetensors": True, "quantization_config": nf4, "output_loading_info": True}
-    with common.loading("--model", name, f"a Qwen2-Audio {common.HUB}"):
-        network, loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(name, **options)
-    common.check_weights(loaded, f"--model {name}")
-    return network if quantize else network.to(common.DEVICE), processor
+    folder, kind = common.find(name), transformers.Qwen2AudioForConditionalGeneration
+    with pretrained.loading(folder):
+        processor = transformers.Qwen2AudioProcessor.from_pretrained(folder)
+        # Generating continues the last column: with padding on the right it would continue padding.
+        processor.tokenizer.padding_side = "left"
+    dtype = torch.bfloat16 if common.DEVICE == "cuda" and train == "lora" else torch.float32
+    network = common.load(kind, folder, dtype, bool(quantize), UNQUANTISED)
+    common.check_ids(processor.tokenizer.get_vocab().values(), network.get_input_embeddings().num_embeddings, folder)
+    return network, processor
 
 
 def lora_targets(mlp_targets, audio_encoder):
@@ -390,11 +381,10 @@ def new_model(settings, seed):
     return network, processor
 
 
-def save_trained(network, processor, folder, settings):
-    """The adapter in PEFT's format, or the whole checkpoint; with settings.json."""
-    common.save(network, folder / "final", processor if settings.train == "all" else None)
-    about = common.record(settings) | common.versions("torch", "transformers", "peft")
-    common.write_json(folder / "settings.json", about)
+def save_trained(network, processor, folder, record):
+    """The adapter in PEFT's format, or the whole checkpoint; with settings.json, whose content record is."""
+    common.save(network, folder / "final", processor if record["train"] == "all" else None)
+    common.write_json(folder / "settings.json", record)
 
 
 class Trained(files.Shape):
@@ -407,17 +397,15 @@ class Trained(files.Shape):
 
 def load_trained(folder):
     """(network, processor) of a seed-N folder. Raises InputError when it holds no finished run."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        raise cli.InputError(f"{folder} is no finished run ({path} is missing): give a seed-N folder")
-    settings = files.read_json(path, Trained)
+    settings = files.read_json(folder / "settings.json", Trained)
     if settings.train == "all":
         return load_base(folder / "final", settings.train)
     network, processor = load_base(settings.model, settings.train, settings.quantize)
-    from peft import PeftModel  # after `quieten`: what it imports complains
-
-    with common.loading("--trained", folder, "the folder of a finished run, seed-N"):
-        return PeftModel.from_pretrained(network, folder / "final"), processor
+    adapter = common.find(folder / "final")
+    with pretrained.loading(adapter):
+        network = peft.PeftModel.from_pretrained(network, adapter)
+    common.check_finite(network, adapter)
+    return network, processor
 
 
 def write_tiny(folder):
@@ -570,7 +558,7 @@ def accuracy(lines, key="correct"):
     return {"accuracy": right.mean(), "clips": len(lines), **intervals}
 
 
-def show_results(runs):
+def show_results(runs: dict[int, list[dict]]) -> dict:
     """Print and return what the runs of all seeds got right. runs: {seed: lines of its predictions}."""
     any_run = next(iter(runs.values()))  # clips and baseline are the same in all
     results = {"flatness threshold": accuracy(any_run, "flatness_correct")}
@@ -578,33 +566,30 @@ def show_results(runs):
         outcomes = ([line[key] for line in lines] for key in ("correct", "flatness_correct"))
         alone = dict(zip(("alone_right", "flatness_alone_right", "mcnemar_pvalue"), metrics.mcnemar(*outcomes)))
         results[f"model, seed {seed}"] = accuracy(lines) | alone
-    print(
-        f"\n{len(any_run)} test clips of {len({line['group'] for line in any_run})} speakers and sources\n\n"
-        f"{'':24}accuracy   Wilson 95 %   over speakers 95 %   McNemar against flatness"
-    )
+    rows = []
     for name, of in results.items():
-        intervals, beside = f"{_range(of['wilson'])}   {_range(of['bootstrap'])}", ""
-        if "alone_right" in of:
-            beside = f"alone right {of['alone_right']} : {of['flatness_alone_right']}, p = {of['mcnemar_pvalue']:.2g}"
-        print(f"{name:24}{of['accuracy']:.3f}      {intervals}          {beside}")
-    values = [of["accuracy"] for name, of in results.items() if name.startswith("model")]
-    print(f"{'model, all seeds':24}{np.mean(values):.3f}      {min(values):.3f}-{max(values):.3f}")
+        alone = f"{of['alone_right']}:{of['flatness_alone_right']}" if "alone_right" in of else ""
+        pvalue = f"{of['mcnemar_pvalue']:.2g}" if alone else ""
+        rows.append((name, [f"{of['accuracy']:.3f}", _range(of["wilson"]), _range(of["bootstrap"]), alone, pvalue]))
+    caption = f"{len(any_run)} test clips of {len({line['group'] for line in any_run})} speakers and sources"
+    columns = ["accuracy", "Wilson 95 %", "over speakers 95 %", "right alone, model:flatness", "McNemar's p"]
+    cli.show_table(caption, columns, rows)
     return results | {"parts": show_parts(runs)}
 
 
 def show_parts(runs):
     """Print and return accuracy by class, duration, SNR and kind: mean of the seeds, with Wilson's interval of one."""
     lines = [line for run in runs.values() for line in run]
-    parts = {}
+    parts, rows = {}, []
     for key in ("label", "duration", "snr", "kind"):
-        print()
-        for value in sorted({line[key] for line in lines}, key=lambda v: (isinstance(v, str), v)):
+        for value in sorted({line[key] for line in lines}):
             chosen = [line for line in lines if line[key] == value]
             clips, name = len(chosen) // len(runs), f"{key} {value}"
             share, by_flatness = (np.mean([line[of] for line in chosen]) for of in ("correct", "flatness_correct"))
             wilson = common.wilson(round(share * clips), clips)
             parts[name] = {"accuracy": share, "wilson": wilson, "flatness": by_flatness, "clips": clips}
-            print(f"{name:24}{share:.3f}      {_range(wilson)}   flatness {by_flatness:.3f}   {clips} clips")
+            rows.append((name, [f"{share:.3f}", _range(wilson), f"{by_flatness:.3f}", str(clips)]))
+    cli.show_table("by part, mean of the seeds", ["accuracy", "Wilson 95 %", "flatness", "clips"], rows)
     return parts
 
 
@@ -620,10 +605,7 @@ def compare(first, second):
     """Print the difference of two runs on the same clips: exact McNemar, and a paired bootstrap over groups."""
     runs = []
     for folder in (first, second):
-        path = folder / "predictions.jsonl"
-        if not path.is_file():
-            raise cli.InputError(f"--compare: {path} is missing; give two seed-N folders of finished runs")
-        runs.append(files.read_lines(path, Prediction))
+        runs.append(files.read_lines(folder / "predictions.jsonl", Prediction))
     described = [[line.model_dump(include=set(Clip.model_fields)) for line in run] for run in runs]
     if described[0] != described[1] or not described[0]:
         raise cli.InputError(
@@ -633,14 +615,13 @@ def compare(first, second):
     gain = right[0] - right[1]
     difference = common.resampled_ratio(gain, np.ones(len(gain)), [line.group for line in runs[0]])
     alone = metrics.mcnemar(*right)
-    for name, folder, values in zip("AB", (first, second), right):
-        print(f"{name}  {values.mean():.3f}  {folder}")
     low, high = metrics.interval(difference)
-    print(
-        f"A - B  {gain.mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = {metrics.sign_pvalue(difference):.2g} "
-        f"(paired bootstrap over speakers and sources)"
+    cli.say(*(f"{name} {values.mean():.3f} {folder}" for name, folder, values in zip("AB", (first, second), right)))
+    cli.say(
+        f"A - B {gain.mean():+.3f}, 95 % {low:+.3f} to {high:+.3f}, p = {metrics.sign_pvalue(difference):.2g} "
+        f"(paired bootstrap over speakers and sources)",
+        f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}",
     )
-    print(f"A alone is right {alone[0]} times, B alone {alone[1]} times: McNemar's exact test, p = {alone[2]:.2g}")
 
 
 def answer(run, paths):
@@ -654,38 +635,38 @@ def answer(run, paths):
         waves.append(normalise(wave, path))
     network, processor = load_trained(run)
     for path, speech in zip(paths, classify(network, processor, waves, batch_size=1)):
-        print(f"{path}  {'SPEECH' if speech > 0.5 else 'NONSPEECH'}  {max(speech, 1 - speech):.3f}")
+        cli.say(f"{path} {'SPEECH' if speech > 0.5 else 'NONSPEECH'} {max(speech, 1 - speech):.3f}")
 
 
-def run(settings):
+def run(settings: Settings) -> None:
     """Clips, then a model for each seed, then the table."""
-    common.new_output(settings.output, "clips.csv")
-    if settings.model != TINY:
-        load_processor(settings.model)  # a wrong name is said before clips are made
-    clips = make_clips(settings)
-    train_clips, test_clips = ([clip for clip in clips if clip.split == split] for split in SPLITS)
-    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(clip.kind for clip in clips).items()))
-    print(f"clips: {len(train_clips)} to train on, {len(test_clips)} to test on; {kinds}")
-    baseline = flatness_baseline(train_clips, test_clips, settings.output)
-    waves = [wave_of(clip, settings.output) for clip in test_clips]
-    runs = {}
-    for seed in settings.seeds:
-        folder = settings.output / f"seed-{seed}"
-        folder.mkdir()
-        network, processor = new_model(settings, seed)
-        train(network, processor, train_clips, settings, seed, folder / "log.jsonl")
-        save_trained(network, processor, folder, settings)
-        probabilities = classify(network, processor, waves, settings.batch_size)
-        runs[seed] = list(map(describe, test_clips, probabilities, baseline))
-        common.write_lines(folder / "predictions.jsonl", runs[seed])
-    common.write_json(settings.output / "results.json", show_results(runs))
-    print(f"\npeak memory {common.peak_memory():.1f} GB; adapters, predictions and clips in {settings.output}/")
+    writes = ["clips", "clips.jsonl", "seed-*"]
+    with common.new_run(settings, COMMAND, "results.json", writes, "torch", "transformers", "peft") as record:
+        if settings.model != TINY:
+            common.find(settings.model)  # a wrong name is said before clips are made
+        clips = make_clips(settings)
+        train_clips, test_clips = ([clip for clip in clips if clip.split == split] for split in SPLITS)
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(clip.kind for clip in clips).items()))
+        cli.say(f"clips: {len(train_clips)} to train on, {len(test_clips)} to test on; {kinds}")
+        baseline = flatness_baseline(train_clips, test_clips, settings.output)
+        waves = [wave_of(clip, settings.output) for clip in test_clips]
+        runs = {}
+        for seed in settings.seeds:
+            folder = settings.output / f"seed-{seed}"
+            folder.mkdir(exist_ok=True)
+            network, processor = new_model(settings, seed)
+            train(network, processor, train_clips, settings, seed, folder / "log.jsonl")
+            save_trained(network, processor, folder, record)
+            probabilities = classify(network, processor, waves, settings.batch_size)
+            runs[seed] = list(map(describe, test_clips, probabilities, baseline))
+            common.write_lines(folder / "predictions.jsonl", runs[seed])
+        common.write_json(settings.output / "results.json", show_results(runs))
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__.split("\n", 1)[0])
     check(settings)
-    common.quieten()
+    pretrained.quieten()
     if settings.compare:
         compare(*settings.compare)
     elif settings.trained:
@@ -695,4 +676,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script("speech_detection.py", main)
+    cli.run_script(COMMAND, main)

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field
 
 import prompts
-from support import choices, cli, files
+from support import cli, files
 from support.later import when_used
+from support.run import Strategy
 
 with when_used():
     from support import processes
@@ -97,7 +98,7 @@ class Writer(files.Shape):
     """What of predictions.settings.json is read again: which model wrote the answers."""
 
     evaluated: str  # its label
-    strategy: choices.Strategy | None = None  # of its training; None for the unmodified model
+    strategy: Strategy | None = None  # of its training; None for the unmodified model
     epoch: int | None = None
 
 

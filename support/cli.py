@@ -1,26 +1,39 @@
-"""How does a script talk with its user: settings, errors, exit codes.
+"""How does a script talk with its user: settings, errors and exit codes, text and tables.
 
 Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong; an error is one line that says what to do.
+Ids, paths, labels and answers come from outside: what is printed here has no control characters of a terminal in it.
+Text is as wide as the terminal, at most a page; plain where the output is a file or a pipe.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
-import errno
 import importlib.util
 import io
 import os
 import re
 import sys
+import textwrap
+from threading import Thread
 import time
-from typing import Annotated
+from typing import Annotated, TextIO, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
 import tyro
 
-from support import screen
-
+WIDEST = 100  # columns; a file or a pipe has as many
+LONGEST = 6  # characters of a word above numbers, where less than the widest fits
+# C0 and C1, what turns the direction of text around, and what no encoding has: bytes of a name that is not UTF-8
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 SHOWN = 60  # characters of a wrong value that a message quotes
+LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
+Settings = TypeVar("Settings")
+Rows = Sequence[tuple[str, Sequence[str]]]  # a name, and the texts of its cells
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -36,76 +49,57 @@ class RunError(Exception):
     """The run cannot go on: the message says what happened and what helps. Scripts print it and exit with 1."""
 
 
-def parse(settings, description):
+def parse(settings: type[Settings], description: str) -> Settings:
     """The command line as an instance of `settings`, a dataclass: one field a flag, its comment the flag's help.
 
-    Fields may have pydantic's types, such as those below, and tyro's Positional. Raises InputError for what is not a
+    Fields may have pydantic's types, such as those above, and tyro's Positional. Raises InputError for what is not a
     flag, and for a value that its type does not allow. `--help` prints and ends the process.
     """
     for before, text in zip(sys.argv, sys.argv[1:]):
         if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
-            name = text.rstrip("=") or (before if before.startswith("--") else "a value")
-            raise InputError(f"{name} is empty: give it a value, or leave it out")
+            raise InputError(f"{(text or before).rstrip('=')} is empty: give it a value, or leave it out")
         if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
             raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
-    if {"-h", "--help"} & set(sys.argv):
-        os.environ.setdefault("COLUMNS", str(screen.width()))  # of tyro's frames; the process ends with them
+    main = sys.modules["__main__"].__spec__  # of `python -m`
+    program = f"python -m {main.name}" if main else f"python {os.path.basename(sys.argv[0])}"
+    lines = textwrap.indent(description, " ", lambda line: True)  # tyro joins those that begin with none
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            config = (tyro.conf.FlagCreatePairsOff,)
-            parsed = tyro.cli(settings, prog=_program(), description=_fitting(description), config=config)
+            parsed = tyro.cli(settings, prog=program, description=lines, config=(tyro.conf.FlagCreatePairsOff,))
+        return TypeAdapter(settings).validate_python(vars(parsed))
     except SystemExit as end:
         if not end.code:
             raise
         raise InputError(_one_line(said.getvalue())) from None
-    try:
-        return TypeAdapter(settings).validate_python(vars(parsed))
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
 
 
-def _fitting(description):
-    """A module's docstring in lines that fit the screen; of the new ones tyro keeps those that begin with a space."""
-    lines = []
-    for line in re.sub(r"(?<=\S)\n(?=\S)", " ", description).split("\n"):
-        parts = re.split(" +(?=# )", line) if len(line) > screen.width() else [line]
-        lines += [screen.fill(parts[0], indent=8 if line.startswith(" ") else 2)]
-        lines += [f"        {comment}" for comment in parts[1:]]
-    return "\n".join(lines)
+def _one_line(panel):
+    """tyro's framed message without its frame and its hints of where to read on."""
+    text = " ".join(filter(None, (line.strip("│╭╮╰╯─ ") for line in panel.splitlines()[1:])))
+    return re.split(" ?(?:Argument helptext|For full helptext|Similar arguments)", text)[0].rstrip(". ")
 
 
-def _program():
-    """How this script was started."""
-    module = sys.modules["__main__"].__spec__
-    return f"python -m {module.name}" if module else f"python {os.path.basename(sys.argv[0])}"
-
-
-def given(name):
+def given(name: str) -> bool:
     """Whether the user wrote the flag of this setting."""
     return any(part.split("=")[0] == flag(name) for part in sys.argv[1:])
 
 
-def flag(name):
+def flag(name: str) -> str:
     """A setting as the user writes it: data_revision -> --data-revision. What follows the name stays as it is."""
     name, space, rest = name.partition(" ")
     return f"--{name.split('.')[0].replace('_', '-')}{space}{rest}"
 
 
-def need(package):
+def need(package: str) -> None:
     """Raises InputError where an optional package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{package} is needed and not installed: pip install {package.replace('_', '-')}")
 
 
-def _one_line(panel):
-    """tyro's framed message without its frame and its hints of where to read on."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in panel.splitlines()]
-    text = " ".join(line for line in lines[1:] if line)
-    return re.split(" ?(?:Argument helptext|For full helptext|Similar arguments)", text)[0].rstrip(". ")
-
-
-def reason(error):
+def reason(error: ValidationError) -> str:
     """The first fault that pydantic found, as `field value: what is wrong`."""
     fault = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(map(str, fault["loc"]))
@@ -121,12 +115,14 @@ def reason(error):
     return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 
 
-def run_script(name, main):
-    """Call main(). An InputError, a RunError or a full disk becomes one line and an exit code: 2, 1, 1.
+def run_script(name: str, main: Callable[[], None]) -> None:
+    """Call main(). An InputError, a RunError or the system's error becomes one line and an exit code: 2, 1, 1.
 
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
     code = _exit_code(name, main)
     if "RANK" in os.environ:
@@ -138,30 +134,86 @@ def run_script(name, main):
         sys.exit(code)
 
 
+def _end_with(launcher):
+    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_SEEN)
+    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
+
+
 def _exit_code(name, main):
     try:
         main()
         sys.stdout.flush()
+        return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
         return 1
     except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
-            raise
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"
-        print(f"{name}: error: {error}", file=sys.stderr)
-        too_long = getattr(error, "errno", None) == errno.ENAMETOOLONG  # the name of a file, which the user gave
-        return 2 if too_long or isinstance(error, InputError) else 1
-    return 0
+        print(f"{name}: error: {visible(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
 
 
-def process_rank():
+def process_rank() -> int:
     """Which of torchrun's processes this is; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """What a library's error says, as far as it fits in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and tables
+
+
+def visible(text: str) -> str:
+    r"""Text with control characters as Python writes them, such as \x1b: none moves the cursor or begins a line."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def width(stream: TextIO | None = None) -> int:
+    """Columns that may be printed into; of stdout, where no other stream is given."""
+    stream = stream or sys.stdout
+    return min(WIDEST, Console(file=stream).width) if stream.isatty() else WIDEST
+
+
+def fill(text: str, indent: int = 2) -> str:
+    """Text in lines that fit, the second one and those after it indented. Paths and flags stay whole."""
+    text, after = visible(text), " " * indent
+    return textwrap.fill(text, width(), subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
+
+
+def say(*notes: str) -> None:
+    """Print each note from a new line on, above a progress bar where there is one."""
+    for note in notes:
+        tqdm.write(fill(note))
+
+
+def show_table(caption: str, columns: Iterable[str], rows: Rows, own: int = 0, numbers: bool = True) -> None:
+    """Print a table. columns: titles; rows: a cell may have a second line.
+
+    own: how many rows, from the first, are marked; numbers: whether the cells are numbers, or text.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    if own:
+        table.add_column(width=1)
+    table.add_column(overflow="fold")
+    for title in map(visible, columns):
+        if numbers:
+            title = "\n".join(word if width() == WIDEST else _cut(word) for word in title.split())
+        table.add_column(Text(title), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+    for number, (name, texts) in enumerate(rows):
+        mark = [">" if number < own else ""] if own else []
+        cells = ("\n".join(map(visible, text.split("\n"))) for text in [visible(name), *texts])
+        table.add_row(*mark, *map(Text, cells), style="bold" if number < own else "")
+    say("", caption)
+    Console(width=width(), highlight=False).print(table)
+
+
+def _cut(word):
+    return word if len(word) <= LONGEST else word[: LONGEST - 1] + "."

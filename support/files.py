@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked while a run owns them, and checked when they are read.
+"""Files: written whole or not at all, owned by one command at a time, checked when they are read, fetched once.
 
 What is read from outside is distrusted here: a file must be a regular one, its text UTF-8, its JSON of a declared
 `Shape`. Every fault is one InputError that names the file, the field, the value and the reason.
@@ -7,7 +7,6 @@ What is read from outside is distrusted here: a file must be a regular one, its 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import errno
-import fcntl
 import fnmatch
 from functools import cache
 import os
@@ -21,8 +20,14 @@ import sys
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
+from tqdm import tqdm
 
-from support.cli import InputError, RunError, first_line, process_rank, reason
+from support.cli import InputError, RunError, first_line, process_rank, reason, width
+from support.later import when_used
+
+with when_used():
+    import huggingface_hub
+    from huggingface_hub import constants, errors
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
@@ -223,50 +228,69 @@ def _remove(path):
         path.unlink()
 
 
-def make_folder(folder, setting):
-    """Make a folder that will be written into now, so that a run does not fail on it after hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".{OURS}-{HOST}-{os.getpid()}-trial"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
+# ----------------------------------------------------------------------------------------------------------------------
+# The Hugging Face hub: what is there is downloaded once, and from then on it is a folder
+#
+# With HF_HUB_OFFLINE=1, or without a network, the folder comes from the cache (below HF_HOME), as on the compute nodes
+# of most clusters. A revision such as refs/pr/70 moves; the commit does not.
+
+MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
 
 
-@contextmanager
-def lock(folder, work, setting, clear=True):
-    """Own a folder for some work ("train", "evaluate"), then clear away what a killed process left half written.
+def fetch(name: str, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
+    """The folder of a model or data set, and the commit that it is of; a folder is returned as it is, with None.
 
-    clear: not where other work may be writing into the folder.
-    Makes the folder. The system frees the lock with the process, however that ends, and does not hand it to forked
-    workers. Raises InputError naming the process that has it. Rank 0 locks for all.
+    name: folder or hub id; revision: of the hub id; kind: "model" or "dataset"; patterns: of the files that are needed.
+    Raises InputError when a hub id is neither within reach nor whole in the cache.
     """
-    if process_rank():
-        yield
-        return
-    make_folder(folder, setting)
-    path = folder / f".{work}.lock"
-    if os.path.lexists(path) and not path.is_file():
-        raise InputError(f"{path} is not a regular file: remove it, or choose another {setting}")
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                print(
-                    f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes into it",
-                    file=sys.stderr,
-                )
-                yield
-                return
-            file.seek(0)
-            raise InputError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it ends, "
-                f"or choose another {setting}"
-            ) from error
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})", file=file, flush=True)
-        for left in [*folder.glob(f".{OURS}-*"), *folder.glob(f"*/.{OURS}-*")] if clear else []:
-            _remove(left)
-        yield
+    if Path(name).is_dir():
+        return Path(name), None
+    wanted = {"repo_id": str(name), "revision": revision, "repo_type": kind}
+    try:
+        if not _listed(wanted):
+            # says at once what snapshot_download would say after half a minute's attempts
+            huggingface_hub.HfApi().repo_info(**wanted)
+        folder = Path(huggingface_hub.snapshot_download(**wanted, allow_patterns=patterns, tqdm_class=_Bar))
+    except Exception as error:  # the hub, HTTP, Xet and the disk each have their own
+        raise InputError(
+            f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
+            f"{constants.HF_HUB_CACHE}, and the hub does not give it: {_reason(error)}; give a folder or "
+            f"another id, or start once where there is a network"
+        ) from error
+    return folder, folder.name
+
+
+def size(name: str, commit: str | None, kind: str, wanted: Iterable[str]) -> int:
+    """Bytes of the files of these names in a folder, or in a commit that `fetch` has seen, downloaded or not."""
+    if not commit:
+        return sum(file.stat().st_size for file in map(Path(name).joinpath, wanted) if file.is_file())
+    listed = _listed({"repo_id": str(name), "revision": commit, "repo_type": kind})
+    return sum(file.size for file in listed if file.path in wanted)
+
+
+def _listed(wanted):
+    """The files of a revision as the hub listed them when it was last fetched; none if it never was."""
+    try:
+        return huggingface_hub.get_cached_repo_tree(**wanted)
+    except errors.CachedRepoTreeNotFoundError:
+        return []
+
+
+def _reason(error):
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is none of this name that may be read (if it is yours: hf auth login)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "there is no such revision"
+    return first_line(error.__cause__ or error).rstrip(".")
+
+
+class _Bar(tqdm):
+    """Shows the progress of rank 0, on a terminal, once it takes more than a moment."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs |= {"delay": MOMENT, "disable": process_rank() > 0 or None, "ncols": width(sys.stderr)}
+        super().__init__(*args, **kwargs)
+
+    def display(self, *args, **kwargs):
+        if self._time() - self.start_t > MOMENT:  # a new description is shown without regard to `delay`
+            super().display(*args, **kwargs)

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from datetime import timedelta
 import os
 import sys
-from threading import Thread
-import time
 from typing import Any
 
 import torch
@@ -18,18 +16,15 @@ import torch.distributed as dist
 from support.cli import process_rank
 
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint the others wait
-LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
 
 
 def start() -> None:
     """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
 
-    Rank 0 alone prints: the standard output of the others is closed. Where torchrun is killed its processes end.
+    Rank 0 alone prints: the standard output of the others is closed.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
-        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -37,13 +32,6 @@ def start() -> None:
     total(0)  # until all have come: one that ends at once, with a user's mistake, would break the others' start
     if process_rank():
         sys.stdout = open(os.devnull, "w")
-
-
-def _end_with(launcher):
-    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
-    while os.getppid() == launcher:
-        time.sleep(LAUNCHER_SEEN)
-    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
 
 
 def end() -> None:

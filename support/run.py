@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 import zipfile
 
 import numpy as np
@@ -25,13 +25,23 @@ from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 import prompts
-from support import choices, cli, files, screen
+from support import cli, files
 from support.later import when_used
 
 with when_used():
     import torch
 
     from support import processes
+
+HUB_MODEL = "microsoft/Phi-4-multimodal-instruct"
+HUB_MODEL_REVISION = "refs/pr/70"  # the checkpoint in the format of transformers' own classes; never merged into main
+
+Strategy = Literal["lora", "unfreeze"]  # model.STRATEGIES says what trains
+SpeechAdapter = Literal["merge", "continue", "none"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Dtype = Literal["float32", "bfloat16"]
+Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
+Quantize = Literal["nf4"]
 
 MARK = "settings.json"
 WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
@@ -68,15 +78,16 @@ class TrainingSettings(files.Shape):
     """What of an adapter's settings.json is read again."""
 
     epoch: Annotated[int, Field(ge=1, le=cli.LARGEST)]
-    strategy: choices.Strategy
-    speech_adapter: choices.SpeechAdapter
+    strategy: Strategy
+    speech_adapter: SpeechAdapter
     model: str
     data: str
     revision: str | None = None
     data_revision: str | None = None
-    dtype: choices.Dtype | None = None
-    attention: choices.Attention | None = None
-    quantize: choices.Quantize | None = None
+    dtype: Dtype | None = None
+    attention: Attention | None = None
+    quantize: Quantize | None = None
+    max_tokens: cli.Count = 2048
     prompts: str | None = None  # their digest; None: of an older version of this project
 
 
@@ -126,7 +137,7 @@ class Run:
         self._stop = enter(StopRequest())
         self._log = enter(_open_log(self.output / "log.jsonl", self.step))
         self._track = enter(_tracker(self.settings.track, self.output, record, self.step))
-        bar = {"bar_format": PROGRESS, "ncols": screen.width(sys.stderr), "disable": cli.process_rank() > 0}
+        bar = {"bar_format": PROGRESS, "ncols": cli.width(sys.stderr), "disable": cli.process_rank() > 0}
         self._bar = enter(tqdm(total=self.steps, initial=self.step, **bar))
 
     def epochs(self) -> Iterator[int]:
@@ -173,7 +184,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if cli.process_rank() == 0:
-            tqdm.write(screen.fill(text))
+            cli.say(text)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Validation
@@ -311,7 +322,7 @@ def restore(path: Path, corpus: str, weights: dict[str, Any], optimiser: Any) ->
             if own["cuda"] is not None:
                 torch.cuda.set_rng_state(own["cuda"])
         else:
-            screen.say(f"saved by {len(state['random'])} processes, now {processes.count()}: dropout will be another")
+            cli.say(f"saved by {len(state['random'])} processes, now {processes.count()}: dropout will be another")
     except Exception as error:  # torch raises many kinds for what is not its own file
         raise cli.InputError(
             f"checkpoint {path} cannot be gone on with: {cli.first_line(error)}; without that file --resume takes the "

@@ -75,7 +75,7 @@ def write_large_model(folder):
     """A checkpoint that no CPU should load; its weights are a hole, so it takes no room."""
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "phi4_multimodal"}')
-    with open(folder / "model-00001-of-00002.safetensors", "wb") as file:
+    with open(folder / "model.safetensors", "wb") as file:
         file.truncate(int(pretrained.LARGEST_CPU_MODEL) + 1)
 
 

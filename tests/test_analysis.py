@@ -2,23 +2,18 @@
 
 import json
 import math
-from pathlib import Path
 import shutil
 from types import SimpleNamespace
-import weakref
 
 from conftest import ROOT, script, sound, tone
 import numpy as np
 import pytest
 from records import one_hot, records, write
-from sklearn.metrics import precision_recall_fscore_support
-from test_metrics import strings
 
-from analysis import compare, floors, phones, report, spread
+from analysis import ablation, compare, floors, phones, report
 import data
-import metrics
 import prompts
-from support import cli, predictions
+from support import answers, cli
 
 RATE = data.SAMPLE_RATE
 FRAME_LENGTH = data.FRAME / RATE  # seconds; a pause is known to within one frame
@@ -30,18 +25,12 @@ def run(monkeypatch, command, *arguments):
     command.main()
 
 
-def rows(capsys):
-    """What was printed, as {first word of a line: the other words}."""
-    return {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
-
-
 def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path):
     for name in ("a", "b"):
         evaluated(tmp_path / name)
         shutil.copy(copied, tmp_path / name)
     commands = {
-        "compare": ["a/predictions.jsonl", "b/predictions.jsonl"],
-        "spread": ["a", "b"],
+        "compare": ["a", "--against", "b/predictions.jsonl"],
         "floors": ["a/predictions.jsonl", "--data", str(corpus)],
         "phones": ["a/predictions.jsonl"],
         "report": ["a", "--data", str(corpus)],
@@ -55,9 +44,9 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     result = script("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        ".pronunciation-analysis.report.lock",
         "confusion.png",
         "metrics.json",
-        "phones.tsv",
         "predictions.jsonl",
         "report.html",
         "results.png",
@@ -65,7 +54,7 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     ]
 
 
-@pytest.mark.parametrize("command", [compare, spread, floors, phones, report])
+@pytest.mark.parametrize("command", [ablation, compare, floors, phones, report])
 def test_a_command_says_how_it_is_called(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, command, "--help")
@@ -130,13 +119,13 @@ def distributed(total):
 def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(cli.InputError, match=message) as error:
-        predictions.read(tmp_path / "bad.jsonl")
+        answers.read(tmp_path / "bad.jsonl")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_null_in_a_prediction_is_as_good_as_nothing(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(changed(0, scores=None, truncated=None, tokens=None, speaker=None))
-    first, *_ = predictions.read(tmp_path / "p.jsonl")
+    first, *_ = answers.read(tmp_path / "p.jsonl")
     assert not {"scores", "truncated", "tokens", "speaker"} & first.keys()
 
 
@@ -144,66 +133,7 @@ def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
     path = tmp_path / "predictions.jsonl.part"
     for content, count in ((changed(0)[:-20], 11), (changed(0), 12), (b"", 0)):
         path.write_bytes(content)
-        assert len(predictions.read(path, cut_off=True)) == count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two systems
-
-
-def better(lines):
-    """The same utterances from a system that writes what was heard."""
-    right = [prompts.mdd_target("WE SEE", line["reference"].get("heard", [])) for line in lines]
-    return [line | ({"output": text} if line["task"] == "MDD" else {}) for line, text in zip(lines, right)]
-
-
-def test_a_comparison_shows_the_differences_and_their_chance(monkeypatch, tmp_path, capsys):
-    lines = records(12, speakers=4)
-    lines[:8] = better(lines[:8])  # of four utterances
-    best = better(lines[:16]) + lines[16:]
-    a, b = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", best[::-1])
-    run(monkeypatch, compare, a, b)
-    printed = capsys.readouterr().out
-    row = next(line.split() for line in printed.splitlines() if line.startswith("per "))
-    assert row[1:4] == ["0.167", "0.083", "+0.083"] and float(row[-1]) < 0.05
-    assert "A alone is right 0 times, B alone 4 times" in printed
-    samples = [metrics.resamples(side)["detection_f1"] for side in (lines, best)]
-    low, high = metrics.interval(samples[0] - samples[1])
-    assert f"{low:+.3f}..{high:+.3f}" in next(line for line in printed.splitlines() if line.startswith("detection_f1"))
-
-
-def test_scorings_that_both_have_are_compared_else_the_one_of_each():
-    greedy = [line | {"tokens": 5} for line in records()]
-    both = [line | ({"scores": one_hot(8, 5)} if line["task"] == "APA" else {}) for line in greedy]
-    expected = [{key: value for key, value in line.items() if key != "tokens"} for line in both]
-    assert compare.scorings([both, both]) == [("greedy", "greedy"), ("expected", "expected")]
-    assert compare.scorings([both, expected]) == [("expected", "expected")]
-    assert compare.scorings([greedy, expected]) == [("greedy", "expected")]
-
-
-@pytest.mark.parametrize(
-    "others, message",
-    [
-        (records(12, speakers=4)[:-2], "2 outputs are in one alone, .*u11 APA.*on one corpus"),
-        (
-            [
-                records(12, speakers=4)[0] | {"reference": dict.fromkeys(prompts.SCORES, 9)},
-                *records(12, speakers=4)[1:],
-            ],
-            "1 outputs .*u0 APA",
-        ),
-        (records(12), "speakers"),
-        (records(12, speakers=1), "speakers"),
-    ],
-)
-def test_files_of_other_utterances_or_without_speakers_are_not_compared(monkeypatch, tmp_path, others, message):
-    a, b = write(tmp_path / "a.jsonl", records(12, speakers=4)), write(tmp_path / "b.jsonl", others)
-    with pytest.raises(cli.InputError, match=message):
-        run(monkeypatch, compare, a, b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several runs
+        assert len(answers.read(path, cut_off=True)) == count
 
 
 def evaluated(folder, **numbers):
@@ -212,113 +142,8 @@ def evaluated(folder, **numbers):
     return folder
 
 
-def test_several_runs_are_summarised_by_mean_standard_deviation_and_range(monkeypatch, tmp_path, capsys):
-    numbers = [(0.1, 0.5), (0.2, None), (0.6, 0.7)]
-    runs = [
-        evaluated(tmp_path / f"seed-{i}", per=per, accuracy_pcc=pcc, per_low=0.0)
-        for i, (per, pcc) in enumerate(numbers)
-    ]
-    run(monkeypatch, spread, *runs[:2], runs[2] / "metrics.json")
-    printed = rows(capsys)
-    std = ((0.2**2 + 0.1**2 + 0.3**2) / 2) ** 0.5
-    assert printed["per"] == ["0.300", f"{std:.3f}", "0.100", "0.600", "3"]
-    assert printed["accuracy_pcc"] == ["0.600", "0.141", "0.500", "0.700", "2"]
-    assert printed["3"][:3] == ["runs,", "20", "utterances"] and not {"utterances", "per_low"} & printed.keys()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"utterances": 10}, "different utterances: .*one on 20, .*two on 10"),
-        (None, "two/metrics.json cannot be read.*evaluate the run first"),
-        ({"utterances": "20"}, "two/metrics.json: utterances '20'.*evaluate the run first"),
-        ({"per": "low"}, "two/metrics.json: per 'low'"),
-        ({"per": math.nan}, "two/metrics.json: per nan"),
-        ({"per": 1e308}, "two/metrics.json: per 1e.308"),
-    ],
-)
-def test_runs_that_cannot_be_compared_are_not_summarised(tmp_path, change, message):
-    runs = [evaluated(tmp_path / "one"), tmp_path / "two"]
-    if change:
-        evaluated(runs[1], **change)
-    with pytest.raises(cli.InputError, match=message):
-        spread.read_runs(runs)
-    with pytest.raises(cli.InputError, match="one.*two runs or more"):
-        spread.read_runs(runs[:1])
-    with pytest.raises(cli.InputError, match="one is named more than once"):
-        spread.read_runs([runs[0], runs[0] / "metrics.json"])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Phones
-
-
-def test_the_phone_report_of_a_worked_case():
-    report = phones.phone_report([list("ABAC"), ["A"]], [list("ABXC"), ["A", "D"]])
-    assert [entry["phone"] for entry in report] == ["A", "B", "C", None]
-    assert report[0] == {"phone": "A", "support": 3, "precision": 1.0, "recall": 2 / 3, "confusions": [("X", 1)]}
-    assert report[3]["confusions"] == [("D", 1)] and report[3]["support"] == 1
-
-
-def test_the_phone_report_equals_sklearn_on_aligned_phones():
-    heard, written = strings(20, 50), strings(21, 50)
-    pairs = [pair for h, w in zip(heard, written) for pair in metrics.align(h, w)]
-    report = {entry["phone"]: entry for entry in phones.phone_report(heard, written) if entry["phone"]}
-    labels = sorted(report)
-    named = [[phone or "-" for phone in side] for side in zip(*pairs)]
-    precision, recall, _, support = precision_recall_fscore_support(*named, labels=labels, zero_division=np.nan)
-    assert [report[phone]["support"] for phone in labels] == support.tolist()
-    assert np.allclose([report[phone]["precision"] for phone in labels], precision, equal_nan=True)
-    assert np.allclose([report[phone]["recall"] for phone in labels], recall)
-
-
-def test_detection_and_confusions_are_printed_and_each_phone_is_written_to_a_file(monkeypatch, tmp_path, capsys):
-    path = write(tmp_path / "predictions.jsonl", records(speakers=3))
-    for _ in range(2):  # its own file is replaced
-        run(monkeypatch, phones, path)
-    printed = capsys.readouterr().out
-    ours, copied, *_ = (
-        line.split()[-9:] for line in printed.splitlines() if line.startswith(("  says everything right  ", "> this"))
-    )
-    assert copied == ["0.000", "-", "0.000", "1.000", "0.000", "-", "0.250", "0.000", "0.000"]
-    assert ours == ["0.667", "0.500", "1.000", "0.000", "0.333", "0.000", "0.000", "0.250", "0.000"]
-    assert "IY > nothing" in printed
-    lines = [line.split("\t") for line in (tmp_path / "phones.tsv").read_text(encoding="utf-8").splitlines()]
-    assert lines[0][:4] == ["phone", "heard", "precision", "recall"]
-    assert ["IY", "6", "-", "0.000", "-:6"] in lines and ["W", "6", "1.000", "1.000", ""] in lines
-
-
-def test_characters_that_no_file_or_terminal_shows_do_not_end_the_command(monkeypatch, tmp_path, capsys):
-    """Half a surrogate pair, which JSON can write, makes an answer unparsed; other control characters stay."""
-    lines = records()
-    lines[1]["output"] = r'{"word_transcript": "WE SEE", "phoneme_transcript": "W \ud800 S"}'
-    lines[5]["output"] = r'{"word_transcript": "W\u0000E", "phoneme_transcript": "W \u0000 \u001b[31m"}'
-    run(monkeypatch, phones, write(tmp_path / "predictions.jsonl", lines))
-    printed, written = capsys.readouterr().out, (tmp_path / "phones.tsv").read_text(encoding="utf-8")
-    assert "> \0" in printed and "> \x1b[M" in printed and "\0:1" in written and "\x1b[M:1" in written
-
-
-@pytest.mark.parametrize(
-    "make",
-    [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("phone\tmine\n")],
-)
-def test_a_phones_file_of_something_else_is_not_replaced(monkeypatch, tmp_path, make):
-    path = write(tmp_path / "predictions.jsonl", records())
-    make(tmp_path / "phones.tsv")
-    with pytest.raises(cli.InputError, match="phones.tsv"):
-        run(monkeypatch, phones, path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["phones.tsv", "predictions.jsonl"]
-
-
-def test_predictions_of_that_name_are_not_replaced_either(monkeypatch, tmp_path):
-    content = write(tmp_path / "phones.tsv", records()).read_bytes()
-    with pytest.raises(cli.InputError, match="phones.tsv"):
-        run(monkeypatch, phones, tmp_path / "phones.tsv")
-    assert (tmp_path / "phones.tsv").read_bytes() == content
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Floors: features of the waveform
+# Floors
 
 
 def silence(seconds):
@@ -352,46 +177,20 @@ def test_neither_a_short_gap_nor_silence_around_speech_is_a_pause():
     assert found["silence_share"] == pytest.approx((2 + short) / (4 + short), abs=0.03)
 
 
-def test_pauses_do_not_depend_on_how_loud_the_recording_is():
+def test_pauses_do_not_depend_on_how_loud_the_recording_is_and_levels_are_decibels():
     parts = tone(1), silence(0.6), tone(0.5, amplitude=0.2), silence(1.2), tone(0.8)
     loud, quiet = features(*parts), features(*(0.05 * part for part in parts))
     for name in floors.FEATURES[:6]:
         assert loud[name] == quiet[name]
     assert loud["level_50"] - quiet["level_50"] == pytest.approx(-20 * np.log10(0.05), abs=0.01)
+    assert features(tone(1))["level_50"] == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.1)
 
 
-def test_a_pause_is_quieter_than_speech_by_the_threshold_not_digitally_silent():
-    def pauses(drop):
-        return features(tone(1), tone(1, amplitude=0.5 * 10 ** (-drop / 20)), tone(1))["pauses"]
-
-    assert pauses(floors.SILENCE + 1) == 1 and pauses(floors.SILENCE - 1) == 0
-
-
-def test_the_level_of_a_tone_is_its_root_mean_square():
-    levels = [value for name, value in features(tone(1)).items() if name.startswith("level")]
-    assert levels == pytest.approx([20 * np.log10(0.5 / np.sqrt(2))] * 5, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    "audio",
-    [
-        np.zeros(data.FRAME, np.float32),
-        tone(1)[: data.FRAME],
-        tone(1)[: data.FRAME + data.HOP],
-        np.zeros(RATE, np.float32),
-        np.full(RATE, 0.25, np.float32),
-        np.full(RATE, 1e-30, np.float32),
-    ],
-)
-def test_silent_constant_and_very_short_audio_has_finite_features(audio):
+@pytest.mark.parametrize("audio", [tone(1)[: data.FRAME], np.zeros(RATE, np.float32), np.full(RATE, 1e-30, np.float32)])
+def test_silent_and_very_short_audio_has_finite_features(audio):
     found = features(audio)
     assert np.isfinite(list(found.values())).all()
     assert (found["pauses"], found["silence_share"]) == (0, 0)
-    assert found["speech_span"] <= found["duration"] == len(audio) / RATE
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Floors: the fit
 
 
 def spoken(seed):
@@ -413,55 +212,19 @@ def planted(audio):
     }
 
 
-def test_a_linear_relation_is_recovered_on_utterances_that_were_not_fitted():
+def test_a_linear_relation_is_recovered_on_utterances_whose_scores_are_not_seen():
     train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(40)]
-    test = [utterance(f"b{i}", audio := spoken(100 + i), {}) for i in range(15)]
+    test = [utterance(f"b{i}", spoken(100 + i), {}) for i in range(15)]
     fitted = floors.pauses_and_energy(train, test)
     assert list(fitted) == [u.id for u in test]
-    for u in test:
-        assert fitted[u.id] == pytest.approx(planted(floors.sound.read_audio(u.recording)), abs=1e-4)
-        assert all(type(value) is float for value in fitted[u.id].values())
-
-
-def test_the_human_scores_of_the_test_split_are_not_used():
-    train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(20)]
-    without, with_scores = (
-        floors.pauses_and_energy(train, [utterance("b", spoken(50), scores)])
-        for scores in ({}, dict.fromkeys(prompts.SCORES, 1))
-    )
-    assert without == with_scores
+    for i, u in enumerate(test):
+        assert fitted[u.id] == pytest.approx(planted(spoken(100 + i)), abs=1e-4)
 
 
 def test_scores_stay_on_their_scale():
     train = [utterance(f"a{i}", tone(i), dict.fromkeys(prompts.SCORES, i)) for i in range(1, 10)]
     fitted = floors.pauses_and_energy(train, [utterance("b", tone(25), {})])
     assert fitted == {"b": dict.fromkeys(prompts.SCORES, 10.0)}
-
-
-def test_recordings_without_any_difference_get_the_mean_score():
-    silent = [utterance(f"a{i}", silence(1), dict.fromkeys(prompts.SCORES, score)) for i, score in enumerate((4, 8))]
-    fitted = floors.pauses_and_energy(silent, silent)
-    for scores in fitted.values():
-        assert scores == pytest.approx(dict.fromkeys(prompts.SCORES, 6.0))
-
-
-def test_one_recording_is_held_at_a_time(monkeypatch):
-    read, held = floors.sound.read_audio, []
-
-    def counted(recording):
-        audio = read(recording)
-        held.append(weakref.ref(audio))
-        assert sum(reference() is not None for reference in held) <= 2  # the one before goes when this one is assigned
-        return audio
-
-    monkeypatch.setattr(floors.sound, "read_audio", counted)
-    utterances = [utterance(f"a{i}", spoken(i), dict.fromkeys(prompts.SCORES, 5)) for i in range(10)]
-    floors.pauses_and_energy(utterances, utterances)
-    assert len(held) == 20
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Floors: the command
 
 
 @pytest.fixture(scope="module")
@@ -477,29 +240,43 @@ def copied(corpus, tmp_path_factory):
     return write(tmp_path_factory.mktemp("predictions") / "predictions.jsonl", lines)
 
 
-def test_the_floors_stand_beside_the_files_rows(monkeypatch, copied, corpus, tmp_path, capsys):
-    run(monkeypatch, floors, copied, "--data", corpus)
-    printed = capsys.readouterr().out.splitlines()
-    names = [line[2:].split("  ")[0] for line in printed]
-    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
-    assert [name for name in names if name in wanted][:4] == wanted
-    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
-    numbers = floors.fitted_row(predictions.read(copied), train, test[:12]).numbers
-    (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
-    assert line[3:7] == [f"{numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES] and line[7:] == ["-"] * 5
-    assert not list(tmp_path.iterdir()) and len(list(copied.parent.iterdir())) == 1
-
-
 def test_the_floors_of_a_run_are_those_of_the_corpus_that_was_trained_on(monkeypatch, copied, corpus, tmp_path, capsys):
-    run_folder = evaluated(tmp_path / "out")
-    shutil.copy(copied, run_folder)
-    (run_folder / "settings.json").write_text(json.dumps({"data": str(corpus), "strategy": "lora"}))
-    run(monkeypatch, floors, run_folder / "predictions.jsonl")
-    assert f"corpus: {corpus} (train)" in capsys.readouterr().out
+    shutil.copy(copied, tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps({"data": str(corpus)}))
+    run(monkeypatch, floors, tmp_path / "predictions.jsonl")
+    printed = capsys.readouterr().out.splitlines()
+    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
+    assert [name for line in printed if (name := line[2:].split("  ")[0]) in wanted][:4] == wanted
+    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
+    (fitted,) = floors.score_floors(answers.read(copied), train, test[:12])
+    (line,) = [line.split() for line in printed if line.startswith("  pauses and energy  ")]
+    assert line[3:] == [*(f"{fitted.numbers[f'{name}_pcc']:.3f}" for name in prompts.SCORES), *["-"] * 5]
+
+
+def test_flagging_everything_is_a_floor_of_detection():
+    _, silent = floors.phone_floors(records(2))
+    assert silent.numbers["per"] == 1 and silent.numbers["detection_recall"] == 1
+    assert silent.numbers["detection_f1"] == pytest.approx(2 * 0.25 / 1.25)  # one phone of four is mispronounced
 
 
 @pytest.mark.parametrize("change", [{"id": "unknown"}, {"reference": dict.fromkeys(prompts.SCORES, 0.5)}])
 def test_predictions_of_another_corpus_are_refused(monkeypatch, copied, corpus, tmp_path, change):
-    first, *rest = predictions.read(copied)
+    first, *rest = answers.read(copied)
     with pytest.raises(cli.InputError, match="is not in .*--data"):
         run(monkeypatch, floors, write(tmp_path / "p.jsonl", [first | change, *rest]), "--data", corpus)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other audio
+
+
+def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
+    utterances = data.read_corpus(corpus, "test")
+    silent, swapped = (ablation.other_audio(utterances, how) for how in ("silence", "swap"))
+    assert [len(floors.sound.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
+    assert not any(floors.sound.read_audio(u.recording).any() for u in silent)
+    with pytest.raises(cli.InputError, match="two speakers: use more utterances, or silence"):
+        ablation.other_audio(utterances[:3], "swap")
+    by_bytes = {u.recording(): u.speaker for u in utterances}
+    assert all(by_bytes[u.recording()] != u.speaker for u in swapped)
+    assert [u.text for u in swapped] == [u.text for u in utterances]

@@ -31,23 +31,21 @@ def checked(record):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Words and phones
+# The corpus
 
 
 @pytest.mark.parametrize(
     "labels, heard",
     [
         ([], "TH IY M"),
-        ([(1, "IH")], "TH IH M"),
         ([(0, "S"), (2, "N")], "S IY N"),
-        ([(0, "<DEL>")], "IY M"),
         ([(0, "<DEL>"), (1, "IH0")], "IH M"),  # the index is the canonical one, also after a deletion
         ([(1, "<unk>")], "TH <unk> M"),
         ([(1, "IY*")], "TH IY* M"),
     ],
 )
 @pytest.mark.parametrize("phones", [["TH", "IY0", "M"], "TH IY0 M"])
-def test_heard_phones_are_the_canonical_ones_with_each_mispronunciation_at_its_index(phones, labels, heard):
+def test_heard_phones_are_the_canonical_ones_with_each_label_at_its_index(phones, labels, heard):
     labels = [{"index": index, "pronounced-phone": phone} for index, phone in labels]
     word = {"text": "THEME", "phones": phones, "accuracy": 10, "mispronunciations": labels}
     (word,) = checked(record(words=[word])).words
@@ -71,10 +69,6 @@ def test_lengths_that_crash_the_extractors_batched_path_pass_one_by_one():
         assert data.log_mel(utterance, extractor).shape == ((len(wave) - 400) // 160 + 1, 80)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Corpora
-
-
 def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     utterances = data.read_corpus(corpus, "train")
     listed = [line.split()[0] for line in (corpus / "train" / "wav.scp").read_text().splitlines()]
@@ -91,28 +85,22 @@ def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     assert not {u.speaker for u in utterances} & {u.speaker for u in data.read_corpus(corpus, "test")}
 
 
-def hub_table(corpus, split="test"):
-    """A split as the hub has it: encoded audio, no id column."""
-    records = files.read_json(corpus / "resource" / "scores.json", dict)
-    rows = [
-        records[u.id]
-        | {"speaker": u.speaker, "gender": "f", "age": 9, "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
-        for u in data.read_corpus(corpus, split)
-    ]
-    return datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
-
-
-def test_the_hub_dataset_gives_the_same_utterances_as_the_folder_and_names_a_split_that_it_lacks(corpus, tmp_path):
-    (tmp_path / "data").mkdir()
-    hub_table(corpus).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+def test_the_hub_dataset_gives_the_same_utterances_as_the_folder(corpus, tmp_path):
     folder = data.read_corpus(corpus, "test")
+    records = files.read_json(corpus / "resource" / "scores.json", dict)
+    rows = [  # encoded audio, no id column
+        records[u.id] | {"speaker": u.speaker, "age": 9, "audio": {"bytes": u.recording(), "path": f"{u.id}.WAV"}}
+        for u in folder
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(decode=False))
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     hub = [make() for _, make in data.read_hub("some/corpus", tmp_path, "test")]
     assert data.fingerprint(hub) == data.fingerprint(folder)
     for ours, theirs in zip(hub, folder, strict=True):
         assert np.array_equal(read_audio(ours.recording), read_audio(theirs.recording))
-    with pytest.raises(cli.InputError, match="some/corpus.*'train'") as error:
+    with pytest.raises(cli.InputError, match="some/corpus.*'train'"):
         list(data.read_hub("some/corpus", tmp_path, "train"))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif("SPEECHOCEAN762" not in os.environ, reason="SPEECHOCEAN762 does not name a corpus folder")
@@ -125,20 +113,18 @@ def test_the_real_test_split_has_its_published_counts():
 
 MISSING = object()
 LABEL = "words.0.mispronunciations.0"
-NO_TEXT = [MISSING, None, True, 7, [], {}, "", "  ", "\ud800", "A" * 10**7]
-CONTROL = ["A <|end|> B", "A \0 B", "A\nB"]
-NO_PHONE = [MISSING, None, True, 7, [], {}, "", "7", "\ud800", "A" * 10**7]
-NO_RATING = [MISSING, None, True, -1, 11, 1e9, 10**400, math.nan, math.inf, "high", "8", [], {}]
-NO_LIST = [MISSING, None, True, 7, "", {}, [None], [[]]]
+NO_TEXT = [MISSING, None, 7, [], "", "  ", "\ud800", "A" * 10**7, "A <|end|> B", "A \0 B", "A\nB"]
+NO_PHONE = [MISSING, None, 7, {}, "", "7", "\ud800", "AH B", " AH", "<|end|>"]
+NO_SCORE = [MISSING, None, True, -1, 11, 10**400, math.nan, math.inf, "high", "8", [], 7.5, 7.999999999999]
 BAD_FIELDS = {
-    "text": NO_TEXT + CONTROL,
-    **dict.fromkeys(prompts.SCORES, NO_RATING + [7.5, 7.999999999999]),
-    "words": NO_LIST + [[], "BEAR", [{}] * 10**5],
-    "words.0.text": NO_TEXT + CONTROL,
-    "words.0.phones": NO_LIST + [[], "  ", ["AH", "B C"], ["AH", ""], ["AH", "0"], ["<|end|>"], ["AH"] * 10**5],
-    "words.0.mispronunciations": NO_LIST + ["AH", [{}] * 10**5],
-    f"{LABEL}.index": [MISSING, None, True, -1, 3, 1e9, 10**400, 0.0, math.nan, "0", [], {}],
-    f"{LABEL}.pronounced-phone": NO_PHONE + ["AH B", " AH", "<|end|>"],
+    "text": NO_TEXT,
+    **dict.fromkeys(prompts.SCORES, NO_SCORE),
+    "words": [MISSING, None, 7, {}, [None], [], "BEAR"],
+    "words.0.text": NO_TEXT,
+    "words.0.phones": [MISSING, None, 7, {}, [None], [], "", "  ", ["AH", "B C"], ["AH", "0"], ["<|end|>"]],
+    "words.0.mispronunciations": [MISSING, None, 7, "AH", [[]]],
+    f"{LABEL}.index": [MISSING, None, True, -1, 3, 10**400, 0.0, math.nan, "0", []],
+    f"{LABEL}.pronounced-phone": NO_PHONE,
 }
 
 
@@ -155,66 +141,47 @@ def test_a_field_of_another_shape_is_named_in_one_short_line(field):
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_a_value_nested_too_deeply_to_be_shown_and_an_index_that_is_labelled_twice_are_one_line_too():
-    nested = []
-    for _ in range(100_000):
-        nested = [nested]
-    with pytest.raises(cli.InputError, match="text a deeply nested value"):
-        checked(record(text=nested))
-    twice = record()
+def test_an_index_with_two_labels_is_refused_and_a_score_may_be_written_as_8_0():
+    twice, other = record(), record(**dict.fromkeys(prompts.SCORES, 8.0), completeness=math.nan)
     twice["words"][0]["mispronunciations"] *= 2
-    with pytest.raises(cli.InputError, match="index 0 .*2 times"):
+    with pytest.raises(cli.InputError, match=r"'BEAR': mispronunciation index twice.*\[0, 0\]"):
         checked(twice)
+    other["words"][0].update(stress="high", accuracy="high")  # which nothing reads
+    assert replace(checked(other), recording=None) == replace(checked(record()), recording=None)
+    assert {type(score) for score in checked(other).scores.values()} == {int}
 
 
-def test_scores_may_be_written_as_8_0_and_fields_that_nothing_reads_may_hold_anything():
-    other = record(**dict.fromkeys(prompts.SCORES, 8.0), completeness=math.nan)
-    other["words"][0].update(stress="high", accuracy="high")
-    read, plain = checked(other), checked(record())
-    assert replace(read, recording=None) == replace(plain, recording=None)
-    assert {type(score) for score in read.scores.values()} == {int}
+def written(content):
+    return lambda path: path.write_bytes(content) and path
 
 
-def test_equal_words_and_scores_are_held_once(corpus):
-    utterances = data.read_corpus(corpus, "train")
-    for held in ([u.scores for u in utterances], [word for u in utterances for word in u.words]):
-        assert len({id(one) for one in held}) == len({repr(one) for one in held}) < len(held)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of a corpus that are no such files
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (fifo, "is not a regular file"),
-        (lambda path: "/dev/zero", "is not a regular file"),
-        (lambda path: path.parent, "Is a directory"),
-        (lambda path: path.write_bytes(sound(tone(1))[:-2]) and path, "cut off"),
-        (lambda path: f"{path}\0.wav", "null"),
-        (lambda path: "a" * 5000, "File name too long"),
-        (lambda path: path / "there", "No such file"),
-    ],
-)
-def test_every_utterance_that_cannot_be_used_is_listed_in_a_line_with_its_reason(corpus, tmp_path, make, message):
+def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, tmp_path):
+    makes = {
+        "is not a regular file": fifo,
+        "Is a directory": lambda path: path.parent,
+        "No such file": lambda path: path / "there",
+        "cut off": written(SECOND[:-2]),
+        "all its samples are 0": written(sound(np.zeros(16_000))),
+        "its samples reach 16,384": written(sound(32_768 * tone(1))),
+        "channels cancel each other": written(sound(np.stack([tone(1), -tone(1)], axis=1))),
+    }
     root = copy_of(corpus, tmp_path)
     lines = (root / "test" / "wav.scp").read_text().splitlines()
     ids = [line.split()[0] for line in lines]
-    lines[1] = f"{ids[1]} {make(tmp_path / 'one.wav')}"
+    for i, make in enumerate(makes.values()):
+        lines[i] = f"{ids[i]} {make(tmp_path / f'{i}.wav')}"
     (root / "test" / "wav.scp").write_text("\n".join(lines))
     speakers = (root / "test" / "utt2spk").read_text().splitlines()
-    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[3])))
+    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[7])))
     records = files.read_json(root / "resource" / "scores.json", dict)
-    del records[ids[4]]
-    records[ids[5]]["total"] = 12
+    del records[ids[8]]
+    records[ids[9]]["total"] = 12
     (root / "resource" / "scores.json").write_text(json.dumps(records))
     with pytest.raises(cli.InputError) as error:
         data.read_corpus(root, "test")
     first, *others = str(error.value).split("\n")
-    reasons = (message, "no speaker", "no entry", "total 12")
-    assert first.startswith("4 of 20 utterances")
-    for line, id, reason in zip(others, (ids[1], *ids[3:6]), reasons, strict=True):
+    assert first.startswith("10 utterances of")
+    for line, id, reason in zip(others, ids, (*makes, "no speaker", "no entry", "total 12")):
         assert line.startswith(f"  {id}: ") and reason in line
 
 
@@ -222,39 +189,32 @@ def test_every_utterance_that_cannot_be_used_is_listed_in_a_line_with_its_reason
     "name, damage, message",
     [
         ("scores.json", lambda text: text[:-40], "is not JSON: .* line"),
-        ("scores.json", lambda text: text + "}", "is not JSON: Extra data"),
-        ("scores.json", lambda text: text.replace('"text"', "text", 1), "is not JSON: "),
         ("scores.json", lambda text: f"[{text}]", ": .*dict"),
-        ("scores.json", lambda text: "", "is not JSON: "),
         ("scores.json", lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not JSON: .*recursion"),
-        ("scores.json", lambda text: '{"u": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
         ("scores.json", lambda text: text.replace('"000500002"', '"000500001"'), "'000500001' twice"),
         ("scores.json", lambda text: text.replace('"fluency"', '"accuracy"', 1), "'accuracy' twice"),
-        ("scores.json", lambda text: text + "\udcff", "is not UTF-8"),
-        ("scores.json", None, ""),
         ("wav.scp", lambda text: text + "\udcff", "is not UTF-8"),
-        ("wav.scp", lambda text: "000500001\n", "000500001"),
-        ("wav.scp", lambda text: "u a.wav\nu a.wav\n", "repeats a key"),
-        ("wav.scp", None, ""),
-        ("utt2spk", lambda text: text + "\udcff", "is not UTF-8"),
+        ("wav.scp", lambda text: text + "u\n", "line 21 of .* is not a key and a value"),
+        ("wav.scp", lambda text: "u a.wav\nu a.wav\n", "'u' twice"),
+        ("utt2spk", lambda text: "", "line 1 of .* is not a key and a value"),
     ],
 )
 def test_a_damaged_file_of_a_corpus_is_named_in_one_line(corpus, tmp_path, name, damage, message):
     (path,) = copy_of(corpus, tmp_path).glob(f"[rt]e*/{name}")  # resource/ or test/
-    if damage:
-        path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
-    else:
-        fifo(path)  # which would wait for ever
-    with pytest.raises(cli.InputError, match=f"{path}.*{message}") as error:
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises(cli.InputError, match=f"{path}.*{message}" if "line" not in message else message) as error:
         data.read_corpus(tmp_path / "copy", "test")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_folder_in_the_place_of_a_file_leaves_no_descriptor_open(tmp_path):
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(cli.InputError, match="Is a directory"):
-        files.read_bytes(tmp_path)
-    assert os.listdir("/proc/self/fd") == before
+def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tmp_path):
+    root, read = copy_of(corpus, tmp_path), data.read_corpus(corpus, "test")
+    for path in (root / "resource" / "scores.json", *(root / "test" / name for name in ("wav.scp", "utt2spk"))):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert data.fingerprint(data.read_corpus(root, "test")) == data.fingerprint(read)
+    speakers = (root / "test" / "utt2spk").read_text().replace(" ", " one\u2028\x85")
+    (root / "test" / "utt2spk").write_text(speakers)
+    assert {u.speaker for u in data.read_corpus(root, "test")} == {f"one\u2028\x85{u.speaker}" for u in read}
 
 
 @pytest.mark.parametrize(

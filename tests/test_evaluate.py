@@ -57,7 +57,7 @@ def test_the_floor_is_what_copying_the_canonical_phones_gives():
 def test_a_number_is_marked_when_within_005_of_the_papers():
     paper = dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3]))
     cells = evaluate.cells(paper | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}, evaluate.TABLE_3, near=paper)
-    assert cells[0] == "0.656*" and cells[4] == "0.091*" and cells[5] == "0.165"
+    assert cells[0] == "*0.656" and cells[4] == "*0.091" and cells[5] == "0.165"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,11 @@ def test_a_users_mistake_is_named_before_anything_slow(monkeypatch, tmp_path, ch
     with pytest.raises(cli.InputError, match=message) as error:
         main(monkeypatch, *(argument.format(checkpoint=checkpoint, corpus=corpus) for argument in arguments))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_mistake_ends_the_script_with_2_and_one_line(tmp_path):
+    code, text = Process("evaluate", [], tmp_path).wait()
+    assert code == 2 and text.startswith("evaluate.py: error: ") and len(text.splitlines()) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,10 @@
 from collections import Counter
 import itertools
 import json
-import os
-import re
 import shutil
 import sys
 
-from conftest import ROOT, script
+from conftest import fifo, read_lines, script
 import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
 import pytest
@@ -24,7 +22,6 @@ from recipes import common
 from recipes import gold_transcripts as recipe
 from support import cli
 
-SCRIPT = ROOT / "recipes" / "gold_transcripts.py"
 SCHOOL, CAT = "HE WENT TOO SKOOL WITH HIS BROTHER", "A KAT"  # of different lengths: one of them is padded
 GOLD_FILES = ("gold", "held_out")
 ANSWERS = {SCHOOL: 'Corrected sentence: "He went to school with his brother."', CAT: "A cat."}
@@ -56,26 +53,14 @@ def settings(*arguments):
     """The settings of a command line."""
     before, sys.argv = sys.argv, ["gold_transcripts.py", *map(str, arguments)]
     try:
-        return recipe.parse_settings()
+        given = cli.parse(recipe.Settings, "")
+        recipe.check(given)
+        return given
     finally:
         sys.argv = before
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without(folder, copy, name):
-    """A copy of a checkpoint that lacks the weights with this in their name."""
-    shutil.copytree(folder, copy)
-    weights = load_file(copy / "model.safetensors")
-    kept = {key: value for key, value in weights.items() if name not in key}
-    assert len(kept) < len(weights)
-    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
-    return str(copy)
-
-
-def test_a_transcript_joins_runs_keeps_letters_that_a_blank_parts_and_shows_no_special_symbol(recogniser):
+def test_a_transcript_joins_runs_and_keeps_letters_that_a_blank_parts(recogniser):
     symbols = ["<s>", "H", "H", "E", "<pad>", "L", "<pad>", "L", "O", "|", "|", "A", "<unk>"]
     ids = [recipe.SYMBOLS.index(symbol) for symbol in symbols]
     assert recogniser.decode(F.one_hot(torch.tensor(ids), 32).float()) == "HELLO A"
@@ -96,7 +81,7 @@ def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recognise
     assert recogniser.normalise(text) == (kept, Counter(lost))
 
 
-def test_a_vocabulary_of_small_letters_gets_small_letters_and_targets_are_the_real_tokenizers(recogniser):
+def test_targets_are_the_real_tokenizers_and_small_letters_where_it_has_small_ones(recogniser):
     for text in ("A", "IT'S A QUIZ", "HELLO WORLD"):
         assert (
             recogniser.encode(recogniser.normalise(text.lower())[0]) == recogniser.processor.tokenizer(text).input_ids
@@ -118,58 +103,11 @@ def test_padding_would_change_the_logits_of_a_clip_so_each_goes_alone(recogniser
     assert together == [recogniser.transcribe([one], "")[0] for one in samples]
 
 
-@pytest.mark.parametrize("band", [0, 10, 31])
-def test_each_band_of_the_tiny_feature_encoder_hears_its_own_tone(recogniser, band):
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(11), 34) / 2595) - 1)
-    tone = torch.sin(2 * torch.pi * edges[band + 1] * torch.arange(16000) / 16000)
-    layer = recogniser.network.wav2vec2.feature_extractor.conv_layers
-    with torch.no_grad():
-        rectified = F.relu(layer[0].conv(tone[None, None].float()))
-        loud = layer[1].conv(rectified).mean(dim=-1)[0]
-    assert loud.argmax() == band
-
-
 def update_once(recogniser, batch, rate=0.0, clip=1.0):
     """One update of all weights but the feature encoder's, by SGD."""
     optimiser = torch.optim.SGD(common.trained(recogniser.network).values())
     recogniser.network.train()
     return common.update(optimiser, recipe.losses(recogniser, batch), rate, clip, 1)
-
-
-def test_a_checkpoint_without_a_mask_embedding_trains_with_time_masks_on_finite_numbers(folder, tmp_path):
-    recogniser = recipe.Recogniser(without(folder, tmp_path / "lacking", "masked_spec_embed"), time_mask=0.5)
-    batch = [(sample("a"), recogniser.encode("A CAT"))]
-    first, second = (update_once(recogniser, batch) for _ in range(2))
-    assert all(np.isfinite([n["loss"], n["gradient_norm"]]).all() for n in (first, second))
-    assert first["loss"] != second["loss"]  # other frames were hidden
-
-
-def test_a_loss_that_is_not_finite_names_the_sample_and_changes_no_weight(recogniser):
-    before = {name: weight.detach().clone() for name, weight in recogniser.network.named_parameters()}
-    bad = recipe.Sample("bad", "all", "s", lambda: np.full(16000, np.nan, dtype=np.float32), None)
-    with pytest.raises(cli.RunError, match="one of: bad;"):
-        update_once(recogniser, [(sample("good"), recogniser.encode("A")), (bad, recogniser.encode("A"))], rate=1.0)
-    assert all(torch.equal(weight, before[name]) for name, weight in recogniser.network.named_parameters())
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda f: (f / "model.safetensors").unlink(),
-        lambda f: (f / "model.safetensors").write_bytes(b"rubbish"),
-        lambda f: (f / "vocab.json").unlink(),
-    ],
-)
-def test_a_recogniser_that_cannot_be_used_is_an_error_that_names_it(folder, tmp_path, broken):
-    shutil.copytree(folder, tmp_path / "broken")
-    broken(tmp_path / "broken")
-    with pytest.raises(cli.InputError, match="^--recogniser .*broken.*cannot be loaded.*needs a Wav2Vec2ForCTC"):
-        recipe.Recogniser(str(tmp_path / "broken"), 0.0)
-
-
-def test_a_recogniser_that_lacks_weights_is_an_error_that_names_them(folder, tmp_path):
-    with pytest.raises(cli.InputError, match="headless lacks 2 weights, such as lm_head.bias"):
-        recipe.Recogniser(without(folder, tmp_path / "headless", "lm_head"), 0.0)
 
 
 def paths_to(target, frames, symbols, blank=0):
@@ -221,7 +159,7 @@ def test_what_ctc_cannot_align_is_left_out_by_name_and_nothing_else(recogniser):
             assert torch.isinf(recipe.ctc_loss(recogniser.logits(one.audio()), recogniser.encode(line["gold"]), 0))
 
 
-def test_a_clip_shorter_than_a_time_mask_and_one_whose_transcript_is_its_gold_are_left_out(recogniser):
+def test_a_clip_shorter_than_a_time_mask_or_transcribed_as_its_gold_is_left_out(recogniser):
     lines = [{"id": id, "baseline": "A CAT", "gold": gold} for id, gold in zip("abc", ("A CAT", "A BAT", None))]
     samples = [sample(id) for id in "abc"]
     ((one, target),), too_short = recipe.choose_training(lines, samples, recogniser)
@@ -241,7 +179,7 @@ class FakeLlm:
         return [self.answers[transcript] for transcript in transcripts]
 
 
-def test_gold_is_rejected_with_its_reason_and_an_empty_transcript_is_never_sent(recogniser, tmp_path):
+def test_gold_is_rejected_with_its_reason_and_nothing_empty_is_sent(recogniser, tmp_path):
     alphabet = "characters outside the alphabet"
     expected = {  # transcript: answer, gold, verdict
         "A KAT": ("A cat.", None, "too far from the transcript"),
@@ -314,7 +252,7 @@ def llm_folder(tmp_path_factory):
     return folder
 
 
-def test_the_llm_answers_a_padded_row_as_it_answers_it_alone_and_only_new_text_comes_back(llm_folder):
+def test_the_llm_answers_a_padded_row_as_it_answers_it_alone(llm_folder):
     llm, masks = recipe.Llm(str(llm_folder), None, 64), []
     generate = llm.network.generate
     llm.network.generate = lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs)
@@ -322,28 +260,6 @@ def test_the_llm_answers_a_padded_row_as_it_answers_it_alone_and_only_new_text_c
     assert masks[0][:, -1].all() and not masks[0][1, 0]  # padded on the left: the answer continues the prompt
     assert llm.rewrite([CAT]) == [ANSWERS[CAT]]
     assert recipe.clean_answer(ANSWERS[SCHOOL]) == "He went to school with his brother."
-
-
-def test_an_answer_that_does_not_end_is_none(llm_folder):
-    assert recipe.Llm(str(llm_folder), None, 3).rewrite([SCHOOL]) == [None]
-
-
-def test_an_llm_in_4_bits_is_in_4_bits_and_answers(llm_folder):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    llm = recipe.Llm(str(llm_folder), "nf4", 16)
-    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in llm.network.modules())
-
-
-def test_check_llm_shows_and_times_a_correction(llm_folder, capsys):
-    recipe.check_llm(settings("--check-llm", "--llm", llm_folder))
-    printed = capsys.readouterr().out
-    assert recipe.EXAMPLE in printed and re.search(r"loaded in [\d.]+ s, corrected in [\d.]+ s", printed)
-
-
-def test_an_llm_without_a_chat_template_is_an_error(llm_folder, tmp_path):
-    shutil.copytree(llm_folder, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
-    with pytest.raises(cli.InputError, match="has no chat template"):
-        recipe.Llm(str(tmp_path / "base"), None, 3)
 
 
 def test_lora_on_the_real_size_trains_the_published_number_of_weights():
@@ -379,25 +295,9 @@ def test_an_adapter_reloaded_and_merged_computes_what_was_trained_head_included(
     base.network = base.network.merge_and_unload()
     torch.testing.assert_close(logits(base), after, rtol=1e-4, atol=1e-5)
     assert len(read_lines(tmp_path / "log.jsonl")) == summary["steps"] == 3
-
-
-def test_a_fresh_adapter_changes_nothing_and_trains_attention_and_head_alone(recogniser, tmp_path):
-    before, summary, after = trained(recogniser, tmp_path, "--learning-rate", 1e-30)
-    assert torch.equal(before, after)
     names = list(common.trained(recogniser.network))
     assert len(names) == 2 * 4 * 2 + 2  # A and B of four projections in two layers; weight and bias of the head
     assert all("lora_" in name and ".attention." in name or "lm_head" in name for name in names)
-    assert summary["trained_weights"] == sum(weight.numel() for weight in common.trained(recogniser.network).values())
-
-
-def test_full_training_leaves_the_feature_encoder_and_reloads_as_a_recogniser(folder, recogniser, tmp_path):
-    _, _, after = trained(recogniser, tmp_path, "--no-lora", "--learning-rate", 1e-2)
-    torch.testing.assert_close(logits(recipe.Recogniser(str(tmp_path / "model"), 0.0)), after, rtol=0, atol=0)
-    old, new = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "model"))
-    assert old.keys() - new.keys() == {"wav2vec2.masked_spec_embed"}  # which --time-mask 0 does without
-    same = {name for name in new if torch.equal(old[name], new[name])}
-    assert {name for name in old if "feature_extractor" in name} <= same
-    assert not same & {name for name in old if "lm_head" in name or "encoder.layers" in name and "k_proj.b" not in name}
 
 
 @pytest.fixture
@@ -421,16 +321,6 @@ def test_a_clean_recording_and_its_noisy_copy_are_held_out_together(recordings):
     assert {one.condition for one in recipe.read_samples(settings("--audio-dir", recordings / "clean"))} == {"all"}
 
 
-def test_every_recording_that_cannot_be_used_is_named(recordings):
-    (recordings / "clean" / "0.wav").write_bytes(b"rubbish")
-    (recordings / "noisy" / "3.wav").write_bytes(b"")
-    soundfile.write(recordings / "noisy" / "4.wav", sound(1.0, seed=4), 8000)
-    with pytest.raises(cli.InputError, match="3 of 10 recordings") as error:
-        recipe.read_samples(settings("--audio-dir", recordings))
-    assert "clean/0.wav" in str(error.value) and "noisy/3.wav" in str(error.value)
-    assert "noisy/4.wav: 8,000 Hz is below 16,000 Hz" in str(error.value)
-
-
 def line(speaker, human, baseline, tuned, gold=None, condition="all"):
     texts = {"human": human, "baseline": baseline, "tuned": tuned, "gold": gold}
     return {"speaker": speaker, "condition": condition, **texts}
@@ -447,101 +337,81 @@ def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
     assert recipe.compare(lines[2:], "human", "baseline", "tuned") is None
 
 
-def test_the_interval_of_a_difference_is_over_speakers_and_pairs_the_systems():
-    texts = [("X X X X", "A X X X"), ("A B X X", "A B C X")]
-    better = [line(str(i), "A B C D", *texts[i % 2]) for i in range(20)]
-    numbers = recipe.compare(better, "human", "baseline", "tuned")
-    assert numbers["difference"]["wer_interval"] == pytest.approx((-0.25, -0.25))  # every speaker gains the same
-    low, high = numbers["baseline"]["wer_interval"]
-    assert low < 0.75 < high
-
-
-def test_gold_is_measured_against_human_text_and_conditions_are_reported_apart():
-    lines = [
-        line("a", "A B", "A X", "A B", "A B", "clean"),
-        line("b", "C D", "X X", "C X", "C X", "noisy"),
-        line("c", "E F", "E", "E", None, "noisy"),
-    ]
-    results = recipe.evaluate(lines, lines, settings("--audio-dir", "x"))
-    assert set(results["held_out"]) == {"all", "clean", "noisy"}
-    assert [results["held_out"]["noisy"][name]["samples"] for name in ("gold", "human")] == [1, 2]
-    assert results["held_out"]["all"]["gold"]["tuned"]["wer"] == 0.0  # the same wrong word as the gold
-    assert results["gold_quality"]["held_out"]["gold"]["wer"] == 1 / 4
-    assert results["gold_quality"]["held_out"]["baseline"]["wer"] == 3 / 4
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "give --audio-dir.*or --data"),
-        (["--audio-dir", "x", "--data", "y"], "one of the two"),
-        (["--audio-dir", "x", "--oracle"], "--audio-dir has none"),
-        (["--data", "x", "--oracle", "--llm", "y"], "asks no LLM: leave out --llm"),
-        (["--data", "x", "--no-lora", "--rank", "4"], "trains no LoRA: leave out --rank"),
-        (["--audio-dir", "x", "--split", "test"], "leave it out"),
-        (["--check-llm", "--epochs", "2"], "leave out --epochs"),
-        (["--write-tiny", "x", "--data", "y"], "leave out --data"),
-    ],
-)
-def test_settings_that_cannot_work_together_are_an_error(arguments, message):
-    with pytest.raises(cli.InputError, match=message):
-        settings(*arguments)
-
-
-def test_without_an_llm_it_stops_before_anything_is_transcribed(corpus, folder, tmp_path):
-    with pytest.raises(cli.InputError, match="without an LLM there is no gold: --llm .*none"):
-        recipe.run(settings("--data", corpus, "--recogniser", folder, "--llm", tmp_path / "none"))
-    assert not list(tmp_path.glob("out-gold/*"))
-
-
 @pytest.mark.slow
 def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, llm_folder, tmp_path, capsys):
     out, models = tmp_path / "out", ["--recogniser", folder, "--llm", llm_folder]
     arguments = ["--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--epochs", 1, "--output", out]
     with pytest.raises(cli.RunError, match="0 samples to train on"):  # what it memorised is far from any transcript
         recipe.run(settings(*arguments))
-    shutil.rmtree(out)
     recipe.run(settings(*arguments, "--max-distance", 100))
     results = json.loads((out / "evaluation_results.json").read_text())
     gold, held_out = ({line["id"]: line["gold"] for line in read_lines(out / f"{name}.jsonl")} for name in GOLD_FILES)
     assert len(gold) == 20 and len(held_out) == results["counts"]["held_out"] == 10
     assert held_out.items() <= gold.items()
+    with pytest.raises(cli.InputError, match="evaluation_results.json is there already"):
+        recipe.run(settings(*arguments))
     assert set(results["held_out"]["all"]) == {"gold", "human"} and results["gold_quality"]["training"]["samples"]
     assert "hears nothing" in results["gold"] and "how good the gold is" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_on_folders_reports_clean_and_noisy_apart(recordings, folder, llm_folder, tmp_path):
-    models = ["--recogniser", folder, "--llm", llm_folder, "--max-distance", 100]
-    sizes = ["--validation", 0.4, "--epochs", 1, "--batch-size", 1]
-    recipe.run(settings("--audio-dir", recordings, *models, *sizes, "--output", tmp_path / "out"))
-    results = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
-    samples = {part: numbers["gold"] and numbers["gold"]["samples"] for part, numbers in results["held_out"].items()}
-    assert samples["all"] == samples["clean"] + samples["noisy"] > 0
-    assert all(numbers["human"] is None for numbers in results["held_out"].values())  # nobody wrote them down
-    assert results["gold_quality"] == {"training": None, "held_out": None}
-
-
-@pytest.mark.slow
-def test_a_run_as_a_user_starts_it_says_oracle_everywhere_and_is_not_overwritten(corpus, folder, tmp_path):
-    arguments = [SCRIPT, "--data", corpus, "--oracle", "--recogniser", folder, "--epochs", 2, "--learning-rate", 1e-2]
-    result = script(*arguments, cwd=tmp_path)
+def test_a_run_as_a_user_starts_it_says_oracle_everywhere(corpus, folder, tmp_path):
+    models = ["--oracle", "--recogniser", folder, "--epochs", 1, "--learning-rate", 1e-2]
+    result = script("-m", "recipes.gold_transcripts", "--data", corpus, *models, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    out, lines = tmp_path / "out-gold", {"gold.jsonl", "log.jsonl", "held_out.jsonl"}
-    assert {path.name for path in out.iterdir()} == lines | {"settings.json", "adapter", "evaluation_results.json"}
-    results, written = (json.loads((out / f"{name}.json").read_text()) for name in ("evaluation_results", "settings"))
-    assert results["gold"] == written["gold"] == recipe.ORACLE and recipe.ORACLE in result.stdout
-    assert written["llm"] is None and written["rank"] == 8  # no file names what was not used
+    results = json.loads((tmp_path / "out-gold" / "evaluation_results.json").read_text())
+    assert results["gold"] == recipe.ORACLE and recipe.ORACLE in result.stdout
     assert results["counts"]["training"] + results["counts"]["held_out"] == 40
-    with pytest.raises(cli.InputError, match="settings.json exists already"):
-        recipe.run(settings(*arguments[1:]))
 
 
-@pytest.mark.skipif(
-    "SPEECHOCEAN762" not in os.environ, reason="needs the real corpus: set SPEECHOCEAN762 to its folder"
-)
-def test_all_texts_of_the_real_corpus_fit_the_alphabet(recogniser):
-    for split in ("train", "test"):
-        for utterance in data.read_corpus(os.environ["SPEECHOCEAN762"], split):
-            text, lost = recogniser.normalise(utterance.text)
-            assert text == utterance.text and not lost
+def vocabulary(**ids):
+    """Gives a checkpoint's symbols other ids."""
+
+    def change(copy):
+        path = copy / "vocab.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | ids))
+
+    return change
+
+
+def not_a_number(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"][3, 5] = np.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+
+def headless(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "lm_head" not in k}, copy / "model.safetensors", {"format": "pt"})
+
+
+REFUSED = [  # what becomes of the recogniser's folder, the command line, and what is said
+    (vocabulary(E=5000), "--data CORPUS --oracle --recogniser COPY", "has the id 5,000, its weights end with 31"),
+    (not_a_number, "--data CORPUS --oracle --recogniser COPY", "lm_head.weight holds values that are not finite"),
+    (headless, "--data CORPUS --oracle --recogniser COPY", "lacks 2 weights, such as lm_head.bias"),
+    (lambda f: fifo(f / "model.safetensors"), "--data CORPUS --oracle --recogniser COPY", "is not a regular file"),
+    (lambda f: (f / "vocab.json").unlink(), "--data CORPUS --oracle --recogniser COPY", "copy cannot be loaded"),
+    (None, "--data CORPUS --recogniser COPY --llm none", "model none is not a folder here"),
+    (None, "--data CORPUS --oracle --output COPY", "says that recipes.gold_transcripts wrote it"),
+    (None, "--audio-dir COPY", "has no recordings"),
+    (None, "--audio-dir x --oracle", "--audio-dir has none"),
+    (None, "--audio-dir x --data y", "one of the two"),
+    (None, "--write-tiny x --epochs 2", "--write-tiny does not use --epochs"),
+]
+
+
+@pytest.mark.parametrize("spoil, arguments, message", REFUSED)
+def test_what_cannot_be_used_is_said_in_one_line(
+    spoil, arguments, message, corpus, folder, tmp_path, monkeypatch, capsys
+):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "gold.jsonl").write_text("somebody's")
+    if spoil:
+        spoil(copy)
+    line = arguments.replace("CORPUS", str(corpus)).replace("COPY", str(copy)).split()
+    monkeypatch.setattr(sys, "argv", ["gold_transcripts", *line])
+    with pytest.raises(SystemExit) as ended:
+        cli.run_script("gold_transcripts", recipe.main)
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and message in said and said.count("\n") == 0, said
+    assert (copy / "gold.jsonl").read_text() == "somebody's"

@@ -1,9 +1,12 @@
+from collections import Counter
 import functools
+import itertools
 import math
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+import jiwer
 import numpy as np
 import pytest
 from records import one_hot, records
@@ -11,6 +14,7 @@ from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
 
 import metrics
+import prompts
 
 
 def strings(seed, number, alphabet="ABCDE", longest=9):
@@ -18,14 +22,17 @@ def strings(seed, number, alphabet="ABCDE", longest=9):
     return [[draw.choice(alphabet) for _ in range(draw.randint(0, longest))] for _ in range(number)]
 
 
-def outputs(heard, predicted, canonical=None):
-    """MDD outputs of these phones, as metrics.summarise takes them."""
+def lines(heard, predicted, canonical=None, words="A", speakers=None):
+    """MDD lines of these phones, as in predictions.jsonl."""
     return [
-        (
-            {"word_transcript": "", "phoneme_transcript": " ".join(p)},
-            {"word_transcript": "A", "canonical": c, "heard": h},
-        )
-        for h, p, c in zip(heard, predicted, canonical or heard)
+        {
+            "id": f"u{i}",
+            "task": "MDD",
+            "output": prompts.mdd_target("A", p),
+            "reference": {"word_transcript": words, "canonical": c, "heard": h},
+        }
+        | ({"speaker": f"s{i % speakers}"} if speakers else {})
+        for i, (h, p, c) in enumerate(zip(heard, predicted, canonical or heard))
     ]
 
 
@@ -33,24 +40,34 @@ def outputs(heard, predicted, canonical=None):
 # Alignment
 
 
-def distance(first, second):
-    """Levenshtein distance by its recursive definition."""
+def kaldi_alignment(first, second):
+    """Kaldi's LevenshteinAlignment, said once more: costs by recursion, traceback from the end."""
 
     @functools.cache
-    def from_(i, j):
-        if i == len(first) or j == len(second):
-            return len(first) - i + len(second) - j
-        return min(from_(i + 1, j + 1) + (first[i] != second[j]), from_(i + 1, j) + 1, from_(i, j + 1) + 1)
+    def cost(m, n):
+        if not m or not n:
+            return m + n
+        return min(cost(m - 1, n - 1) + (first[m - 1] != second[n - 1]), cost(m - 1, n) + 1, cost(m, n - 1) + 1)
 
-    return from_(0, 0)
+    pairs, m, n = [], len(first), len(second)
+    while m or n:
+        both = cost(m - 1, n - 1) + (first[m - 1] != second[n - 1]) if m and n else math.inf
+        deletion, insertion = (cost(m - 1, n) + 1 if m else math.inf), (cost(m, n - 1) + 1 if n else math.inf)
+        if both <= min(deletion, insertion):
+            m, n = m - 1, n - 1
+            pairs.insert(0, (first[m], second[n]))
+        elif deletion <= insertion:
+            m -= 1
+            pairs.insert(0, (first[m], None))
+        else:
+            n -= 1
+            pairs.insert(0, (None, second[n]))
+    return pairs
 
 
-def test_an_alignment_holds_both_sequences_and_costs_their_distance():
-    for first, second in zip(strings(1, 200), strings(2, 200)):
-        pairs = metrics.align(first, second)
-        assert [a for a, _ in pairs if a is not None] == first
-        assert [b for _, b in pairs if b is not None] == second
-        assert sum(a != b for a, b in pairs) == distance(first, second)
+def test_phones_are_aligned_by_kaldis_rule_on_random_strings():
+    for first, second in zip(strings(1, 300), strings(2, 300)):
+        assert metrics.align(first, second) == kaldi_alignment(first, second)
 
 
 def test_ties_are_broken_from_the_end_substitution_first_then_deletion():
@@ -81,19 +98,25 @@ def test_error_rates_of_worked_cases(references, hypotheses, rate):
     assert metrics.error_rate(*phones) == pytest.approx(rate, nan_ok=True)
 
 
-def test_the_error_rate_is_that_of_the_alignment():
-    references, hypotheses = strings(3, 100), strings(4, 100)
-    errors = sum(a != b for r, h in zip(references, hypotheses) for a, b in metrics.align(r, h))
-    assert metrics.error_rate(references, hypotheses) == pytest.approx(errors / sum(map(len, references)))
+def test_the_parts_of_the_per_are_those_of_the_confusions_on_random_strings():
+    heard, predicted, canonical = strings(3, 100), strings(4, 100), strings(8, 100)
+    kinds = Counter(metrics.kind_of(*pair) for phones in zip(heard, predicted) for pair in metrics.align(*phones))
+    numbers, _ = metrics.score(lines(heard, predicted, canonical))
+    parts = dict(zip(("per_sub", "per_del", "per_ins"), metrics.KINDS[1:]))
+    assert {key: numbers[key] for key in parts} == {k: kinds[v] / sum(map(len, heard)) for k, v in parts.items()}
+    assert numbers["per"] == pytest.approx(metrics.error_rate(heard, predicted))  # by jiwer
 
 
-def test_substitutions_deletions_and_insertions_stand_apart_and_add_up():
-    heard, predicted = [list("ABCD"), list("AB")], [list("XBC"), list("ABE")]
-    assert metrics.error_counts(heard, predicted).tolist() == [[1, 1, 0, 4], [0, 0, 1, 2]]
-    assert metrics.error_parts(heard, predicted) == [1 / 6, 1 / 6, 1 / 6]
-    numbers, _ = metrics.summarise([], outputs(heard, predicted))
-    assert (numbers["per_sub"], numbers["per_del"], numbers["per_ins"]) == (1 / 6, 1 / 6, 1 / 6)
-    assert numbers["per"] == pytest.approx(1 / 2) and numbers["wer_del"] == 1
+def test_word_errors_are_jiwers():
+    spoken, words = ([" ".join(letters) for letters in strings(seed, 100)] for seed in (9, 10))
+    records = lines([[]] * 100, [[]] * 100)
+    for record, reference, output in zip(records, spoken, words):
+        record["output"] = prompts.mdd_target(output, [])
+        record["reference"]["word_transcript"] = reference
+    numbers, found = metrics.score(records)[0], jiwer.process_words(spoken, words)
+    length = sum(len(text.split()) for text in spoken)
+    assert numbers["wer"] == found.wer and numbers["wer_sub"] == found.substitutions / length
+    assert (numbers["wer_del"], numbers["wer_ins"]) == (found.deletions / length, found.insertions / length)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +143,10 @@ def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
 def operations(first, second):
     """Per item of `first`: C, S or D and what it became; and per item of `second`: C, S or I and what it was."""
     of_first, of_second = [], []
-    for a, b in metrics.align(first, second):
+    for a, b in kaldi_alignment(first, second):
         operation = "I" if a is None else "D" if b is None else "C" if a == b else "S"
-        if a is not None:
-            of_first.append((operation, b))
-        if b is not None:
-            of_second.append((operation, a))
+        of_first += [(operation, b)] if a is not None else []
+        of_second += [(operation, a)] if b is not None else []
     return of_first, of_second
 
 
@@ -195,10 +216,22 @@ def test_a_wrong_diagnosis_is_still_a_detection():
     }
 
 
-def test_copying_the_canonical_phones_has_recall_0_and_no_precision():
-    canonical, heard = strings(11, 30), strings(12, 30)
-    scores = metrics.detection_scores(metrics.detection_counts(canonical, heard, canonical))
-    assert scores["recall"] == 0 and scores["f1"] == 0 and math.isnan(scores["precision"])
+def test_columns_hold_each_phone_once_and_the_events_that_are_counted():
+    for phones in zip(strings(5, 300), strings(6, 300), strings(7, 300)):
+        *rows, events = zip(*columns) if (columns := metrics.phone_columns(*phones)) else [()] * 4
+        assert [[phone for phone in row if phone is not None] for row in rows] == list(phones)
+        counted = metrics.detection_counts(*([row] for row in phones))
+        assert Counter(filter(None, events)) == Counter(counted)
+        assert all((event is None) == (c is None and h is None) for c, h, _, event in columns)
+        *others, of_another = zip(*metrics.phone_columns(*phones[:2], phones[0])) if any(phones[:2]) else [()] * 4
+        said = [[(c, h) for c, h, _, event in zip(*of) if event] for of in ((*rows, events), (*others, of_another))]
+        assert said[0] == said[1]  # so the decisions of two systems can be paired
+
+
+def test_columns_of_the_worked_example():
+    columns = metrics.phone_columns("DH AH K AE T".split(), "D AH K AE".split(), "D AH G AE T".split())
+    events = "correct_diagnosis true_accept false_reject true_accept false_accept".split()
+    assert columns == list(zip("DH AH K AE T".split(), ["D", "AH", "K", "AE", None], "D AH G AE T".split(), events))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,38 +239,30 @@ def test_copying_the_canonical_phones_has_recall_0_and_no_precision():
 
 
 def test_phone_agreement_equals_sklearns_weighted_scores_by_position():
-    heard, predicted = strings(13, 50), strings(14, 50)
-    pairs = []
-    for h, p in zip(heard, predicted):
-        length = max(len(h), len(p))
-        pairs += zip(h + ["-"] * (length - len(h)), p + ["-"] * (length - len(p)))
+    heard, predicted = strings(13, 50), strings(14, 50, "ABCDEF")
+    pairs = [pair for h, p in zip(heard, predicted) for pair in itertools.zip_longest(h, p, fillvalue="-")]
     labels = sorted({phone for utterance in heard for phone in utterance})
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        *zip(*pairs), labels=labels, average="weighted", zero_division=0
-    )
-    assert metrics.phone_agreement(heard, predicted) == pytest.approx(
-        {"precision": precision, "recall": recall, "f1": f1}
-    )
-
-
-def test_one_inserted_phone_shifts_all_that_follows_in_agreement_but_costs_one_error():
-    heard, predicted = [list("ABCDEFGH")], [list("XABCDEFGH")]
-    assert metrics.phone_agreement(heard, predicted)["recall"] == 0
-    assert metrics.error_rate(heard, predicted) == 1 / 8
+    expected = precision_recall_fscore_support(*zip(*pairs), labels=labels, average="weighted", zero_division=0)
+    numbers, _ = metrics.score(lines(heard, predicted))
+    found = [numbers[f"phone_agreement_{key}"] for key in ("precision", "recall", "f1")]
+    assert found == pytest.approx(list(expected[:3]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Correlation and summary
 
 
-def test_correlation_and_error_equal_scipy_and_numpy():
+@pytest.mark.parametrize("scale", [1, 0.37, 1e-4])  # whole scores, expectations, nearly the same of all
+def test_numbers_of_scores_equal_scipy_and_numpy(scale):
     rng = np.random.default_rng(0)
-    for scale in (1, 0.37, 1e-4):  # whole scores, expectations, and those of a model that says nearly the same of all
-        human = rng.integers(0, 11, 50).tolist()
-        predicted = (5 + scale * (np.array(human) + rng.integers(-2, 3, 50))).tolist()
-        pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
-        assert (pcc, pvalue) == pytest.approx(tuple(stats.pearsonr(predicted, human)), rel=1e-10)
-        assert mae == pytest.approx(np.mean(np.abs(np.subtract(predicted, human)))) and reason is None
+    human = rng.integers(0, 11, 50).tolist()
+    predicted = (5 + scale * (np.array(human) + rng.integers(-2, 3, 50))).tolist()
+    pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
+    assert (pcc, pvalue) == pytest.approx(tuple(stats.pearsonr(predicted, human)), rel=1e-10)
+    assert mae == pytest.approx(np.mean(np.abs(np.subtract(predicted, human)))) and reason is None
+    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, 50)))
+    assert numbers["spearman"].item() == pytest.approx(stats.spearmanr(predicted, human).statistic)
+    assert numbers["sd_ratio"].item() == pytest.approx(np.std(predicted) / np.std(human))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +270,8 @@ def test_correlation_and_error_equal_scipy_and_numpy():
     [
         ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
         ([5.3] * 7, [7, 8, 9] * 2 + [1], "all 7 predicted scores are 5.3"),
+        ([5.3 + 1e-15 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
+        ([5.3 + 1e-7 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
         ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
         ([7, 8], [8, 9], "only 2 utterances"),
         ([], [], "no scores"),
@@ -254,21 +281,20 @@ def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, hum
     pcc, pvalue, mae, why = metrics.correlation(predicted, human)
     assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
     assert math.isnan(mae) == (not predicted)
-
-
-def human(score):
-    return dict.fromkeys(metrics.SCORES, score)
+    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, len(human))))
+    assert math.isnan(numbers["spearman"].item())
 
 
 def test_the_reason_tells_no_outputs_from_none_that_could_be_parsed():
-    assert metrics.summarise([], [])[1]["total_pcc"] == "no scores"
-    assert metrics.summarise([(None, human(1))] * 4, [])[1]["total_pcc"] == "none of 4 outputs could be parsed"
+    assert metrics.score(lines([["A"]], [["A"]]))[1]["total_pcc"] == "no scores"
+    unread = [record | {"output": "?"} for record in records() if record["task"] == "APA"]
+    assert metrics.score(unread)[1]["total_pcc"] == "none of 6 outputs could be parsed"
 
 
 def test_an_unparsed_transcript_counts_as_empty():
-    reference = {"word_transcript": "WE SEE", "canonical": ["W", "IY"], "heard": ["W", "IY"]}
-    output = {"word_transcript": "we see.", "phoneme_transcript": "W IY1"}
-    numbers, _ = metrics.summarise([], [(output, reference), (None, reference)])
+    answers = lines([["W", "IY"]] * 2, [["W", "IY"]] * 2)
+    answers[1]["output"] = "?"
+    numbers, _ = metrics.score(answers)
     assert numbers["wer"] == numbers["per"] == numbers["mdd_unparsed"] == 1 / 2
     assert numbers["true_accept"] == numbers["false_reject"] == 2
 
@@ -278,10 +304,10 @@ def test_an_unparsed_transcript_counts_as_empty():
 
 
 def test_scoring_counts_what_was_unparsed_and_cut_off():
-    lines = records()
-    lines[0]["output"] = "no scores today"
-    lines[3]["output"] = '{"word_transcript": "WE SE'
-    numbers, reasons = metrics.score(lines)
+    answers = records()
+    answers[0]["output"] = "no scores today"
+    answers[3]["output"] = '{"word_transcript": "WE SE'
+    numbers, reasons = metrics.score(answers)
     assert numbers["apa_unparsed"] == numbers["mdd_unparsed"] == numbers["mdd_truncated"] == 1 / 6
     assert numbers["apa_truncated"] == 0 and numbers["utterances"] == 6
     assert numbers["accuracy_pcc"] == pytest.approx(1) and numbers["accuracy_mae"] == 1
@@ -295,7 +321,7 @@ def test_scoring_counts_what_was_unparsed_and_cut_off():
 def test_a_file_tells_which_scorings_it_holds_and_expected_scores_are_means():
     probable = [line | ({"scores": one_hot(8, 5)} if line["task"] == "APA" else {}) for line in records()]
     written = [line | {"tokens": 5} for line in probable]
-    assert [metrics.scorings(lines) for lines in (records(), probable, written)] == [
+    assert [metrics.scorings(answers) for answers in (records(), probable, written)] == [
         ["greedy"],
         ["expected"],
         ["greedy", "expected"],
@@ -316,78 +342,63 @@ def test_intervals_hold_the_number_and_need_speakers():
 # Uncertainty
 
 
-def system(seed, number=60, speakers=12):
-    """Outputs of a system that is sometimes wrong: apa, mdd, and who spoke."""
-    draw = random.Random(seed)
-    apa, mdd = [], []
-    for truth, phones in zip(np.random.default_rng(0).integers(1, 10, number).tolist(), strings(30, number)):
+def system(seed, number=60, speakers=12, right=0.8):
+    """Lines of a system that is sometimes wrong, about the same utterances for each seed."""
+    draw, answers = random.Random(seed), []
+    for i, phones in enumerate(strings(30, number)):
+        spoken, truth = {"id": f"u{i}", "speaker": f"s{i % speakers}"}, 1 + i * 7 % 9
         scores = {name: max(0, min(10, truth + draw.randint(-2, 2))) for name in metrics.SCORES}
-        apa.append((None if draw.random() < 0.1 else scores, human(truth)))
-        written = [phone if draw.random() < 0.8 else draw.choice("ABCDEX") for phone in phones]
-        output = {"word_transcript": "WE SEE" if draw.random() < 0.5 else "WE", "phoneme_transcript": " ".join(written)}
+        output = "?" if draw.random() < 0.1 else prompts.apa_target(scores)
+        reference = dict.fromkeys(metrics.SCORES, truth)
+        answers.append(spoken | {"task": "APA", "output": output, "reference": reference})
+        written = [phone if draw.random() < right else draw.choice("ABCDEX") for phone in phones]
+        output = prompts.mdd_target("WE SEE" if draw.random() < right else "WE", written)
         canonical = [phone if i % 4 else "A" for i, phone in enumerate(phones)]
-        mdd.append((output, {"word_transcript": "WE SEE", "canonical": canonical, "heard": phones}))
-    return apa, mdd, [f"s{i % speakers}" for i in range(number)]
+        reference = {"word_transcript": "WE SEE", "canonical": canonical, "heard": phones}
+        answers.append(spoken | {"task": "MDD", "output": output, "reference": reference})
+    return answers
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_number_of_weights_is_that_of_a_corpus_in_which_each_utterance_stands_so_often(seed):
-    """Ones are the corpus itself, a row of (R, N) one resample of it."""
-    apa, mdd, _ = system(seed)
-    weights = np.random.default_rng(seed).integers(0, 4, (3, len(apa)))
-    weights[0], weights[1] = 1, np.arange(len(apa)) < 2  # two utterances have no correlation
-    many = metrics.assessment(apa, weights) | metrics.diagnosis(mdd, weights)
-    for i, counts in enumerate(weights):
-        one = metrics.assessment(apa, counts) | metrics.diagnosis(mdd, counts)
-        repeated = [[pair for pair, n in zip(pairs, counts) for _ in range(n)] for pairs in (apa, mdd)]
-        expected, _ = metrics.summarise(*repeated)
-        assert many.keys() == one.keys() <= expected.keys()
-        for key, values in many.items():
-            assert one[key] == pytest.approx(expected[key], rel=1e-12, nan_ok=True)
-            assert values[i] == pytest.approx(one[key], rel=1e-15, nan_ok=True)
-
-
-def test_a_resample_of_speakers_draws_all_utterances_of_each_as_often(monkeypatch):
+def test_a_resample_is_a_corpus_in_which_each_utterance_stands_so_often(seed, monkeypatch):
+    """The numbers of each of five corpora of drawn speakers, against `score` of the lines repeated."""
     monkeypatch.setattr(metrics, "RESAMPLES", 5)
-    apa, mdd, speakers = system(2)
-    names = sorted(set(speakers))
-    drawn = np.random.default_rng(3).multinomial(len(names), [1 / len(names)] * len(names), size=5)
-    weights = metrics.speaker_weights(speakers, seed=3)
-    assert weights.shape == (5, len(speakers))
-    assert weights.tolist() == [[counts[names.index(speaker)] for speaker in speakers] for counts in drawn]
-    samples = metrics.resample(apa, mdd[:30], speakers, speakers[:30], seed=3)
-    numbers = metrics.assessment(apa, weights) | metrics.diagnosis(mdd[:30], weights[:, :30])
-    assert all(np.array_equal(values, numbers[key], equal_nan=True) for key, values in samples.items())
+    answers = system(seed)[:-20]  # not all speakers have as many utterances
+    names = sorted({line["speaker"] for line in answers})
+    drawn = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), size=5)
+    samples = metrics.resamples(answers)
+    for i, counts in enumerate(drawn):
+        repeated = [line for line in answers for _ in range(counts[names.index(line["speaker"])])]
+        expected, _ = metrics.score(repeated)
+        assert {key: values[i] for key, values in samples.items()} == pytest.approx(
+            {key: expected[key] for key in samples}, rel=1e-12, nan_ok=True
+        )
 
 
 def test_the_interval_of_a_mean_like_number_is_that_of_theory():
-    """The share of unparsed outputs with 50 independent speakers: the standard error of a proportion."""
-    draw = random.Random(4)
-    apa = [(None if draw.random() < 0.3 else human(5), human(5)) for _ in range(2000)]
-    speakers = [f"s{i}" for i in range(2000)]
-    low, high = metrics.interval(metrics.resample(apa, [], speakers, [], seed=0)["apa_unparsed"])
-    share = sum(scores is None for scores, _ in apa) / 2000
+    """The share of unparsed outputs with 2,000 independent speakers: the standard error of a proportion."""
+    answers = [line for line in system(4, 2000, 2000) if line["task"] == "APA"]
+    low, high = metrics.intervals(answers)["apa_unparsed"]
+    share = metrics.score(answers)[0]["apa_unparsed"]
     error = 1.96 * math.sqrt(share * (1 - share) / 2000)
     assert (share - low, high - share) == pytest.approx((error, error), rel=0.15)
 
 
 def test_utterances_of_one_speaker_are_not_independent():
     """Ten copies of each utterance say nothing new: the interval must not shrink."""
-    apa, mdd, speakers = system(5)
-    once = metrics.interval(metrics.resample(apa, mdd, speakers, speakers)["per"])
-    copies = metrics.interval(metrics.resample(apa * 10, mdd * 10, speakers * 10, speakers * 10)["per"])
-    assert copies == pytest.approx(once)
+    answers = system(5)
+    once, copied = metrics.intervals(answers), metrics.intervals(answers * 10)
+    assert {key: copied[key] for key in once} == {key: pytest.approx(ends, nan_ok=True) for key, ends in once.items()}
 
 
 def test_the_difference_of_a_system_to_itself_is_zero_and_to_a_better_one_is_not():
-    (apa, mdd, speakers), perfect = system(6), []
-    for _, reference in mdd:
-        perfect.append(({"word_transcript": "WE SEE", "phoneme_transcript": " ".join(reference["heard"])}, reference))
-    ours, again, best = (metrics.resample(apa, pairs, speakers, speakers) for pairs in (mdd, mdd, perfect))
-    same = ours["per"] - again["per"]
-    assert metrics.interval(same) == (0, 0) and metrics.sign_pvalue(same) == 1
-    low, _ = metrics.interval(ours["per"] - best["per"])
-    assert low > 0 and metrics.sign_pvalue(ours["per"] - best["per"]) == pytest.approx(2 / metrics.RESAMPLES)
+    ours, best = (metrics.resamples(system(6, right=right))["per"] for right in (0.8, 1))
+    again = metrics.resamples(system(6)[::-1])["per"]  # in another order of lines
+    same = ours - again
+    assert metrics.interval(same) == pytest.approx((0, 0), abs=1e-12)
+    assert metrics.sign_pvalue(np.zeros(metrics.RESAMPLES)) == 1
+    low, _ = metrics.interval(ours - best)
+    assert low > 0 and metrics.sign_pvalue(ours - best) == pytest.approx(2 / metrics.RESAMPLES)
 
 
 def test_mcnemar_counts_decisions_that_only_one_system_got_right():
@@ -400,9 +411,9 @@ def test_mcnemar_counts_decisions_that_only_one_system_got_right():
 
 def test_a_number_that_hardly_any_resample_has_gets_no_interval():
     assert all(map(math.isnan, metrics.interval(np.full(metrics.RESAMPLES, math.nan))))
-    apa, mdd, speakers = system(7)
-    constant = [(human(5), reference) for _, reference in apa]
-    assert math.isnan(metrics.interval(metrics.resample(constant, mdd, speakers, speakers)["accuracy_pcc"])[0])
+    same = prompts.apa_target(dict.fromkeys(metrics.SCORES, 5))
+    constant = [line | ({"output": same} if line["task"] == "APA" else {}) for line in system(7)]
+    assert math.isnan(metrics.intervals(constant)["accuracy_pcc"][0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +426,7 @@ corpora = st.lists(st.tuples(phones, phones, phones), min_size=1, max_size=6)
 
 def mdd_numbers(utterances):
     canonical, heard, predicted = zip(*utterances)
-    return metrics.summarise([], outputs(heard, predicted, canonical))[0]
+    return metrics.score(lines(heard, predicted, canonical))[0]
 
 
 @given(corpora, st.randoms(use_true_random=False))

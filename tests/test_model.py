@@ -24,10 +24,11 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 import data
 import model as models
 import prompts
-from support import choices, cli, pretrained
+from support import cli, pretrained
+from support import run as runs
 from support.sound import read_audio
 
-SPEECH_ADAPTERS = get_args(choices.SpeechAdapter)
+SPEECH_ADAPTERS = get_args(runs.SpeechAdapter)
 ALL = [(strategy, way) for strategy in models.STRATEGIES for way in SPEECH_ADAPTERS]
 
 
@@ -410,7 +411,7 @@ def test_what_each_strategy_trains_at_full_size(strategy, rank, counts):
 
 
 def test_every_strategy_can_be_chosen_and_a_group_that_matches_nothing_is_an_error(new_model, monkeypatch):
-    assert get_args(choices.Strategy) == tuple(models.STRATEGIES)
+    assert get_args(runs.Strategy) == tuple(models.STRATEGIES)
     monkeypatch.setitem(models.TRAINED, "audio encoder", "no_such_module")
     with pytest.raises(ValueError, match="'audio encoder'"):
         new_model("unfreeze")
@@ -420,7 +421,7 @@ def test_continue_trains_the_shipped_adapter_from_the_same_function_as_merge(new
     config = json.loads((checkpoint / pretrained.SPEECH_ADAPTER / "adapter_config.json").read_text())
     several = {way: new_model(speech_adapter=way, rank=4).eval() for way in SPEECH_ADAPTERS}
     assert several["continue"].network.peft_config["default"].r == config["r"] != 4
-    shipped = load_file(checkpoint / pretrained.SPEECH_ADAPTER / models.ADAPTER_FILE)
+    shipped = load_file(checkpoint / pretrained.SPEECH_ADAPTER / pretrained.ADAPTER_FILE)
     ours = get_peft_model_state_dict(several["continue"].network)
     assert all(torch.equal(ours[key], value) for key, value in shipped.items())
     outputs = {way: logits(model, examples[:2]) for way, model in several.items()}
@@ -478,7 +479,7 @@ def without_control(weights):
 
 
 FOREIGN = {"base_model.model.model.layers.9.lora_A.weight": torch.zeros(2)}
-ADAPTER, OUTSIDE, CONFIG = models.ADAPTER_FILE, models.TRAINED_FILE, "adapter_config.json"
+ADAPTER, OUTSIDE, CONFIG = pretrained.ADAPTER_FILE, models.TRAINED_FILE, "adapter_config.json"
 
 
 @pytest.mark.parametrize(
@@ -507,14 +508,14 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_line_and_not_executed(chec
 
 
 def test_saving_again_replaces_a_folder_but_none_that_holds_something_else(new_model, saved):
-    before = (saved / models.ADAPTER_FILE).read_bytes()
+    before = (saved / pretrained.ADAPTER_FILE).read_bytes()
     models.save_trained(new_model(), saved, TRAINED)
-    second = (saved / models.ADAPTER_FILE).read_bytes()
+    second = (saved / pretrained.ADAPTER_FILE).read_bytes()
     (saved / "mine").write_text("kept")
     with pytest.raises(cli.RunError, match=f"{saved} .*mine.*move it away"):
         models.save_trained(new_model(), saved, TRAINED)
     assert (saved / "mine").read_text() == "kept"
-    assert (saved / models.ADAPTER_FILE).read_bytes() == second != before
+    assert (saved / pretrained.ADAPTER_FILE).read_bytes() == second != before
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
@@ -577,7 +578,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
     folder = copy_of(checkpoint, tmp_path)
     damage(folder)
     with pytest.raises(cli.InputError, match=f"^.*{message}.*$") as error:
-        pretrained.check(str(folder), None, "merge")
+        pretrained.check(str(folder), None, "merge", 3000)
         load(folder, "merge")
     assert "\n" not in str(error.value) and not os.path.exists("executed")
 
@@ -585,7 +586,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
 def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
     write_large_model(tmp_path / "large")
     with pytest.raises(cli.InputError, match="^.*needs a CUDA GPU.*python tiny.py.*$"):
-        pretrained.check(tmp_path / "large", None, "none")
+        pretrained.check(tmp_path / "large", None, "none", 3000)
 
 
 @pytest.mark.filterwarnings("error:The PEFT config")

@@ -8,6 +8,7 @@ import sys
 from conftest import ROOT, settings
 import pytest
 
+from analysis import ablation, floors, report
 import data
 import evaluate
 from support import cli
@@ -45,7 +46,10 @@ def folder(tmp_path, utterances, reader):
 
 
 def test_an_utterance_gives_an_example_for_each_kind_of_label_that_it_has(folder):
+    lines = (folder / "train.jsonl").read_text().replace('"CALL IT"', '"CALL\u2028IT"')  # valid JSON, and one line
+    (folder / "train.jsonl").write_text("\ufeff" + lines)
     read = data.read_corpus(folder, "train")
+    assert {u.text for u in read} == {"CALL\u2028IT"}
     assert [u.tasks for u in read] == [("APA",), ("MDD",), ("APA", "MDD")] * 2
     assert read[0].scores == SCORES and read[1].scores is None
     assert [(w.canonical, w.heard, w.mispronounced) for w in read[1].words] == [
@@ -58,7 +62,9 @@ def test_an_utterance_gives_an_example_for_each_kind_of_label_that_it_has(folder
 
 
 @pytest.mark.parametrize("labels", ["both", "scores", "words"])
-def test_a_table_is_trained_on_and_evaluated(folder, checkpoint, tmp_path, monkeypatch, labels):
+def test_a_table_is_trained_on_and_evaluated_and_every_command_takes_it(
+    folder, checkpoint, tmp_path, monkeypatch, labels, capsys
+):
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     kept = [line for line in lines if labels == "both" or labels in line]
     kept = [
@@ -69,25 +75,27 @@ def test_a_table_is_trained_on_and_evaluated(folder, checkpoint, tmp_path, monke
     sizes = "--epochs 1 --batch-size 2 --accumulation 1 --rank 4 --alpha 8 --validation 0.3".split()
     out = tmp_path / "out"
     train.train(settings(monkeypatch, "--model", checkpoint, "--data", folder, *sizes, "--output", out))
-    argv = [
-        "evaluate.py",
-        "--adapter",
-        out,
-        "--split",
-        "train",
-        "--max-new-tokens",
-        "8",
-        "--scoring",
-        "greedy",
-        "expected",
-    ]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    evaluate.main()
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments), "--split", "train"])
+        command.main()
+
+    asked = ["--adapter", out, *"--max-new-tokens 8 --scoring greedy expected".split()]
+    call(evaluate, *asked)
     answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     examples = sum(("scores" in line) + ("words" in line) for line in kept)
     assert len(answers) == examples
     numbers = json.loads((out / "metrics.json").read_text())
     assert (numbers["per"] is None) == (labels == "scores") and (numbers["apa_unparsed"] is None) == (labels == "words")
+    capsys.readouterr()
+    call(floors, out / "predictions.jsonl")
+    assert ("\n  pauses and energy " in capsys.readouterr().out) == (labels != "words")
+    call(report, out)
+    page = (out / "report.html").read_text()
+    assert page.count("<audio ") == len(kept) and (out / "confusion.png").exists() == (labels != "scores")
+    for how in ("silence", "swap"):
+        call(ablation, how, *asked)
+        assert (out / how / "predictions.jsonl").read_text().count("\n") == examples
 
 
 @pytest.mark.parametrize(

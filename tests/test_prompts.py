@@ -1,6 +1,6 @@
 import hashlib
 import json
-from unittest.mock import Mock
+import time
 
 import pytest
 
@@ -8,8 +8,6 @@ import prompts
 
 SCORES = {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8}
 WORDS = {"word_transcript": "THAT'S IT", "phoneme_transcript": "DH AE T S IH <unk>"}
-
-
 DIGESTS = {
     "APA": "c759018e0c0452324bb9b5e7ddec5586e70e5ce2d765dee2828270b2f2047842",
     "MDD": "e7a61a071d87d57413f8cd7cb7f29a1ab3f77c3cae39e54f1dd7e5d04d7dc3c5",
@@ -19,11 +17,9 @@ DIGESTS = {
 @pytest.mark.parametrize("task", prompts.TASKS)
 def test_a_prompt_is_the_papers_to_the_letter_in_the_order_of_figure_3(task):
     assert hashlib.sha256(prompts.PROMPTS[task].encode()).hexdigest() == DIGESTS[task]
-    assert prompts.build_prompt(task) == f"<|user|><|{task}|><|audio_1|>{prompts.PROMPTS[task]}<|end|><|assistant|>"
-
-
-def test_the_baseline_prompt_lacks_only_the_control_token():
-    assert prompts.build_prompt("APA", control_token=False) == prompts.build_prompt("APA").replace("<|APA|>", "")
+    after = f"<|audio_1|>{prompts.PROMPTS[task]}<|end|><|assistant|>"
+    assert prompts.build_prompt(task) == f"<|user|><|{task}|>{after}"
+    assert prompts.build_prompt(task, control_token=False) == f"<|user|>{after}"  # of the baseline
 
 
 def test_targets_are_json_with_keys_in_the_papers_order():
@@ -39,7 +35,6 @@ def test_targets_are_json_with_keys_in_the_papers_order():
         str(SCORES),
         f"Here are the results:\n```json\n{json.dumps(SCORES, indent=2)}\n``` I hope {{this}} helps.",
         '{"accuracy": "8", "fluency": "9.0", "prosodic": 9.0, "total": 8}',
-        "{'accuracy': '8', 'fluency': 9, 'prosodic': 9.0, 'total': 8}",
         '{"results": {"accuracy": 8, "fluency": 9, "prosodic": 9, "total": 8, "comment": "good"}}',
         json.dumps(SCORES) * 2,
         "'accuracy': 8, 'fluency': 9, 'prosodic': 9, 'total': 8}",
@@ -54,7 +49,6 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
     "text",
     [
         "",
-        "The pronunciation is good.",
         '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
         *(
             f'{{"accuracy": {value}, "fluency": 9, "prosodic": 9, "total": 8}}'
@@ -66,7 +60,6 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
         "{'accuracy': 3, 'fluency': 9, 'prosodic': 9, 'total': 8}" + json.dumps(SCORES),
         *(str(SCORES).replace("9,", f"{value},", 1) for value in ("8 - 9", "8 or 9", "8 / 10", "8 .5", "10 %")),
         prompts.APA_PROMPT,
-        '{"accuracy":' * 5000,
     ],
 )
 def test_what_would_need_a_guess_about_scores_is_unparsed(text):
@@ -93,26 +86,22 @@ def test_transcripts_are_read_as_a_model_really_writes_them(text):
         '{"word_transcript": "THAT\'S IT"}',
         '{"word_transcript": ["THAT\'S", "IT"], "phoneme_transcript": "DH AE"}',
         """{"word_transcript": "THAT\\u0027S IT", 'phoneme_transcript': "DH AE"}""",
-        "DH AE T S IH",
         r'{"word_transcript": "THAT IS IT", "phoneme_transcript": "DH \ud800 T"}',
-        r'{"word_transcript": "THAT\udfff", "phoneme_transcript": "DH AE T"}',
     ],
 )
 def test_a_cut_off_or_incomplete_transcript_is_unparsed(text):
     assert prompts.parse_output("MDD", text) is None
 
 
-def test_a_whole_surrogate_pair_is_a_character_and_half_of_one_is_no_transcript():
-    written = r'{"word_transcript": "\ud83d\ude00", "phoneme_transcript": "W"}'
-    assert prompts.parse_output("MDD", written) == {"word_transcript": "\U0001f600", "phoneme_transcript": "W"}
-    assert prompts.parse_output("MDD", written.replace(r"\ude00", "")) is None
-
-
-def test_deep_nesting_is_given_up_at_once(monkeypatch):
-    tried = Mock(side_effect=json.JSONDecoder().raw_decode)
-    monkeypatch.setattr(json.JSONDecoder, "raw_decode", tried)
-    assert prompts.parse_output("MDD", '{"word_transcript":' * 3000) is None
-    assert tried.call_count == 1
+@pytest.mark.parametrize("start", ["'accuracy':'", "{", '{"accuracy":', '{"a":[1,{'])
+def test_what_is_longer_than_any_answer_is_unparsed_and_nothing_takes_long(start):
+    begun = time.perf_counter()
+    prompts.parse_output("APA", (start * prompts.LONGEST)[: prompts.LONGEST])
+    prompts.parse_output("APA", start * 100_000)
+    assert time.perf_counter() - begun < 2  # 0.2 s where a machine is idle
+    target = prompts.apa_target(SCORES)
+    assert prompts.parse_output("APA", target.rjust(prompts.LONGEST)) == SCORES
+    assert prompts.parse_output("APA", target.rjust(prompts.LONGEST + 1)) is None
 
 
 @pytest.mark.parametrize("task, target", [("APA", prompts.apa_target(SCORES)), ("MDD", json.dumps(WORDS))])

@@ -27,14 +27,14 @@ import torch
 import data
 import model as models
 import prompts
-from support import cli, files
+from support import cli, files, pretrained
 from support import run as runs
 import train
 
 SLOW = pytest.mark.slow
 STEPS = 12  # of the runs below: two epochs of six steps
 SIZES = "--limit 24 --epochs 2 --rank 4 --alpha 8 --batch-size 4 --accumulation 2 --learning-rate 3e-3".split()
-WEIGHTS = (models.ADAPTER_FILE, models.TRAINED_FILE)
+WEIGHTS = (pretrained.ADAPTER_FILE, models.TRAINED_FILE)
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 

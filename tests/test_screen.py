@@ -1,69 +1,56 @@
-"""What is printed fits the screen: tables, text, and the line of progress."""
+"""What is printed fits the screen, and nothing in it from outside moves the cursor or begins a line of its own."""
 
-import os
-from pathlib import Path
 import re
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import ROOT, script
 import pytest
 from records import one_hot, records
 
 import evaluate
-from support import run, screen
+from support import cli, run
+
+OUTSIDE = "id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
+SHOWN = r"id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
 
 
 @pytest.fixture(params=[80, 100])
 def columns(monkeypatch, request):
-    monkeypatch.setattr(screen, "width", lambda stream=None: request.param)
+    monkeypatch.setattr(cli, "width", lambda stream=None: request.param)
     return request.param
 
 
-def rows(count=12):
-    lines = records(count, speakers=4)
-    for line in lines[::2]:
-        line |= {"scores": one_hot(3, low=4), "tokens": 9}
-    return evaluate.rows_of(lines, "epoch-3", ("lora", 3)), [evaluate.copying_floor(lines)]
+def test_control_characters_from_outside_are_printed_as_text(capsys):
+    def fail():
+        raise cli.InputError(f"{OUTSIDE} is wrong")
+
+    cli.say(OUTSIDE)
+    cli.show_table(OUTSIDE, [OUTSIDE], [(OUTSIDE, [OUTSIDE.replace("\n", "")])], numbers=False)
+    with pytest.raises(SystemExit):
+        cli.run_script("x.py", fail)
+    out, err = capsys.readouterr()
+    assert (
+        out.count(SHOWN) == 4
+        and out.count(SHOWN.replace(r"\n", "")) == 1
+        and not cli.CONTROL.search(out.replace("\n", ""))
+    )
+    assert err == f"x.py: error: {SHOWN} is wrong\n"
 
 
 def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, capsys):
-    ours, floors = rows()
+    lines = records(12, speakers=4)
+    for line in lines[::2]:
+        line |= {"scores": one_hot(3, low=4), "tokens": 9}
+    ours, floors = evaluate.rows_of(lines, "epoch-3", ("lora", 3)), [evaluate.copying_floor(lines)]
     evaluate.show(ours, floors)
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= columns
+    cli.say(f"{'word ' * 40}in /{'x' * 120}", "second")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == [f"  /{'x' * 120}", "second"] and max(map(len, printed[:-2])) <= columns
     for row in [*ours, *floors]:
-        numbers = screen.cells(row.numbers, evaluate.TABLE_3, row.near)
-        assert any(line.split()[-9:] == numbers for line in printed.splitlines()), numbers
-    assert "…" not in printed
-
-
-def test_wide_numbers_and_marks_stay_apart_and_digits_stand_below_digits(columns, capsys):
-    rows = [("this run, epoch-9, expected", ["-0.041*"] * 9), ("x", ["-0.041"] * 9), ("y", ["0.041\n±0.345"] * 9)]
-    screen.show_table("Table", ["accuracy"] * 9, rows, own=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-9:] for line in lines[3:]][0] == ["-0.041*"] * 9
-    ends = [[match.end() for match in re.finditer(r"\d\d\d", line)] for line in lines if "0." in line]
-    assert len(ends) == 4 and all(other == ends[0] for other in ends)
-
-
-def test_this_run_comes_first_and_is_marked_with_half_its_interval_below(columns, capsys):
-    ours, floors = rows()
-    evaluate.show(ours, floors)
-    table = capsys.readouterr().out.split("Table 3")[1].split("Mean error")[0].splitlines()
-    marked = [number for number, line in enumerate(table) if line.startswith(">")]
-    floor = next(number for number, line in enumerate(table) if line.startswith("  says"))
-    assert len(marked) == len(ours) == 2 and marked[0] == 2 and marked[-1] < floor
+        numbers = evaluate.cells(row.numbers, evaluate.TABLE_3, row.near)
+        (place,) = (number for number, line in enumerate(printed) if line.split()[-9:] == numbers)
+        assert printed[place].startswith(">") == (row in ours)
     low, high = ours[0].intervals["per"]
-    assert f"±{(high - low) / 2:.3f}" in table[marked[0] + 1]
-
-
-def test_text_is_wrapped_between_words_and_a_path_stays_whole(columns, capsys):
-    path = "/a-folder/" + "x" * 120
-    screen.say(f"written: {'word ' * 40}in {path}", "second")
-    lines = capsys.readouterr().out.splitlines()
-    assert f"  {path}" in lines and lines[-1] == "second"
-    assert all(len(line) <= columns for line in lines if path not in line)
+    assert any(f"±{(high - low) / 2:.3f}" in line for line in printed)
 
 
 def test_the_line_of_progress_shows_tokens_per_second_of_a_long_run(columns):
@@ -73,23 +60,15 @@ def test_the_line_of_progress_shows_tokens_per_second_of_a_long_run(columns):
     assert len(shown) <= columns and "12,346 tokens/s" in shown and "loss 12.346" in shown
 
 
-CODE = "from support import cli, screen; cli.run_script('x', lambda: screen.show_table('c', ['t' * 9] * 9, {}))"
-ROWS = [("name " * 9, ["0.123\n±0.045"] * 12)]
-
-
 def test_what_goes_to_a_file_has_no_colours_and_a_width_of_its_own(tmp_path):
-    """Whatever the terminal is; and an ASCII log gets question marks."""
-    environment = os.environ | {"COLUMNS": "300", "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(
-        [sys.executable, "-c", CODE.format(ROWS)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "?0.045" in result.stdout and "\x1b" not in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= screen.WIDEST
+    table = {"columns": ["t" * 9] * 9, "rows": [("name " * 9, ["0.123\n±0.045"] * 9)], "own": 1}
+    code = f"from support import cli, screen; cli.run_script('x', lambda: cli.show_table('c', **{table}))"
+    result = script("-c", code, cwd=tmp_path, environment={"COLUMNS": "300", "PYTHONIOENCODING": "ascii"})
+    assert result.stdout.count("?0.045") == 9 and "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= cli.WIDEST
 
 
-def test_nothing_but_the_screen_prints_tables():
-    """One place: whoever prints a table calls screen.show_table."""
-    own = [path for folder in (".", "support", "analysis") for path in (ROOT / folder).glob("*.py")]
-    found = [path.name for path in own if re.search(r"^(from|import) rich", path.read_text(), re.MULTILINE)]
-    assert found == ["screen.py"] and Path(screen.__file__).parent.name == "support"
+def test_nothing_but_the_screen_prints_tables_and_above_a_progress_bar():
+    own = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and path.name != "test_screen.py"]
+    found = [path.name for path in own if re.search(r"^from rich|tqdm\.write", path.read_text(), re.MULTILINE)]
+    assert sorted(found) == ["screen.py"]

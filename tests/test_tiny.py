@@ -1,18 +1,14 @@
 import copy
-import json
 import re
 
-from conftest import ROOT, script
 import numpy as np
 import pytest
 import torch
 from transformers import Phi4MultimodalFeatureExtractor
 
-import data
 import model as models
 import prompts
 from support import cli
-from support.pretrained import SPEECH_ADAPTER
 import tiny
 
 
@@ -25,7 +21,7 @@ def tokenizer():
 def test_both_prompts_round_trip_through_the_tokenizer(tokenizer, task):
     text = prompts.build_prompt(task, control_token=False)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text)) < 60
+    assert len(tokenizer.encode(text)) < 60  # an ordinary tokenizer makes over 500 of APA's
 
 
 def test_words_phones_and_the_numbers_0_to_10_are_one_token_each(tokenizer):
@@ -123,43 +119,18 @@ def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer)
             assert not torch.allclose(split(ids).logits, pretrained, atol=1e-2)
 
 
-def test_the_checkpoint_has_the_real_ones_files_and_settings(checkpoint):
-    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= {
-        file.name for file in checkpoint.iterdir()
-    }
-    config = json.loads((checkpoint / "config.json").read_text())
-    assert config["model_type"] == "phi4_multimodal" and config["tie_word_embeddings"]
-    adapter = json.loads((checkpoint / SPEECH_ADAPTER / "adapter_config.json").read_text())
-    assert sorted(adapter["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
-
-
-def test_an_existing_model_or_corpus_is_not_overwritten(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    result = script(ROOT / "tiny.py", "--output", tmp_path, cwd=tmp_path)
-    assert result.returncode == 2 and "corpus exists already" in result.stderr
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seed", "-1"], "--seed -1: "),
-        (["--seed", "9" * 30], "--seed 9{30}: "),
-        (["--steps", "9" * 30], "--steps 9{30}: "),
-        (["--per-speaker", "100000"], "100,000 utterances .*9,999 of 99,999"),
-        (["--train-speakers", "9999"], "9,999 . 16 speakers"),
-        (["--output", ""], "--output is empty"),
-        (["--output=", "--steps", "1"], "--output is empty"),
-        (["--output", "a\nb"], "a.nb' .* control character"),
+        (["--per-speaker", "100000"], "--per-speaker 100000: "),
+        (["--train-speakers", "5000"], "--train-speakers 5000: "),
         (["--output", "/dev/null/x"], "/dev/null/x: .*another --output"),
+        (["--output", "there"], "there/corpus exists already"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value_and_nothing_is_written(monkeypatch, tmp_path, arguments, message):
+def test_a_setting_that_cannot_be_met_stops_before_anything_is_written(monkeypatch, tmp_path, arguments, message):
+    (tmp_path / "there" / "corpus").mkdir(parents=True)
     monkeypatch.setattr("sys.argv", ["tiny.py", *arguments])
-    with pytest.raises(cli.InputError, match=message) as error:
+    with pytest.raises(cli.InputError, match=message):
         tiny.main()
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_the_corpus_can_be_described(corpus):
-    line = data.describe(data.read_corpus(corpus, "train"))
-    assert line.startswith("40 utterances of 4 speakers") and "mispronounced" in line and " AA " in line
+    assert len([*tmp_path.rglob("*")]) == 2
