@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-import io
 import json
 import os
 from pathlib import Path
@@ -71,8 +70,7 @@ def trained(run):
 
 def assert_same_run(run, uninterrupted):
     """Bit-equal weights of both epochs, every step logged once with the same loss, and nothing left behind."""
-    (steps, expected) = ([(line["step"], line["loss"]) for line in log(folder)] for folder in (run, uninterrupted))
-    assert steps == expected
+    assert [(s["step"], s["loss"]) for s in log(run)] == [(s["step"], s["loss"]) for s in log(uninterrupted)]
     one, other = trained(run), trained(uninterrupted)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert {path.name for path in run.iterdir()} == {path.name for path in uninterrupted.iterdir()}
@@ -89,37 +87,20 @@ def struck(run, out, number, steps):
 # Killed or stopped, and resumed
 
 
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def killed_in_save(count, moment):
     """Prepares a run that dies in its count-th checkpoint: half of it written, all written, or just renamed."""
-    save, sync, rename, seen = torch.save, files._sync, os.replace, []
+    owner, name = (os, "replace") if moment == "renamed" else (files, "_sync")
+    function, seen = getattr(owner, name), []
 
-    def half(state, file):
-        buffer = io.BytesIO()
-        save(state, buffer)
-        seen.append(1)
-        whole = buffer.getvalue()
-        file.write(whole if len(seen) < count else whole[: len(whole) // 2])
+    def dying(path, *more):
+        function(path, *more)
+        seen.extend([1] * str(path).endswith(".pt"))
         if len(seen) == count:
-            file.flush()
-            kill_self()
+            if moment == "half written":
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def at(function, *arguments):
-        function(*arguments)
-        if str(arguments[0]).endswith(".pt"):
-            seen.append(1)
-            if len(seen) == count:
-                kill_self()
-
-    if moment == "half written":
-        torch.save = half
-    elif moment == "written":
-        files._sync = partial(at, sync)
-    else:
-        os.replace = partial(at, rename)
+    setattr(owner, name, dying)
 
 
 # Some moments anywhere, and three in the middle of a save

@@ -1,9 +1,7 @@
-import importlib.machinery
 import json
 from pathlib import Path
 import re
 import sys
-import types
 
 from conftest import ROOT, read_lines, settings
 import numpy as np
@@ -330,28 +328,6 @@ def test_tensorboard_shows_what_the_log_holds_and_curves_memory_and_speed_are_th
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
         assert 0.1 < line["memory_gb"] < 8
     assert "for the other" not in text  # four steps: nothing to estimate
-
-
-def test_wandb_is_given_settings_and_every_step(monkeypatch, short_run):
-    shown, options = [], {}
-
-    class Run:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            shown.append("finished")
-
-        def log(self, numbers, step):
-            shown.append((step, numbers["loss"]))
-
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **given: options.update(given) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    short_run(monkeypatch, "--track", "wandb")
-    assert shown == [(line["step"], line["loss"]) for line in read_lines(OUT / "log.jsonl")] + ["finished"]
-    assert options["config"]["rank"] == 4 and options["dir"] == OUT
 
 
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_step(run):
