@@ -109,8 +109,7 @@ def read_corpus(
             problems.append(f"{id}: {error}")
     if problems:
         raise cli.InputError(
-            f"{len(problems)} utterances of {source} ({split}) cannot be used; repair or remove them:\n  "
-            + "\n  ".join(problems)
+            f"{len(problems)} utterances of {source} ({split}) cannot be used; repair or remove them:", *problems
         )
     if not utterances:
         raise cli.InputError(f"{source} has no utterances in split {split!r}")

@@ -83,7 +83,7 @@ def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
     if result.words:
         width = max(len(word.word) for word in result.words)
         marked = [
-            f"{word.word:{width}}  {' '.join(_mark(phone.canonical, phone.heard, colour) for phone in word.phones)}"
+            f"{cli.visible(word.word):{width}}  {' '.join(_mark(p.canonical, p.heard, colour) for p in word.phones)}"
             for word in result.words
         ]
         lines += ["", *marked, "", LEGEND]
@@ -98,7 +98,8 @@ def _bars(distribution):
 def _mark(canonical, heard, colour):
     kind = metrics.kind_of(canonical, heard)
     text = {"same": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
-    return f"\x1b[{ANSI[kind]}m{text[kind]}\x1b[0m" if colour else text[kind]
+    said = cli.visible(text[kind])
+    return f"\x1b[{ANSI[kind]}m{said}\x1b[0m" if colour else said
 
 
 def listen(settings: Settings) -> list[assessor.Result | assessor.Refusal]:

@@ -78,7 +78,7 @@ def every(items: Sequence, check: Callable, whose: str) -> list:
             problems.append(str(error))
     if problems:
         found = f"{len(problems)} of {len(items)} {whose} cannot be used; repair or remove them:"
-        raise cli.InputError("\n  ".join([found, *problems]))
+        raise cli.InputError(found, *problems)
     return checked
 
 

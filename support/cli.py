@@ -42,7 +42,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InputError(Exception):
-    """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2."""
+    """The user's input is wrong: the message names the value and the remedy. Scripts print it and exit with 2.
+
+    Further arguments are lines of their own, such as the faults of a corpus.
+    """
+
+    def __str__(self) -> str:
+        return "\n  ".join(map(str, self.args))
 
 
 class RunError(Exception):
@@ -153,7 +159,12 @@ def _exit_code(name, main):
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"
-        print(f"{name}: error: {visible(str(error))}", file=sys.stderr)
+        said = (
+            "\n  ".join(visible(str(part)) for part in error.args)
+            if isinstance(error, InputError)
+            else visible(str(error))
+        )
+        print(f"{name}: error: {said}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
 

@@ -16,13 +16,13 @@ MAY_IMPORT = {  # of the project's own; bench and tests may import all
     "metrics": {"prompts"},
     "evaluate": {"prompts", "data", "model", "train", "metrics", "support"},
     "tiny": {"prompts", "data", "model", "support"},
-    "support": {"prompts", "data", "support"},
+    "support": {"prompts", "support"},
     "analysis": {*METHOD, "support", "analysis"},
-    "recipes": {"data", "metrics", "support", "recipes", "common"},  # common: recipes/common.py, beside the scripts
+    "recipes": {"data", "metrics", "support", "recipes"},
 }
 WITHOUT_TORCH = {"prompts", "metrics", "data"}  # nowhere in the file
 TORCH_WHEN_NEEDED = {"train", "evaluate", "tiny", "analysis"}  # only when_used, or inside functions that need a model
-OWN = {*METHOD, "support", "analysis", "recipes", "bench", "tests", "common"}
+OWN = {*METHOD, "support", "analysis", "recipes", "bench", "tests"}
 
 
 def imported(nodes):
