@@ -27,6 +27,7 @@ demo: .venv/installed
 	.venv/bin/python -m analysis.report out/
 	rm -f tiny/pronunciations.txt
 	.venv/bin/python -m analysis.pronunciations tiny/corpus --output tiny/pronunciations.txt
+	@command -v ffmpeg > /dev/null || { echo "ffmpeg is not installed: no recording of one's own is shown"; exit 0; }; \
 	.venv/bin/python -m analysis.listen tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) --adapter out/ \
 		--text "$$(head -1 tiny/corpus/test/text | cut -f2)" --pronunciations tiny/pronunciations.txt
 

@@ -73,32 +73,23 @@ def score_numbers(predicted: np.ndarray, human: np.ndarray, weights: np.ndarray)
     if not len(human):
         return dict.fromkeys(("pcc", "spearman", "sd_ratio", "mae"), np.full(len(weights), math.nan))
     n = weights.sum(axis=1)
-    scores, ranks = ([of(values, weights) for values in (predicted, human)] for of in (_deviations, _ranks))
-    sd, human_sd = (np.sqrt(_ratio(_product(weights, of, of), n)) for of in scores)
+
+    def covariance(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # of deviations, (R, N) each
+        return _ratio(np.einsum("rn,rn,rn->r", weights, first, second), n)
+
+    scores = [values - _ratio(weights @ values, n)[:, None] for values in (predicted, human)]
+    ranks = [_ranks(values, weights) for values in (predicted, human)]
+    sd, human_sd = (np.sqrt(covariance(of, of)) for of in scores)
     varies, human_varies = ((n >= 3) & (of > SAME) for of in (sd, human_sd))
-    pcc, spearman = (np.where(varies & human_varies, _cosine(weights, *of), math.nan) for of in (scores, ranks))
+    pcc, spearman = (
+        _ratio(covariance(x, y), np.sqrt(covariance(x, x) * covariance(y, y))).clip(-1, 1) for x, y in (scores, ranks)
+    )
     return {
-        "pcc": pcc,
-        "spearman": spearman,
+        "pcc": np.where(varies & human_varies, pcc, math.nan),
+        "spearman": np.where(varies & human_varies, spearman, math.nan),
         "sd_ratio": np.where(human_varies, _ratio(sd, human_sd), math.nan),
         "mae": _ratio(weights @ abs(predicted - human), n),
     }
-
-
-def _product(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The sum of products in R corpora, (R,); all three: (R, N)."""
-    return np.einsum("rn,rn,rn->r", weights, first, second)
-
-
-def _cosine(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The correlation of deviations from the mean, (R,); all three: (R, N)."""
-    lengths = np.sqrt(_product(weights, first, first) * _product(weights, second, second))
-    return np.clip(_ratio(_product(weights, first, second), lengths), -1, 1)
-
-
-def _deviations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N,) values around their mean in R corpora, (R, N)."""
-    return values - _ratio(weights @ values, weights.sum(axis=1))[:, None]
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -222,24 +213,21 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
         (extra[len(answered)] if j is None else answered).append(k)
     columns, spoken = [], 0
     for i, j in _alignment(canonical, heard):
-        k = required[i] if j is None else answered[j]
+        k, waiting = required[i] if j is None else answered[j], extra[spoken]
         phones = _item(canonical, i), _item(heard, j), _item(written, k)
-        waiting = extra[spoken]
-        if j is None:  # left out: it stands with what was written for it, if that is not under a heard phone
-            passed = waiting[: waiting.index(k)] if k in waiting else []
-            shown = written[k] if k in waiting else None
-            extra[spoken] = waiting[len(passed) + (k in waiting) :]
-        else:
-            passed, shown = waiting, phones[2]
-            spoken += 1
-        columns += [(None, None, written[other], None) for other in passed]
-        columns.append((*phones[:2], shown, _event(*phones)))
+        if j is None and k not in waiting:  # left out, and nothing was written for it but what is under a heard phone
+            columns.append((*phones[:2], None, _event(*phones)))
+            continue
+        columns += [(None, None, written[other], None) for other in waiting if j is not None or other < k]
+        columns.append((*phones, _event(*phones)))
+        extra[spoken] = [other for other in waiting if j is None and other > k]
+        spoken += j is not None
     return columns + [(None, None, written[other], None) for other in extra[spoken]]
 
 
-def _event(canonical: str | None, heard: str | None, written: str | None) -> str | None:
+def _event(canonical: str | None, heard: str | None, written: str | None) -> str:
     if canonical == heard:
-        return None if heard is None else "true_accept" if written == heard else "false_reject"
+        return "true_accept" if written == heard else "false_reject"
     if written == heard:
         return "correct_diagnosis"
     # writing the canonical phone, or nothing for an added one, is what a correct speaker would get

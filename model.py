@@ -311,7 +311,9 @@ class SpeechModel(nn.Module):
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            found.append(F.linear(output.last_hidden_state[:, -1].float(), head).softmax(dim=-1))  # (B, 11)
+            # no product of matrices: autocast would round it
+            scores = (output.last_hidden_state[:, -1:].float() * head).sum(dim=-1)  # (B, 11)
+            found.append(scores.softmax(dim=-1))
         return torch.stack(found, dim=1)
 
 

@@ -40,15 +40,6 @@ QUIET, WINDOW = 0.1, sound.SAMPLE_RATE // 10  # root mean square of 0.1 s
 # The result; `dataclasses.asdict` gives the JSON of analysis.listen and analysis.serve. docs/scores.md has the fields
 
 Recording = str | os.PathLike | bytes
-Code = Literal[
-    "no_speech",
-    "too_short",
-    "low_rate",
-    "transcript_cut_off",
-    "transcript_unreadable",
-    "another_sentence",
-    "contradiction",
-]
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Doubt:
-    code: Code
+    code: str  # docs/scores.md has them all
     message: str
 
 
@@ -334,21 +325,17 @@ def find_doubts(
     if question.speech < FASTEST * count:
         short = f"{question.speech:.2f} s of speech is too short for {count} phones: record the whole sentence"
         return [Doubt("too_short", short)]
-    doubts = []
-    if question.rate < sound.SAMPLE_RATE:
-        lacks = f"{question.rate:,} Hz lacks the upper band, which S, F and TH need: record at 16,000 Hz or more"
-        doubts.append(Doubt("low_rate", lacks))
-    if truncated:
-        doubts.append(Doubt("transcript_cut_off", "the transcript came to its length limit: what follows is missing"))
-    if phones is None:
-        doubts.append(Doubt("transcript_unreadable", "the model's transcript cannot be read"))
+    doubts = {
+        "low_rate": question.rate < sound.SAMPLE_RATE
+        and f"{question.rate:,} Hz lacks the upper band, which S, F and TH need: record at 16,000 Hz or more",
+        "transcript_cut_off": truncated and "the transcript came to its length limit: what follows is missing",
+        "transcript_unreadable": phones is None and "the model's transcript cannot be read",
+    }
     if meant:
         kinds = [mark[0] for _, marks in meant for mark in marks]
         share = sum(kind != "same" for kind in kinds) / len(kinds)
         if share > OTHER_SENTENCE:
-            other = f"{share:.0%} of the phones are not the text's: was another sentence read?"
-            doubts.append(Doubt("another_sentence", other))
+            doubts["another_sentence"] = f"{share:.0%} of the phones are not the text's: was another sentence read?"
         elif accuracy >= HIGH and share > MANY or accuracy < LOW and share == 0:
-            message = f"accuracy {accuracy:.1f} and {share:.0%} of marked phones: believe neither"
-            doubts.append(Doubt("contradiction", message))
-    return doubts
+            doubts["contradiction"] = f"accuracy {accuracy:.1f} and {share:.0%} of marked phones: believe neither"
+    return [Doubt(code, message) for code, message in doubts.items() if message]

@@ -156,7 +156,8 @@ def print_table(format: Format, caption: str, columns: list[str], rows: cli.Rows
     if format == "table":
         cli.show_table(caption, columns, rows)
         return
-    lines = [[cli.visible(text) for text in line] for line in [["name", *columns], *([name, *of] for name, of in rows)]]
+    lines = [["name", *columns], *([name, *texts] for name, texts in rows)]
+    lines = [[cli.visible(text) for text in line] for line in lines]
     if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
         return

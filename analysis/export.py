@@ -34,7 +34,6 @@ with when_used():
     from support import pretrained
 
 SHARD = "2GB"  # of a file of weights; our choice: it is copied once more while it is written
-CARD = "README.md"  # marks a folder as written here
 BESIDE = ("*.json", "*.jinja", "*.txt", "LICENSE")  # what stands beside weights
 # From transformers' names to Microsoft's: the way back of its convert_phi4_multimodal_weights_to_hf.py
 MICROSOFT = {
@@ -65,24 +64,28 @@ class Settings:
 
 
 def export(settings: Settings) -> str:
-    """Write the checkpoint; returns what folding did, in one line. Raises InputError for what does not fit together,
-    for an adapter that changes no layer, and where the folder holds what was not written here."""
+    """Write the checkpoint; returns what folding did, in one line.
+
+    Raises InputError for what does not fit together, for an adapter that changes no layer, and where the folder holds
+    what was not written here.
+    """
     folder, like = settings.folder, settings.like
     evaluation = assessor.evaluation_of(evaluate.ModelSettings(adapter=settings.adapter, epochs=settings.epochs))
     if like and files.read_json(like / "config.json", dict).get("model_type") != "phi4mm":
         raise cli.InputError(f"--like {like} is no copy of Microsoft's repository: its model is not a phi4mm")
     training = evaluation.training
-    name, revision = settings.model or training.model, settings.revision or training.revision
+    name = settings.model or training.model
+    revision = settings.revision or training.revision or runs.HUB_MODEL_REVISION
     held = training.dtype or models.default_dtype()
     dtype = settings.dtype or held
-    with files.own(folder, "analysis.export", CARD, ["[!.]*"], "folder"):
-        base, commit = pretrained.fetch(name, revision or runs.HUB_MODEL_REVISION, BESIDE)
+    with files.own(folder, "analysis.export", "README.md", ["[!.]*"], "folder"):
+        base, commit = pretrained.fetch(name, revision, BESIDE)
         if base.resolve() == folder.resolve():
             raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
         model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
         said = fold(model, dtype)
-        embedding = model.core.get_input_embeddings().weight
-        embedding.data[model.control_ids] = model.control.data.to(embedding)
+        rows = model.core.get_input_embeddings().weight.data
+        rows[model.control_ids] = model.control.data.to(rows)
         weights = {key: weight.to(getattr(torch, dtype)) for key, weight in model.core.state_dict().items()}
         weights = {key: weight for key, weight in weights.items() if key not in model.core.all_tied_weights_keys}
         if like:
@@ -91,10 +94,11 @@ def export(settings: Settings) -> str:
         for older in folder.glob("model*.safetensors*"):
             older.unlink()
         made = training.model_copy(update={"model": name, "revision": commit, "dtype": dtype})
-        (folder / CARD).write_text(card(made, said, scores(evaluation, settings.adapter), like is not None))
-        for file in [file for kind in (*BESIDE, *(["*.py"] if like else [])) for file in (like or base).glob(kind)]:
-            if file.name != pretrained.WEIGHTS_INDEX:
-                (folder / file.name).write_bytes(files.read_bytes(file))
+        (folder / "README.md").write_text(card(made, said, scores(evaluation, settings.adapter), like is not None))
+        for kind in (*BESIDE, "*.py") if like else BESIDE:
+            for file in (like or base).glob(kind):
+                if file.name != pretrained.WEIGHTS_INDEX:
+                    (folder / file.name).write_bytes(files.read_bytes(file))
         add_control_tokens(folder, model.tokenizer)
         stops = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]  # as evaluated
         change_json(folder / "generation_config.json", eos_token_id=stops, suppress_tokens=model.control_ids)

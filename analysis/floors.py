@@ -123,10 +123,15 @@ class Corpus(files.Shape):
     data_revision: str | None = None
 
 
+def training_settings(folder: Path) -> Path:
+    """Where train.py wrote its settings: in the evaluated folder, or above base/, the unmodified model's."""
+    return (folder.parent if folder.name == "base" else folder) / "settings.json"
+
+
 def find_corpus(settings, folder: Path) -> evaluate.Settings:
-    """Where the utterances are: as the settings say, else as settings.json of the training in `folder` or above it."""
-    known = [place / "settings.json" for place in (folder, folder.parent) if (place / "settings.json").is_file()]
-    training = files.read_json(known[0], Corpus) if known and not settings.data else settings
+    """Where the utterances are: as the settings say, else as in the training whose evaluation is in the folder."""
+    path = training_settings(folder)
+    training = files.read_json(path, Corpus) if path.is_file() and not settings.data else settings
     revision = settings.data_revision or training.data_revision
     return evaluate.Settings(data=training.data, data_revision=revision, split=settings.split)
 

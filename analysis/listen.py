@@ -113,7 +113,7 @@ def listen(settings: Settings) -> list[assessor.Result | assessor.Refusal]:
     return assessor.Assessor(**model).answer(questions)
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     try:
         results = listen(settings)

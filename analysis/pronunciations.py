@@ -197,7 +197,7 @@ def _marks_of(chain):
     return found[::-1]
 
 
-def main():
+def main() -> None:
     """Write a corpus' pronunciations."""
     settings = cli.parse(Settings, __doc__)
     if os.path.lexists(settings.output):

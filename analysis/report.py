@@ -302,20 +302,20 @@ def read_answers(records: list[dict], texts: dict[str, str]) -> list[Answers]:
     found = {}
     for record in records:
         said, human = next(pairs[record["task"]])
-        answers = found.setdefault(record["id"], Answers(record["id"], texts.get(record["id"], record["id"])))
+        entry = found.setdefault(record["id"], Answers(record["id"], texts.get(record["id"], record["id"])))
         if said is None:
-            answers.unparsed.append(record)
+            entry.unparsed.append(record)
         if record["task"] == "APA":
-            answers.scores = [(name, human[name], said[name] if said else math.nan) for name in prompts.SCORES]
-            answers.error += abs(said["total"] - human["total"]) if said else HIGH - LOW
+            entry.scores = [(name, human[name], said[name] if said else math.nan) for name in prompts.SCORES]
+            entry.error += abs(said["total"] - human["total"]) if said else HIGH - LOW
             continue
-        answers.title, answers.words = human["word_transcript"], said["word_transcript"] if said else ""
+        entry.title, entry.words = human["word_transcript"], said["word_transcript"] if said else ""
         written = metrics.normalise_phones(said["phoneme_transcript"]) if said else []
-        answers.columns = metrics.phone_columns(human["canonical"], human["heard"], written)
+        entry.columns = metrics.phone_columns(human["canonical"], human["heard"], written)
         if human["heard"]:
-            answers.per = sum(a != b for a, b in metrics.align(human["heard"], written)) / len(human["heard"])
-            answers.error += answers.per
-    return sorted(found.values(), key=lambda answers: answers.error, reverse=True)
+            entry.per = sum(a != b for a, b in metrics.align(human["heard"], written)) / len(human["heard"])
+            entry.error += entry.per
+    return sorted(found.values(), key=lambda entry: entry.error, reverse=True)
 
 
 def recording(utterance) -> tuple[str, str]:
@@ -338,11 +338,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str, str], str]:
     """What was evaluated, as {name: text}, and all settings that are known of it, as JSON text."""
-    places = {
-        "answers": settings.run / answers.SETTINGS,
-        "training": settings.run / "settings.json",
-        "training of the run": settings.run.parent / "settings.json",
-    }
+    places = {"answers": settings.run / answers.SETTINGS, "training": floors.training_settings(settings.run)}
     known = {name: files.read_json(path, dict) for name, path in places.items() if path.is_file()}
     speakers = {record.get("speaker") for record in records} - {None}
     written = (settings.run / answers.WHOLE).stat().st_mtime
@@ -405,7 +401,7 @@ def make_page(
         folded=folded,
         own=len(rows),
         utterances=len(every),
-        worst=[(answers, *recording(known.get(answers.id))) for answers in every[:SHOWN]],
+        worst=[(entry, *recording(known.get(entry.id))) for entry in every[:SHOWN]],
         first=FIRST,
         longest=RAW,
         signs=SIGNS,

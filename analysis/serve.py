@@ -1,125 +1,123 @@
 """How do a browser and other programs ask for scores? By a page and an address on this machine.
 
-    pip install starlette uvicorn python-multipart pebble
+    pip install starlette uvicorn python-multipart
     python -m analysis.serve --adapter out/                   # then open http://127.0.0.1:8000/
     curl -F sound=@my.wav -F text="WE CALL IT BEAR" http://127.0.0.1:8000/assess
 
-POST /assess answers what `analysis.listen --json` prints of a recording; GET / is a page with a microphone. It has no
-TLS and no login, so it is for one machine. Nothing is stored, and no log has what was sent.
+POST /assess answers what `analysis.listen --json` prints of a recording; GET / is a page with a microphone, /health
+says that it lives, /openapi.json describes it for programs. It has no TLS and no login, so it is for one machine, or
+for one behind a proxy that has them. Nothing is stored, and no log has what was sent.
 
-    request ─> sound and text ─> decoded in another process ─> waits ─> one model answers a batch ─> JSON
-
-A sound file of 1.4 MB can take 0.8 GB to decode, and no thread can be stopped in libsndfile. So processes with little
-time and memory decode, and the model gets the samples.
+    request ─> sound and text ─> decoded by FFmpeg ─> waits ─> one model answers a batch ─> JSON
 """
 
 import asyncio
 import base64
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 import hashlib
-import io
+import html
 import json
-import multiprocessing
 from pathlib import Path
 import re
-import resource
-import signal
 import socket
 import sys
 from typing import Annotated
 
 from pydantic import Field
+from tyro.conf import UseAppendAction
 
-from analysis import assessor, doubts, pronunciations
+from analysis import assessor
+import data
 import evaluate
-from support import cli, sound
+from support import cli
+import tiny
 
 try:
-    import pebble
+    import h11
     import python_multipart  # noqa: F401  starlette's forms need it
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartException, MultiPartParser
-    from starlette.requests import ClientDisconnect
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, Response
     from starlette.routing import Route
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
-    print(f"analysis.serve: error: {error}: pip install starlette uvicorn python-multipart pebble", file=sys.stderr)
+    print(f"analysis.serve: error: {error}: pip install starlette uvicorn python-multipart", file=sys.stderr)
     sys.exit(2)
 
 LARGEST = 9_000_000  # bytes of a request; 30 s of 48 kHz stereo with 24 bits are 8.6 MB
-CHARACTERS = 500  # of a text; three words a second are 90 words in 30 s
+TEXT = 2_000  # bytes; three words a second are 90 words in 30 s
 WAITING = 2 * assessor.BATCH  # requests between their first byte and their answer
-AGAIN = "5"  # s until one that found no room should be tried again
+DECODERS = 4  # FFmpeg's processes; one that needs its full time leaves three
+CONNECTIONS, BACKLOG = 100, 32  # accepted and kept, accepted at once; with the model's files below 256
+HEAD = 10  # s until a connection has sent the head of its next request
 ARRIVING = 30  # s that a request may take to arrive
-DECODERS = 2  # processes
-DECODING = 15  # s; 30 s of speech take 0.5, the slowest file that was found 2, or 7 beside much other work
-DECODED = 2**28  # bytes that decoding may take; 29 s of FLAC with 96 kHz in stereo fit
-SLOW = ["analysis.assessor", "scipy.signal", "silero_vad", "soundfile", "starlette.applications", "uvicorn"]  # imports
 GOODBYE = 5  # s that open requests have when the service ends
+AGAIN = {"Retry-After": "5"}  # s
 STATUS = {cli.InputError: 422, ClientDisconnect: 400, Exception: 500}
 
 PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("LONGEST", str(assessor.LONGEST))
+OPENAPI = Path(__file__).with_name("openapi.json").read_text(encoding="utf-8")
 POLICY = "default-src 'none'; connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'"
 for tag in ("style", "script"):  # the page's own, no other
     digest = hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", PAGE, re.DOTALL)[1].encode()).digest()
     POLICY += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+HEADERS = {"Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'"}
 
 
 @dataclass(kw_only=True)
 class Settings(evaluate.ModelSettings):
     host: str = "127.0.0.1"  # address to listen at; the default is reached from this machine alone
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000  # 0: any free one
+    # of a proxy with TLS, whose page may ask: https://scores.example; may be given several times
+    origin: UseAppendAction[tuple[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")], ...]] = ()
     pronunciations: tuple[Path, ...] = ()  # of words, before the CMU dictionary's: files of analysis.pronunciations
 
 
-def start_decoder():
-    """Load what `decode` needs, then limit the process' memory (on Linux; macOS has no such limit)."""
-    import torch
+class Connection(H11Protocol):
+    """uvicorn's, but there are no more than CONNECTIONS, and one that sends no whole head in HEAD seconds ends."""
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the service ends this one
-    torch.set_num_threads(1)
-    doubts.speech_seconds(torch.zeros(sound.SAMPLE_RATE))
-    if sys.platform == "linux":
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + DECODED, held + DECODED))
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._wait_for_head()
+        if len(self.connections) > CONNECTIONS:
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n")
+            transport.close()
 
+    def _wait_for_head(self):
+        self.waits = self.loop.call_later(HEAD, self._end_without_head)
 
-def decode(content, text, lexicon):
-    """The Question of assessor.ask with samples for a recording, so that the sound file is decoded here alone."""
-    import soundfile
+    def _end_without_head(self):
+        if self.conn.their_state is h11.IDLE:
+            self.transport.abort()
 
-    question, wave = assessor.ask(content, text, [lexicon]), io.BytesIO()
-    samples = sound.read_audio(question.utterance.recording)  # (S,)
-    soundfile.write(wave, samples, sound.SAMPLE_RATE, format="WAV", subtype="FLOAT")
-    return replace(question, utterance=replace(question.utterance, recording=partial(bytes, wave.getvalue())))
+    def on_response_complete(self):
+        self.waits.cancel()
+        self._wait_for_head()
+        super().on_response_complete()
+
+    def connection_lost(self, exc):
+        self.waits.cancel()
+        super().connection_lost(exc)
 
 
 class Service:
-    """Answers the questions of many requests with one model, in batches. assess: an assessor.Assessor."""
+    """Answers the questions of many requests with one model, in batches."""
 
-    def __init__(self, assess):  # decoders are forks of a process that has imported what takes seconds
+    def __init__(self, assess: assessor.Assessor):
         self.assess, self.requests, self.asked = assess, 0, asyncio.Queue()
-        self.model_thread = ThreadPoolExecutor(1)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(SLOW)
-        self.decoders = pebble.ProcessPool(DECODERS, initializer=start_decoder, context=context)
-        self.decoders.schedule(int)  # so that they start now
+        self.model_thread, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(DECODERS)
 
-    async def result(self, content, text):
+    async def result(self, content: bytes, text: str | None) -> assessor.Result:
         """What the Assessor says of a sound file's bytes. Raises InputError."""
-        words = pronunciations.of_text(text, self.assess.lexicons) if text is not None else ()
-        try:
-            decoding = self.decoders.schedule(decode, (content, text, dict(words)), timeout=DECODING)
-            question = await asyncio.wrap_future(decoding)
-        except (TimeoutError, MemoryError, pebble.ProcessExpired) as error:
-            limits = f"{DECODING} s and {DECODED >> 20} MB"
-            raise cli.InputError(f"recording: decoding it takes more than {limits}: convert it to WAV") from error
-        answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        question = await loop.run_in_executor(self.decoders, assessor.ask, content, text, self.assess.lexicons)
+        answer = loop.create_future()
         self.asked.put_nowait((question, answer))
         return await answer
 
@@ -147,27 +145,24 @@ class Service:
                 (answer.set_exception if isinstance(result, Exception) else answer.set_result)(result)
 
 
-async def received(request, room):
-    """The chunks of a request's body. Raises HTTPException where it is too large, or has no room, after dropping it.
-
-    A client that is still sending would not read why it is refused.
-    """
+async def received(request: Request, room: bool) -> AsyncIterator[bytes]:
+    """The chunks of a request's body. Raises HTTPException where it is too large, or has no room, after dropping it."""
     size, most = 0, LARGEST if room else 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= most:
             yield chunk
     if size > most and not room:
-        raise HTTPException(503, "too many requests are waiting: try again soon", {"Retry-After": AGAIN})
+        raise HTTPException(503, "too many requests are waiting: try again soon", AGAIN)
     if size > most:
         raise HTTPException(413, f"the request has {size:,} bytes, more than {most:,}: send mono, or FLAC")
 
 
-async def read_form(request, room):
-    """(the sound file's bytes, the text or None) of a request. Raises HTTPException for anything else."""
-    chunks, most = received(request, room), 4 * CHARACTERS  # bytes
+async def read_form(request: Request, room: bool) -> tuple[bytes, str | None]:
+    """The sound file's bytes, and the text, of a request. Raises HTTPException for anything else."""
+    most = {"max_files": 1, "max_fields": 1, "max_part_size": TEXT}  # of a part in memory that is no file
     try:
-        parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=1, max_part_size=most)
+        parser = MultiPartParser(request.headers, received(request, room), **most)
         parser.spool_max_size = LARGEST  # so nothing of it goes to the disk
         async with asyncio.timeout(ARRIVING):
             form = dict((await parser.parse()).multi_items())
@@ -178,24 +173,36 @@ async def read_form(request, room):
     file, text = form.pop("sound", ""), form.pop("text", None)
     if form or isinstance(file, str) or not isinstance(text, str | None):
         raise HTTPException(400, "the form's fields are sound, a file, and text, which may be left out")
-    if text and len(text) > CHARACTERS:
-        raise HTTPException(413, f"the text has {len(text):,} characters, more than {CHARACTERS}: cut it")
     return await file.read(), text
 
 
-def application(service, origins):
-    """The service as a web server calls it. origins: those of its own page; no other page may ask."""
+def learnt(evaluation: evaluate.Evaluation) -> tuple[str, data.Utterance | None]:
+    """What a model knows, by the corpus it was trained on, and a recording to try where that is synthetic."""
+    if not evaluation.adapter:
+        return "It was not fine-tuned, so its scores mean nothing.", None
+    corpus = evaluation.training.data
+    if Path(corpus).is_dir():
+        utterances = data.read_corpus(corpus, "test", limit=100)
+        words = {word for utterance in utterances for word in utterance.text.upper().split()}
+        if words <= tiny.LEXICON.keys():
+            listed = ", ".join(sorted(words)).lower()
+            return f"It knows {len(words)} synthetic words, and no human voice: {listed}.", utterances[0]
+    return f"It knows {'English read by Mandarin speakers' if corpus == data.HUB_CORPUS else corpus} alone.", None
 
-    async def page(request):
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'"})
+
+def application(service: Service, origins: Sequence[str], knows: str, example: data.Utterance | None) -> Starlette:
+    """The service as a web server calls it. origins: of its own page, no other may ask; knows, example: of `learnt`."""
+    shown = PAGE.replace("KNOWS", html.escape(knows))
+    if example:
+        shown = shown.replace('id="try" hidden', f'id="try" data-text="{html.escape(example.text)}"')
 
     async def assess(request):
         if request.headers.get("origin", origins[0]) not in origins:  # programs send none
-            raise HTTPException(403, f"only a page of {' or '.join(origins)} may ask: --host adds one")
+            raise HTTPException(403, f"only a page of {' or '.join(origins)} may ask: --origin adds one")
         room = service.requests < WAITING
         service.requests += room
         try:
-            return reply(await service.result(*await read_form(request, room)))
+            return reply(asdict(await service.result(*await read_form(request, room))))
         finally:
             service.requests -= room
 
@@ -205,18 +212,29 @@ def application(service, origins):
     async def refuse(request, error):
         status = getattr(error, "status_code", STATUS.get(type(error), 500))
         text = getattr(error, "detail", str(error)) if status != 500 else "the service failed: its log says why"
-        return reply({"version": assessor.VERSION, "error": text}, status, getattr(error, "headers", None))
+        return reply(asdict(assessor.Refusal("recording", text)), status, getattr(error, "headers", None))
 
     @asynccontextmanager
     async def lifespan(app):
         answering = asyncio.create_task(service.run())
         yield
         answering.cancel()
-        service.decoders.stop()
 
-    routes = [Route("/", page), Route("/assess", assess, methods=["POST"])]
+    routes = [
+        Route("/", lambda _: HTMLResponse(shown, headers=HEADERS)),
+        Route("/assess", assess, methods=["POST"]),
+        Route("/health", lambda _: reply({"version": assessor.VERSION, "requests": service.requests})),
+        Route("/openapi.json", lambda _: Response(OPENAPI, media_type="application/json")),
+    ]
+    if example:
+        routes.append(Route("/example", lambda _: Response(example.recording(), media_type="audio/wav")))
     refused = dict.fromkeys([HTTPException, *STATUS], refuse)
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=refused)
+
+
+def server(app: Starlette) -> uvicorn.Server:
+    how = {"http": Connection, "ws": "none", "lifespan": "on", "log_level": "warning", "access_log": False}
+    return uvicorn.Server(uvicorn.Config(app, backlog=BACKLOG, timeout_graceful_shutdown=GOODBYE, **how))
 
 
 def main():
@@ -230,12 +248,12 @@ def main():
     port = listener.getsockname()[1]
     names = dict.fromkeys([f"[{host}]" if ":" in host else host, "localhost", "127.0.0.1", "[::1]"])
     origins = [f"http://{name}" + f":{port}" * (port != 80) for name in names]
-    how = {"http": "h11", "ws": "none", "lifespan": "on", "log_level": "warning", "access_log": False}
+    knows = learnt(assessor.evaluation_of(evaluate.ModelSettings(**model)))
     try:
         service = Service(assessor.Assessor(pronunciations=settings.pronunciations, **model))
-        config = uvicorn.Config(application(service, origins), timeout_graceful_shutdown=GOODBYE, **how)
+        app = application(service, [*origins, *settings.origin], *knows)
         print(f"{origins[0]}/  (Ctrl-C ends it)", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        server(app).run(sockets=[listener])
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,43 +1,40 @@
 """The service under load: 200 requests, 20 at a time, 20 of them hostile. Is one lost or wrong, does memory grow?
 
-    pip install starlette uvicorn python-multipart pebble psutil
-    python bench/serve.py --adapter out/ --pronunciations tiny/pronunciations.txt          # five minutes, Linux
+    pip install starlette uvicorn python-multipart psutil urllib3
+    python -m bench.serve --adapter out/ --pronunciations tiny/pronunciations.txt          # five minutes, Linux
 
-Starts analysis.serve. Every answer is compared with that of an Assessor that is asked about one recording at a time:
-numbers to 1e-5, as sums are rounded by a batch's shape, and all else exactly. Each run sends the same requests one at a
-time, then 20 at a time; latencies are those of the recordings that can be answered. The clients have the same cores.
+Every answer is compared with that of an Assessor that is asked about one recording at a time: numbers to 1e-5, as sums
+are rounded by a batch's shape, and all else exactly. Each run sends the same requests one at a time, then 20 at a time;
+latencies are those of the recordings that can be answered. The clients have the same cores.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-import http.client
+from dataclasses import asdict, dataclass, field
 import io
 import json
-import os
 from pathlib import Path
 import random
 import re
 import signal
-import socket
 from statistics import median, quantiles
 import subprocess
 import sys
 import time
 
-
-# isort: split
 import numpy as np
 import psutil
 import soundfile
+import urllib3
 
 from analysis import assessor
 import data
 from support import cli, sound
+from support import run as runs
 
 AT_A_TIME, HOSTILE = 20, 0.1  # requests; the share of them
 CLOSE = 1e-5  # of a probability or score
-BOUNDARY = "boundary-of-the-form"
+GONE = 0.02  # s until a client hangs up
 
 
 @dataclass(kw_only=True)
@@ -52,18 +49,10 @@ class Settings:
 class Request:
     kind: str  # "recording", or of `hostile`
     status: int | None  # that the answer must have; None: nobody waits for it
-    body: bytes
-    headers: tuple = ()
+    sound: bytes
+    fields: dict = field(default_factory=dict)
+    origin: dict = field(default_factory=dict)
     answer: str | None = None  # the result it must have, as JSON
-
-
-def form(content, **fields):
-    parts = {f'"{name}"': value.encode() for name, value in fields.items()} | {'"sound"; filename="a"': content}
-    body = b"".join(
-        f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={name}\r\n\r\n".encode() + value + b"\r\n"
-        for name, value in parts.items()
-    )
-    return body + f"--{BOUNDARY}--\r\n".encode()
 
 
 def encoded(audio, rate=data.SAMPLE_RATE, format="WAV"):
@@ -77,16 +66,16 @@ def hostile(content, text):
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, 31 * data.SAMPLE_RATE)
     bomb = encoded(np.zeros((20 * sound.HIGHEST_RATE, 8), np.int16), sound.HIGHEST_RATE, "FLAC")  # 0.25 GB of samples
     return [
-        Request("no sound file", 422, form(noise.tobytes()[:100_000])),
-        Request("cut off", 422, form(content[:-2000], text=text)),
-        Request("small, but large when decoded", 422, form(bomb)),
-        Request("longer than 30 s", 422, form(encoded(noise))),
-        Request("silence", 422, form(encoded(np.zeros(data.SAMPLE_RATE)))),
-        Request("a word that does not exist", 422, form(content, text="xqzzt")),
-        Request("too large", 413, form(bytes(12_000_000))),
-        Request("another form", 400, form(content, text=text, name="me")),
-        Request("another page", 403, form(content, text=text), (("Origin", "http://evil.example"),)),
-        Request("gone before the end", None, form(content, text=text)),
+        Request("no sound file", 422, noise.tobytes()[:100_000]),
+        Request("cut off", 422, content[:-2000], {"text": text}),
+        Request("small, but large when decoded", 422, bomb),
+        Request("longer than 30 s", 422, encoded(noise)),
+        Request("silence", 422, encoded(np.zeros(data.SAMPLE_RATE))),
+        Request("a word that does not exist", 422, content, {"text": "xqzzt"}),
+        Request("too large", 413, bytes(12_000_000)),
+        Request("another form", 400, content, {"text": text, "name": "me"}),
+        Request("another page", 403, content, {"text": text}, {"Origin": "http://evil.example"}),
+        Request("gone before the end", None, content, {"text": text}),
     ]
 
 
@@ -99,9 +88,9 @@ def make_requests(settings):
     requests = []
     for number in range(settings.requests - bad):
         utterance = utterances[number % len(utterances)]
-        answer = json.dumps(assess(utterance.recording(), utterance.text))
-        body = form(utterance.recording(), text=utterance.text)
-        requests.append(Request("recording", 200, body, answer=answer))
+        content, text = utterance.recording(), utterance.text
+        answer = json.dumps(asdict(assess(content, text)))
+        requests.append(Request("recording", 200, content, {"text": text}, answer=answer))
     kinds = hostile(utterances[0].recording(), utterances[0].text)
     requests += [kinds[number % len(kinds)] for number in range(bad)]
     random.Random(0).shuffle(requests)
@@ -115,8 +104,7 @@ def service(settings):
     if settings.pronunciations:
         arguments += ["--pronunciations", *settings.pronunciations]
     command = [sys.executable, "-m", "analysis.serve", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(workload.BENCH.parent)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             if not (address := re.search(r":(\d+)/", process.stdout.readline())):
                 raise cli.RunError("analysis.serve has not started; its own lines say why")
@@ -127,71 +115,53 @@ def service(settings):
 
 def send(port, request):
     """(seconds until the answer, None or what is wrong with it)."""
-    started = time.perf_counter()
-    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", **dict(request.headers)}
-    if request.status is None:
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            half = request.body[: len(request.body) // 2]
-            length = f"Content-Length: {len(request.body)}\r\n"
-            client.sendall(f"POST /assess HTTP/1.1\r\nHost: localhost\r\n{length}{head}\r\n".encode() + half)
-        return time.perf_counter() - started, None
+    started, url = time.perf_counter(), f"http://127.0.0.1:{port}/assess"
+    how = {"headers": request.origin, "timeout": 120 if request.status else GONE, "retries": False}
     try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("POST", "/assess", request.body, headers)
-        answer = connection.getresponse()
-        status, result = answer.status, json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return time.perf_counter() - started, f"lost: {request.kind}: {error!r}"
+        answer = urllib3.request("POST", url, fields={"sound": ("a", request.sound), **request.fields}, **how)
+        result = answer.json()
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        return time.perf_counter() - started, f"lost: {request.kind}: {error!r}" if request.status else None
     seconds = time.perf_counter() - started
-    right = status == request.status and (alike(result, json.loads(request.answer)) if request.answer else True)
-    return seconds, None if right else f"wrong: {request.kind}: {status} {json.dumps(result):.200}"
+    if answer.status == request.status and (not request.answer or alike(result, json.loads(request.answer))):
+        return seconds, None
+    return seconds, f"wrong: {request.kind}: {answer.status} {json.dumps(result):.200}"
 
 
 def alike(first, second):
-    if isinstance(first, float) and isinstance(second, float):
-        return abs(first - second) <= CLOSE
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(alike(value, second[key]) for key, value in first.items())
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(alike, first, second))
-    return first == second
+    return abs(first - second) <= CLOSE if isinstance(first, float) and isinstance(second, float) else first == second
 
 
 def measure(port, requests, at_a_time):
-    """Figures of the requests, `at_a_time` at a time."""
+    """Figures of the requests, `at_a_time` at a time, as texts."""
     started = time.perf_counter()
     with ThreadPoolExecutor(at_a_time) as threads:
         answers = list(threads.map(lambda request: send(port, request), requests))
     took = time.perf_counter() - started
     seconds = [s for (s, _), request in zip(answers, requests) if request.kind == "recording"]
     faults = [fault for _, fault in answers if fault]
-    print("\n".join([f"{at_a_time} at a time: {len(requests) / took:.1f} requests a second", *faults]), flush=True)
-    figures = {"rate": len(requests) / took, "median": median(seconds), "late": quantiles(seconds, n=20)[-1]}
-    return figures | {name: sum(fault.startswith(name) for fault in faults) for name in ("lost", "wrong")}
-
-
-def held(process):
-    """MB of the service, and of the processes that it started."""
-    return [round(sum(p.memory_info().rss for p in some) / 1e6) for some in ([process], process.children(True))]
+    cli.say(*faults)
+    counts = [str(sum(fault.startswith(name) for fault in faults)) for name in ("lost", "wrong")]
+    return [f"{len(requests) / took:.1f}", f"{median(seconds):.2f}", f"{quantiles(seconds, n=20)[-1]:.2f}", *counts]
 
 
 def main():
     settings = cli.parse(Settings, __doc__)
     requests = make_requests(settings)
-    figures, memory = {"1": [], str(AT_A_TIME): []}, []
+    rows = []
     with service(settings) as (process, port):
         measure(port, requests, AT_A_TIME)  # to warm up
-        memory.append(held(process))
-        for _ in range(settings.runs):
-            for at_a_time, found in figures.items():
-                found.append(measure(port, requests, int(at_a_time)))
-            memory.append(held(process))
-            print("MB of the service, of its processes: ", *memory[-1])
-    kinds = sorted({request.kind for request in requests} - {"recording"})
-    result = {"model": "trained", "requests": len(requests), "hostile": round(HOSTILE * len(requests)), "kinds": kinds}
-    load = [round(value, 1) for value in os.getloadavg()]
-    workload.write_result("serve-trained", result | {"load": load, "figures": figures, "memory_mb": memory})
+        for run in range(settings.runs):
+            for at_a_time in (1, AT_A_TIME):
+                figures = measure(port, requests, at_a_time)
+                memory = sum(one.memory_info().rss for one in [process, *process.children(True)])
+                rows.append((f"run {run + 1}, {at_a_time} at a time", [*figures, f"{memory / 1e6:,.0f}"]))
+    columns = ["requests a second", "median s", "95% s", "lost", "wrong", "MB of memory"]
+    cli.show_table(f"{len(requests)} requests, {HOSTILE:.0%} of them hostile", columns, rows)
 
 
 if __name__ == "__main__":

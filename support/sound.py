@@ -4,13 +4,16 @@ FFmpeg runs in a process of its own for each recording, bounded in time, memory 
 more than its own request with it. A corpus needs no FFmpeg. Every fault is one InputError.
 """
 
+from collections.abc import Callable
 import io
 import math
+import os
 from pathlib import Path
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -52,7 +55,7 @@ MISSING = 0.2  # s that may be there less than the container says: a film's soun
 # A corpus
 
 
-def read_audio(recording, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
+def read_audio(recording: Callable[[], bytes], lowest_rate: int = LOWEST_RATE) -> np.ndarray:
     """A corpus' recording as mono float32 at 16 kHz: channels averaged, other rates resampled.
 
     recording: callable that returns the bytes of a WAV or FLAC file. Returns (S,), full scale is 1.
@@ -68,7 +71,7 @@ def read_audio(recording, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
     return _mono(audio, rate)
 
 
-def check_level(audio: np.ndarray):
+def check_level(audio: np.ndarray) -> None:
     """Raises InputError where (S,) is silence, which a model would learn from, or score, as readily as speech."""
     if not np.ptp(audio):
         raise InputError(f"all its samples are {audio[0]:g}: there is no sound in it; record or export it again")
@@ -80,21 +83,22 @@ def check_level(audio: np.ndarray):
 
 
 def _check_whole(content):
-    """Raises InputError where a WAV has less sound than its header says: libsndfile and FFmpeg read what is left."""
+    """Raises InputError where a WAV or Ogg ends early, of which libsndfile and FFmpeg say nothing."""
+    if content[:4] == b"OggS":
+        page = content[content.rfind(b"OggS") :]
+        # 27 bytes, the last of them the number of its segments, a byte with the length of each, the segments
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            raise InputError("recording is cut off: its last page is not whole; copy it again")
     order = {b"RIFF": "<", b"RF64": "<", b"RIFX": ">"}.get(content[:4])
-    start = 12  # of the first chunk: a name, a size, and content of an even length
-    while order and start + 8 <= len(content):
+    name, start = None, 12  # of the first chunk: a name, a size, and content of an even length
+    while order and name != b"data" and start + 8 <= len(content):
         name, size = struct.unpack_from(order + "4sI", content, start)
         start += 8
-        if name == b"data":
-            if content[:4] == b"RF64" and content[12:16] == b"ds64":  # which has the sizes that need 64 bits
-                (size,) = struct.unpack_from("<Q", content, 28)
-            if len(content) - start < size < UNKNOWN_SIZE:
-                raise InputError(
-                    f"recording is cut off: its header says {size:,} bytes of sound, {len(content) - start:,} are "
-                    f"there; copy it again"
-                )
-            return
+        there = len(content) - start
+        if content[:4] == b"RF64" and name == b"data" and len(content) >= 36:
+            (size,) = struct.unpack_from("<Q", content, 28)  # its first chunk has the sizes that need 64 bits
+        if name == b"data" and there < size < UNKNOWN_SIZE:
+            raise InputError(f"recording is cut off: its header says {size:,} bytes of sound, {there:,} are there")
         start += size + size % 2
 
 
@@ -106,16 +110,11 @@ def _decode(content, lowest_rate):
             if not ENCODINGS.fullmatch(encoding):
                 raise InputError(f"its sound is encoded as {encoding}: convert it to 16-bit WAV")
             if rate < lowest_rate:
-                raise InputError(
-                    f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: record it "
-                    f"again at a higher rate, or leave it out"
-                )
+                raise InputError(f"{rate:,} Hz is below {lowest_rate:,} Hz, so the upper band is missing: leave it out")
             # before anything is decoded: a header of a few bytes may ask for gigabytes
             if rate > HIGHEST_RATE or frames * max(file.channels, SAMPLE_RATE / rate) > MOST_SAMPLES:
-                raise InputError(
-                    f"its header says {rate:,} Hz and {frames:,} x {file.channels} samples (limits {HIGHEST_RATE:,}, "
-                    f"{MOST_SAMPLES:,}): cut it, or convert it again"
-                )
+                said = f"{rate:,} Hz and {frames:,} x {file.channels} samples"
+                raise InputError(f"its header says {said}, more than is read: cut it, or convert it again")
             audio = file.read(dtype="float32", always_2d=True)  # (S, channels)
     except (soundfile.SoundFileError, ValueError, MemoryError) as error:
         reason = getattr(error, "error_string", "") or type(error).__name__
@@ -134,10 +133,7 @@ def _mono(audio, rate):
     if not np.isfinite(mono).all():
         raise InputError(f"recording has {np.sum(~np.isfinite(mono))} samples that are not finite")
     if (peak := np.abs(audio).max()) > PEAK:
-        raise InputError(
-            f"its samples reach {peak:,.0f}, where full scale is 1: whole numbers were written as floats; divide them "
-            f"by 32,768, or write 16-bit WAV"
-        )
+        raise InputError(f"its samples reach {peak:,.0f}, and 1 is full scale: divide them, or write whole numbers")
     if mono.std() < CANCELLED * audio.std(axis=0).max():
         raise InputError(f"its {audio.shape[1]} channels cancel each other, one is the other upside down: keep one")
     if rate != SAMPLE_RATE:
@@ -164,7 +160,6 @@ def read_own(content: bytes, longest: float = math.inf, lowest_rate: int = LOWES
 def decode_own(content: bytes, longest: float = math.inf, lowest_rate: int = LOWEST_RATE) -> tuple[np.ndarray, int]:
     """(`read_own` of a recording, the sampling rate of its file in Hz)."""
     _check_whole(content)
-    _check_last_page(content)
     wave, stated = _run_ffmpeg(content, longest)
     audio, rate = _decode(wave, lowest_rate)
     seconds = len(audio) / rate
@@ -175,20 +170,10 @@ def decode_own(content: bytes, longest: float = math.inf, lowest_rate: int = LOW
     mono = _mono(audio, rate)
     clipped = (np.abs(audio) >= FULL_SCALE).mean(axis=0).max()  # not after resampling, which rounds flat tops
     if clipped > CLIPPED:
-        raise InputError(
-            f"{clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%}), so the sound is distorted: "
-            f"record it again at a lower level"
-        )
+        many = f"{clipped:.1%} of the samples are at full scale (limit {CLIPPED:.0%})"
+        raise InputError(f"{many}, so the sound is distorted: record it again at a lower level")
     check_level(mono)
     return mono, rate
-
-
-def _check_last_page(content):
-    """Raises InputError where an Ogg file ends inside a page, of which FFmpeg says nothing."""
-    page = content[content.rfind(b"OggS") :] if content[:4] == b"OggS" else None
-    # a page: 27 bytes, the last of them the number of its segments, a byte with the length of each, the segments
-    if page and (len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])):
-        raise InputError("recording is cut off: its last page is not whole; copy it again")
 
 
 def _run_ffmpeg(content, longest):
@@ -196,26 +181,18 @@ def _run_ffmpeg(content, longest):
     if not shutil.which("ffmpeg"):
         raise InputError("recordings of one's own are decoded by ffmpeg, which is not installed: install it")
     most = int(min(BYTES, (longest + 1) * BYTES_A_SECOND))
-    command = ["sh", "-c", 'ulimit -v "$0"; exec ffmpeg "$@"', str(MEMORY), "-nostdin", "-hide_banner", "-threads", "1"]
-    command += ["-filter_threads", "1", "-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-i", "/dev/stdin"]
-    command += [
-        "-map",
-        "0:a:0",
-        "-t",
-        str(min(longest, 1e6) + 1),
-        "-fs",
-        str(most),
-        "-c:a",
-        "pcm_f32le",
-        "-f",
-        "wav",
-        "-",
-    ]
-    with tempfile.TemporaryFile() as file:  # not a pipe: telephones write an M4A's table of contents at its end
+    script = (
+        f"ulimit -v {MEMORY}; exec ffmpeg -nostdin -hide_banner -threads 1 -filter_threads 1 -protocol_whitelist file "
+        f"-format_whitelist {FORMATS} -i /dev/stdin -map 0:a:0 -t {min(longest, 1e6) + 1} -fs {most} "
+        f"-c:a pcm_f32le -f wav -"
+    )
+    linux = sys.platform == "linux"  # where memory can be a file
+    # not a pipe: telephones write an M4A's table of contents at its end
+    with os.fdopen(os.memfd_create("recording"), "w+b") if linux else tempfile.TemporaryFile() as file:
         file.write(content)
-        file.flush()
+        file.seek(0)
         try:
-            done = subprocess.run(command, stdin=file, capture_output=True, timeout=DECODING)
+            done = subprocess.run(["sh", "-c", script], stdin=file, capture_output=True, timeout=DECODING)
         except subprocess.TimeoutExpired as error:
             raise InputError(f"decoding it takes more than {DECODING} s: convert it to WAV") from error
     said = done.stderr.decode(errors="replace").strip()

@@ -81,7 +81,7 @@ def write_large_model(folder):
 
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch, tmp_path):
-    """What a test writes to a relative path, such as audio-cache/, is its own."""
+    """What a test writes to a relative path, such as out/, is its own."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -127,9 +127,8 @@ def new_model(checkpoint):
 
     def make(strategy="lora", speech_adapter="merge", rank=4, dtype="float32", quantize=None):
         model = models.load_base(str(checkpoint), None, dtype, "sdpa", speech_adapter, quantize)
-        if True:
-            models.add_adapter(model, rank, 2 * rank, dropout=0.0)
-        model.counts = models.set_trainable(model, strategy)
+        models.add_adapter(model, rank, 2 * rank, dropout=0.0)
+        models.set_trainable(model, strategy)
         return model
 
     return make
@@ -162,7 +161,7 @@ def short_run(where):
     sizes = "--limit 8 --epochs 2 --batch-size 4 --accumulation 2 --learning-rate 3e-3 --save-minutes 1e-6".split()
 
     def start(patch, *arguments):
-        rank = [] if {"full", "continue"} & {*arguments} else ["--rank", 4, "--alpha", 8]
+        rank = [] if {"continue", "--resume"} & {*arguments} else ["--rank", 4, "--alpha", 8]
         train.train(settings(patch, *where, *sizes, *rank, *arguments))
 
     return start

@@ -12,7 +12,7 @@ import time
 from support import cli
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "evaluate"])
+FORKS.set_forkserver_preload(["model", "train", "evaluate"])  # train and evaluate import their heavy parts when used
 
 
 class Process:

@@ -27,7 +27,7 @@ def run(monkeypatch, command, *arguments):
 
 def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path):
     for name in ("a", "b"):
-        evaluated(tmp_path / name)
+        (tmp_path / name).mkdir()
         shutil.copy(copied, tmp_path / name)
     commands = {
         "compare": ["a", "--against", "b/predictions.jsonl"],
@@ -46,7 +46,6 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         ".pronunciation-analysis.report.lock",
         "confusion.png",
-        "metrics.json",
         "predictions.jsonl",
         "report.html",
         "results.png",
@@ -134,12 +133,6 @@ def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
     for content, count in ((changed(0)[:-20], 11), (changed(0), 12), (b"", 0)):
         path.write_bytes(content)
         assert len(answers.read(path, cut_off=True)) == count
-
-
-def evaluated(folder, **numbers):
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps({"evaluated": "epoch-3", "utterances": 20, **numbers}))
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------

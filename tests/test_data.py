@@ -59,16 +59,6 @@ def test_the_number_of_audio_tokens_is_the_feature_extractors(samples):
     assert replace(checked(record()), samples=samples).audio_tokens == int(features["audio_embed_sizes"][0])
 
 
-def test_lengths_that_crash_the_extractors_batched_path_pass_one_by_one():
-    extractor = Phi4MultimodalFeatureExtractor()
-    waves = [tone(samples / 16_000) for samples in (16_000, 16_010, 12_000)]
-    with pytest.raises(RuntimeError, match="must match"):
-        extractor(waves, sampling_rate=16_000)
-    for wave in waves:
-        utterance = replace(checked(record()), recording=lambda wave=wave: sound(wave))
-        assert data.log_mel(utterance, extractor).shape == ((len(wave) - 400) // 160 + 1, 80)
-
-
 def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     utterances = data.read_corpus(corpus, "train")
     listed = [line.split()[0] for line in (corpus / "train" / "wav.scp").read_text().splitlines()]
@@ -219,6 +209,8 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
     speakers = (root / "test" / "utt2spk").read_text().replace(" ", " one\u2028\x85")
     (root / "test" / "utt2spk").write_text(speakers)
     assert {u.speaker for u in data.read_corpus(root, "test")} == {f"one\u2028\x85{u.speaker}" for u in read}
+    (tmp_path / "predictions.jsonl").write_text('\ufeff{"text": "a\u2028\x85b"}\n')
+    assert files.read_lines(tmp_path / "predictions.jsonl", dict) == [{"text": "a\u2028\x85b"}]
 
 
 @pytest.mark.parametrize(
@@ -277,44 +269,31 @@ def test_an_utterance_gives_an_example_of_each_task_that_it_has_labels_for(examp
     assert data.describe([utterance]) and data.fingerprint([utterance])
 
 
-def test_an_example_reads_as_figure_3_with_a_placeholder_for_every_audio_embedding(tokenizer, utterances, examples_of):
+def test_an_example_reads_as_figure_3_with_a_placeholder_for_every_embedding(tokenizer, utterances, examples_of):
     for example in (example for utterance in utterances for example in examples_of(utterance)):
         text = prompts.build_prompt(example.task).replace(prompts.AUDIO, AUDIO * example.utterance.audio_tokens)
         assert tokenizer.decode(example.prompt_ids) == text
 
 
-def test_exactly_the_answers_and_their_end_tokens_are_supervised_each_at_the_token_before(
-    tokenizer, utterances, examples_of
-):
+def test_exactly_the_answers_and_their_end_tokens_are_supervised(tokenizer, utterances, examples_of):
     examples = [example for utterance in utterances[:4] for example in examples_of(utterance)]
-    audio = tokenizer.convert_tokens_to_ids(AUDIO)
-    batch = data.collate(examples, tokenizer.pad_token_id, audio)
-    flat, ends = batch.input_ids.flatten(), np.cumsum([len(example.answer_ids) for example in examples])
-    assert batch.targets.tolist() == flat[batch.supervised + 1].tolist()
-    for example, answer, row in zip(examples, np.split(batch.targets, ends[:-1]), batch.input_ids):
-        u = example.utterance
+    batch = data.collate(examples, tokenizer.pad_token_id)
+    for example, ids, labels in zip(examples, batch.input_ids, batch.labels, strict=True):
+        u, (places,) = example.utterance, np.nonzero(labels != data.IGNORE)
         scores = ", ".join(f'"{name}": {u.scores[name]}' for name in prompts.SCORES)
         words = f'"word_transcript": "{u.text}", "phoneme_transcript": "{" ".join(u.heard)}"'
-        assert tokenizer.decode(answer) == "{" + (scores if example.task == "APA" else words) + "}<|end|>"
-        assert tokenizer.decode(row[: len(example) - len(answer)]).endswith("<|end|><|assistant|>")
-        assert (row[len(example) :] == tokenizer.pad_token_id).all()
-    before_answers = batch.supervised[[0, *ends[:-1]]]
-    assert set(flat[before_answers]) == {tokenizer.convert_tokens_to_ids(prompts.ASSISTANT)}
-    assert (flat[batch.placeholders] == audio).all()
-    assert len(batch.placeholders) == sum(example.utterance.audio_tokens for example in examples)
-    assert batch.tokens == sum(map(len, examples)) and batch.utterances == [e.utterance.id for e in examples]
+        assert tokenizer.decode(labels[places]) == "{" + (scores if example.task == "APA" else words) + "}<|end|>"
+        assert (ids[places] == labels[places]).all() and (np.diff(places) == 1).all()
+        assert tokenizer.decode(ids[: places[0]]).endswith("<|end|><|assistant|>")
+        assert (ids[places[-1] + 1 :] == tokenizer.pad_token_id).all()
+    assert batch.tokens == sum(map(len, examples)) and batch.utterances == [e.utterance for e in examples]
 
 
-@pytest.mark.parametrize(
-    "rows, supervised, targets",
-    [
-        ([([5, 6], [7, 0, 8])], [1, 2, 3], [7, 0, 8]),  # a genuine pad token is an answer's like any other
-        ([([5], [7]), ([], [8, 9])], [0, 2], [7, 9]),  # a row's first token is not predicted from the row above
-    ],
-)
-def test_labels_are_built_from_lengths(rows, supervised, targets):
-    batch = data.collate([data.Example(None, "APA", *row) for row in rows], pad_id=0, audio_id=1)
-    assert (batch.supervised.tolist(), batch.targets.tolist()) == (supervised, targets)
+def test_labels_are_built_from_lengths():
+    """A genuine pad token is an answer's like any other, and a prompt may be as long as a whole row."""
+    batch = data.collate([data.Example(None, "APA", *row) for row in (([5, 0], [7, 0, 8]), ([6] * 5, []))], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 0, 7, 0, 8], [6] * 5]
+    assert batch.labels.tolist() == [[-100, -100, 7, 0, 8], [-100] * 5]
 
 
 def test_an_epoch_visits_each_example_once_in_an_order_of_seed_and_epoch():
@@ -332,7 +311,7 @@ def test_an_epoch_visits_each_example_once_in_an_order_of_seed_and_epoch():
     "share, lengths",
     [((), [[10, 8], [6, 4], [2]]), ((0, 2), [[10, 6], [2]]), ((1, 2), [[8, 4]])],
 )
-def test_micro_batches_hold_the_step_sorted_by_length_and_processes_share_it_without_overlap(share, lengths):
+def test_micro_batches_are_sorted_by_length_and_processes_share_them(share, lengths):
     step = [data.Example(None, "APA", [0] * n, [0]) for n in (3, 9, 1, 7, 5)]
     cut = data.micro_batches(step, 2, *share)
     assert [[len(example) for example in micro_batch] for micro_batch in cut] == lengths
@@ -349,7 +328,7 @@ class Letters:
         return [hash(piece) for part in parts for piece in ([part] if part in self.pieces else part)]
 
 
-def test_score_slots_are_the_answer_without_its_scores_where_each_score_is_a_token():
+def test_score_slots_are_an_answer_without_its_scores_where_each_is_one_token():
     before, values = data.encode_score_slots(Letters("10"))
     text = [hash(c) for c in '{"accuracy": '], [hash(c) for c in ', "fluency": ']
     assert before[:2] == list(text) and len(before) == 4

@@ -4,8 +4,6 @@ import itertools
 import math
 import random
 
-from hypothesis import given
-from hypothesis import strategies as st
 import jiwer
 import numpy as np
 import pytest
@@ -22,16 +20,15 @@ def strings(seed, number, alphabet="ABCDE", longest=9):
     return [[draw.choice(alphabet) for _ in range(draw.randint(0, longest))] for _ in range(number)]
 
 
-def lines(heard, predicted, canonical=None, words="A", speakers=None):
+def lines(heard, predicted, canonical=None):
     """MDD lines of these phones, as in predictions.jsonl."""
     return [
         {
             "id": f"u{i}",
             "task": "MDD",
             "output": prompts.mdd_target("A", p),
-            "reference": {"word_transcript": words, "canonical": c, "heard": h},
+            "reference": {"word_transcript": "A", "canonical": c, "heard": h},
         }
-        | ({"speaker": f"s{i % speakers}"} if speakers else {})
         for i, (h, p, c) in enumerate(zip(heard, predicted, canonical or heard))
     ]
 
@@ -68,16 +65,6 @@ def kaldi_alignment(first, second):
 def test_phones_are_aligned_by_kaldis_rule_on_random_strings():
     for first, second in zip(strings(1, 300), strings(2, 300)):
         assert metrics.align(first, second) == kaldi_alignment(first, second)
-
-
-def test_ties_are_broken_from_the_end_substitution_first_then_deletion():
-    assert metrics.align("A", "BA") == [(None, "B"), ("A", "A")]
-    assert metrics.align("AB", "C") == [("A", None), ("B", "C")]
-    assert metrics.align("A", "BC") == [(None, "B"), ("A", "C")]
-    # cost 2 also as two substitutions of a shifted string: a match at the end wins over either
-    assert metrics.align("ABC", "BCC") == [("A", "B"), ("B", "C"), ("C", "C")]
-    # deletion before insertion, read from the end
-    assert metrics.align("XAY", "AYX") == [("X", None), ("A", "A"), ("Y", "Y"), (None, "X")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,35 +127,25 @@ def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
 # Detection
 
 
-def operations(first, second):
-    """Per item of `first`: C, S or D and what it became; and per item of `second`: C, S or I and what it was."""
-    of_first, of_second = [], []
-    for a, b in kaldi_alignment(first, second):
-        operation = "I" if a is None else "D" if b is None else "C" if a == b else "S"
-        of_first += [(operation, b)] if a is not None else []
-        of_second += [(operation, a)] if b is not None else []
-    return of_first, of_second
-
-
 def counts_by_the_published_rules(canonical, heard, predicted):
-    """The rules as the Kaldi-style script states them, on operation letters."""
-    count = dict.fromkeys(("true_accept", "false_reject", "false_accept", "correct_diagnosis", "diagnosis_error"), 0)
-    a1_canonical, a1_heard = operations(canonical, heard)
-    a2_heard, _ = operations(heard, predicted)
-    a3_canonical, _ = operations(canonical, predicted)
-    for (a1, _), (a3, _) in zip(a1_canonical, a3_canonical):
-        if a1 == "D":
-            count[{"D": "correct_diagnosis", "S": "diagnosis_error", "C": "false_accept"}[a3]] += 1
-    for (a1, phone), (a2, written) in zip(a1_heard, a2_heard):
-        if a1 == "C":
-            count["true_accept" if a2 == "C" else "false_reject"] += 1
-        elif a1 == "S":
-            if a2 == "C":
-                count["correct_diagnosis"] += 1
-            else:
-                count["false_accept" if written == phone else "diagnosis_error"] += 1
+    """The rules as the Kaldi-style script states them, on operation letters: C, S, D, I."""
+    count = dict.fromkeys(metrics.EVENTS, 0)
+    said, answered = kaldi_alignment(canonical, heard), kaldi_alignment(heard, predicted)
+    a2 = [written for phone, written in answered if phone is not None]  # of each heard phone
+    a3 = [written for phone, written in kaldi_alignment(canonical, predicted) if phone is not None]
+    for (phone, perceived), written in zip([pair for pair in said if pair[0] is not None], a3):
+        if perceived is None:  # A1 is D: A3's D, C, S
+            event = {None: "correct_diagnosis", phone: "false_accept"}.get(written, "diagnosis_error")
+            count[event] += 1
+    for (phone, perceived), written in zip([pair for pair in said if pair[1] is not None], a2):
+        if phone == perceived:  # A1 is C
+            count["true_accept" if written == perceived else "false_reject"] += 1
+        elif written == perceived:  # A1 is S or I, A2 is C
+            count["correct_diagnosis"] += 1
+        elif phone is None:  # A1 is I: A2's D, S
+            count["false_accept" if written is None else "diagnosis_error"] += 1
         else:
-            count[{"C": "correct_diagnosis", "S": "diagnosis_error", "D": "false_accept"}[a2]] += 1
+            count["false_accept" if written == phone else "diagnosis_error"] += 1
     return count
 
 
@@ -181,18 +158,12 @@ def test_detection_follows_the_published_rules_on_random_strings():
 @pytest.mark.parametrize(
     "canonical, heard, predicted, expected",
     [
-        ("A B C", "A B C", "A B C", {"true_accept": 3}),
-        ("A B C", "A X C", "A X C", {"true_accept": 2, "correct_diagnosis": 1}),
         ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
         ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
-        ("A B C", "A B C", "A X C", {"true_accept": 2, "false_reject": 1}),
         ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
-        ("A B C", "A C", "A C", {"true_accept": 2, "correct_diagnosis": 1}),
         ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
         ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
-        ("A C", "A B C", "A B C", {"true_accept": 2, "correct_diagnosis": 1}),
-        ("A C", "A B C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
         ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
         ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
@@ -218,20 +189,15 @@ def test_a_wrong_diagnosis_is_still_a_detection():
 
 def test_columns_hold_each_phone_once_and_the_events_that_are_counted():
     for phones in zip(strings(5, 300), strings(6, 300), strings(7, 300)):
-        *rows, events = zip(*columns) if (columns := metrics.phone_columns(*phones)) else [()] * 4
+        columns = metrics.phone_columns(*phones)
+        rows, events = [[column[i] for column in columns] for i in range(3)], [event for *_, event in columns]
         assert [[phone for phone in row if phone is not None] for row in rows] == list(phones)
         counted = metrics.detection_counts(*([row] for row in phones))
         assert Counter(filter(None, events)) == Counter(counted)
         assert all((event is None) == (c is None and h is None) for c, h, _, event in columns)
-        *others, of_another = zip(*metrics.phone_columns(*phones[:2], phones[0])) if any(phones[:2]) else [()] * 4
-        said = [[(c, h) for c, h, _, event in zip(*of) if event] for of in ((*rows, events), (*others, of_another))]
+        other = metrics.phone_columns(*phones[:2], phones[0])
+        said = [[column[:2] for column in of if column[-1]] for of in (columns, other)]
         assert said[0] == said[1]  # so the decisions of two systems can be paired
-
-
-def test_columns_of_the_worked_example():
-    columns = metrics.phone_columns("DH AH K AE T".split(), "D AH K AE".split(), "D AH G AE T".split())
-    events = "correct_diagnosis true_accept false_reject true_accept false_accept".split()
-    assert columns == list(zip("DH AH K AE T".split(), ["D", "AH", "K", "AE", None], "D AH G AE T".split(), events))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +234,6 @@ def test_numbers_of_scores_equal_scipy_and_numpy(scale):
 @pytest.mark.parametrize(
     "predicted, human, reason",
     [
-        ([8, 8, 8], [7, 8, 9], "all 3 predicted scores are 8"),
         ([5.3] * 7, [7, 8, 9] * 2 + [1], "all 7 predicted scores are 5.3"),
         ([5.3 + 1e-15 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
         ([5.3 + 1e-7 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
@@ -321,11 +286,8 @@ def test_scoring_counts_what_was_unparsed_and_cut_off():
 def test_a_file_tells_which_scorings_it_holds_and_expected_scores_are_means():
     probable = [line | ({"scores": one_hot(8, 5)} if line["task"] == "APA" else {}) for line in records()]
     written = [line | {"tokens": 5} for line in probable]
-    assert [metrics.scorings(answers) for answers in (records(), probable, written)] == [
-        ["greedy"],
-        ["expected"],
-        ["greedy", "expected"],
-    ]
+    found = [metrics.scorings(answers) for answers in (records(), probable, written)]
+    assert found == [["greedy"], ["expected"], ["greedy", "expected"]]
     apa, _ = metrics.paired(written, "expected")
     assert apa[0] == (dict.fromkeys(metrics.SCORES, 6.5), written[0]["reference"])
     assert metrics.likeliest(probable[0]["scores"]["total"]) == 5
@@ -370,18 +332,8 @@ def test_a_resample_is_a_corpus_in_which_each_utterance_stands_so_often(seed, mo
     for i, counts in enumerate(drawn):
         repeated = [line for line in answers for _ in range(counts[names.index(line["speaker"])])]
         expected, _ = metrics.score(repeated)
-        assert {key: values[i] for key, values in samples.items()} == pytest.approx(
-            {key: expected[key] for key in samples}, rel=1e-12, nan_ok=True
-        )
-
-
-def test_the_interval_of_a_mean_like_number_is_that_of_theory():
-    """The share of unparsed outputs with 2,000 independent speakers: the standard error of a proportion."""
-    answers = [line for line in system(4, 2000, 2000) if line["task"] == "APA"]
-    low, high = metrics.intervals(answers)["apa_unparsed"]
-    share = metrics.score(answers)[0]["apa_unparsed"]
-    error = 1.96 * math.sqrt(share * (1 - share) / 2000)
-    assert (share - low, high - share) == pytest.approx((error, error), rel=0.15)
+        for key, values in samples.items():
+            assert values[i] == pytest.approx(expected[key], rel=1e-12, nan_ok=True), key
 
 
 def test_utterances_of_one_speaker_are_not_independent():
@@ -394,8 +346,7 @@ def test_utterances_of_one_speaker_are_not_independent():
 def test_the_difference_of_a_system_to_itself_is_zero_and_to_a_better_one_is_not():
     ours, best = (metrics.resamples(system(6, right=right))["per"] for right in (0.8, 1))
     again = metrics.resamples(system(6)[::-1])["per"]  # in another order of lines
-    same = ours - again
-    assert metrics.interval(same) == pytest.approx((0, 0), abs=1e-12)
+    assert metrics.interval(ours - again) == pytest.approx((0, 0), abs=1e-12)
     assert metrics.sign_pvalue(np.zeros(metrics.RESAMPLES)) == 1
     low, _ = metrics.interval(ours - best)
     assert low > 0 and metrics.sign_pvalue(ours - best) == pytest.approx(2 / metrics.RESAMPLES)
@@ -414,42 +365,3 @@ def test_a_number_that_hardly_any_resample_has_gets_no_interval():
     same = prompts.apa_target(dict.fromkeys(metrics.SCORES, 5))
     constant = [line | ({"output": same} if line["task"] == "APA" else {}) for line in system(7)]
     assert math.isnan(metrics.intervals(constant)["accuracy_pcc"][0])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Properties
-
-
-phones = st.lists(st.sampled_from("ABCD"), max_size=6)
-corpora = st.lists(st.tuples(phones, phones, phones), min_size=1, max_size=6)
-
-
-def mdd_numbers(utterances):
-    canonical, heard, predicted = zip(*utterances)
-    return metrics.score(lines(heard, predicted, canonical))[0]
-
-
-@given(corpora, st.randoms(use_true_random=False))
-def test_the_order_of_utterances_changes_nothing(utterances, draw):
-    shuffled = draw.sample(utterances, len(utterances))
-    assert mdd_numbers(utterances) == pytest.approx(mdd_numbers(shuffled), nan_ok=True)
-
-
-@given(corpora)
-def test_a_perfect_prediction_has_f1_1_where_there_is_anything_to_detect(utterances):
-    numbers = mdd_numbers([(canonical, heard, heard) for canonical, heard, _ in utterances])
-    assert numbers["false_reject"] == numbers["false_accept"] == numbers["diagnosis_error"] == 0
-    assert (numbers["detection_f1"] == 1) == any(canonical != heard for canonical, heard, _ in utterances)
-    assert not numbers["per"] > 0
-
-
-@given(corpora)
-def test_an_empty_prediction_misses_nothing_that_was_said_and_rejects_all_that_was_right(utterances):
-    """Recall 1 is no good news: everything was flagged, as precision and false rejection show. Only what a speaker
-    added is missed, because nothing written for it is what a correct speaker would get."""
-    without_additions = [(c, h, []) for c, h, _ in utterances if all(a is not None for a, _ in metrics.align(c, h))]
-    chosen = without_additions or [(["A"], ["B"], [])]
-    numbers, pairs = mdd_numbers(chosen), [pair for c, h, _ in chosen for pair in metrics.align(c, h)]
-    recall, rejected = (1 if any((a == b) == right for a, b in pairs) else math.nan for right in (False, True))
-    assert numbers["detection_recall"] == pytest.approx(recall, nan_ok=True)
-    assert numbers["true_accept"] == 0 and numbers["detection_frr"] == pytest.approx(rejected, nan_ok=True)

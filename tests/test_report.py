@@ -23,14 +23,9 @@ from support import cli
 ATTACK = "</script><img src=x onerror=alert(1)>\"'&"
 
 
-def clip(format="WAV", subtype=None):
-    """A tone as the content of a sound file."""
-    return sound(tone(1.0), format=format, subtype=subtype)
-
-
-def utterance(id, text="WE SEE", recording=clip):
+def utterance(id, recording=lambda: sound(tone(1.0))):
     """As much of a data.Utterance as a page asks for."""
-    return SimpleNamespace(id=id, recording=recording, text=text, speaker="0001")
+    return SimpleNamespace(id=id, recording=recording, text=id)
 
 
 def apa(id, total=5, human=5, **more):
@@ -79,7 +74,7 @@ def test_text_of_models_and_corpus_is_text_and_nothing_is_loaded_or_run(page_of)
     lines = [apa(ATTACK), mdd(ATTACK, phones=ATTACK, text=ATTACK), apa("b", output=ATTACK), mdd("b", output=ATTACK)]
     reference = {"word_transcript": ATTACK, "canonical": ["$"], "heard": ["$\\frac$", "\x00", "<b>"]}
     lines.append(mdd("d", phones="$_$ \x01", reference=reference))
-    page = page_of(lines, [utterance(ATTACK, text=ATTACK)], label=ATTACK)
+    page = page_of(lines, [utterance(ATTACK)], label=ATTACK)
     found = elements(page)
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;") >= 10
     assert not {"script", "link", "b>"} & {name for name, _ in found} and "url(" not in page and "@import" not in page
@@ -89,9 +84,7 @@ def test_text_of_models_and_corpus_is_text_and_nothing_is_loaded_or_run(page_of)
     assert sum(source.startswith("data:") for source in sources) == 4
     assert all(source.startswith(("data:", "#")) for source in sources)
     (policy,) = [pairs["content"] for _, pairs in found if "http-equiv" in pairs]
-    assert (
-        policy.startswith("default-src 'none'; img-src data:; media-src data:; style-src ") and "script" not in policy
-    )
+    assert policy.startswith("default-src 'none'; img-src data:; media-src data:;") and "script" not in policy
 
 
 def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_intervals(page_of):
@@ -100,10 +93,6 @@ def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_inte
     assert page == page_of(lines) and "<dd>epoch-3, 1970-01-01 00:00 UTC</dd>" in page
     assert '<tr class="own"><th scope="row">this run, epoch-3</th>' in page
     assert "<td>1.000 <small>±0.000</small></td>" in page
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Where a run stands
 
 
 def row(label="this run", intervals=(), **numbers):
@@ -124,7 +113,6 @@ FLOORS = [row("copying", per=0.3, detection_f1=0.0), row("silence", per=1.0, det
         ("fluency_pcc", 0.7, None, ""),  # no floor
         ("detection_f1", 0.4, None, "not better"),  # than flagging everything
         ("per", 0.2, (0.1, 0.29), "better"),
-        ("per", 0.4, (0.35, 0.5), "not better"),
     ],
 )
 def test_a_number_is_better_than_its_floor_when_its_whole_interval_is(key, value, interval, verdict):
@@ -141,10 +129,6 @@ def test_the_papers_numbers_stand_beside_its_own_corpus_alone(page_of, monkeypat
     monkeypatch.setattr(evaluate, "is_papers_corpus", lambda records: True)
     page = page_of(lines)
     assert "they are on the 2,500" not in page and page.count("HMamba") == 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
 
 
 def dots(axis):
@@ -190,7 +174,7 @@ def test_the_phones_stand_under_each_other_with_what_became_of_them(page_of):
 
 def test_forty_utterances_are_shown_and_only_their_recordings_are_read(page_of):
     read = []
-    known = [utterance(str(i), recording=lambda i=i: read.append(i) or clip()) for i in range(45)]
+    known = [utterance(str(i), recording=lambda i=i: read.append(i) or b"RIFF") for i in range(45)]
     lines = [apa(str(i), total=i % 5, human=0 if i else 10) for i in range(45)]
     page = page_of(lines, known)
     assert page.count('<details class="error"') == page.count("<audio ") == len(read) == 40
@@ -217,7 +201,7 @@ def test_a_page_of_one_kind_of_answers_or_of_unreadable_ones_is_made(page_of, li
 
 def test_a_recording_is_played_by_its_type_or_the_reason_is_given(page_of, tmp_path):
     assert report.recording(utterance("a"))[0].startswith("data:audio/wav;base64,UklGR")
-    flac = utterance("a", recording=lambda: clip("FLAC", "PCM_16"))
+    flac = utterance("a", recording=lambda: sound(tone(1.0), format="FLAC"))
     assert report.recording(flac)[0].startswith("data:audio/flac;base64,ZkxhQ")
     gone = utterance("a", recording=(tmp_path / "gone.wav").read_bytes)
     assert "cannot be read: [Errno 2] No such file" in page_of([apa("a")], [gone])
@@ -258,9 +242,7 @@ def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus
     assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in report.PICTURES)
 
 
-def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(
-    monkeypatch, corpus, lines, tmp_path, capsys
-):
+def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(monkeypatch, corpus, lines, tmp_path):
     run, output = evaluated(tmp_path / "out", lines), ["--output", tmp_path / "page"]
     page = tmp_path / "page" / "report.html"
     make(monkeypatch, run, *output)
@@ -268,7 +250,6 @@ def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(
     (run / "settings.json").write_text(json.dumps({"data": str(tmp_path / "gone")}))
     make(monkeypatch, run, *output)
     assert "<audio " not in page.read_text() and "Without recordings" in page.read_text()
-    assert "Without recordings" in capsys.readouterr().out
     with pytest.raises(cli.InputError, match="gone"):
         make(monkeypatch, run, "--data", tmp_path / "gone")
     with pytest.raises(cli.InputError, match="--split"):
@@ -285,10 +266,6 @@ def test_a_report_replaces_nothing_else(monkeypatch, lines, tmp_path):
     with pytest.raises(cli.InputError, match="scores.png is there already"):
         make(monkeypatch, run)
     assert not (run / "report.html").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# In a browser
 
 
 LONG = [
@@ -314,8 +291,6 @@ def test_in_a_browser_nothing_is_cut_light_or_dark_and_recordings_play(tmp_path,
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         picture = Image.open(io.BytesIO(browser.find_element("css selector", "img").screenshot_as_png)).convert("RGB")
         assert max(picture.getcolors(1 << 20))[1] == back
-    wider = "return [...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth).length"
-    assert browser.execute_script(wider) > 0  # tables scroll by themselves
     played = browser.execute_async_script("""
         const [done] = arguments, clip = document.querySelector("audio");
         clip.addEventListener("timeupdate", () => clip.currentTime > 0 && done(clip.currentTime));

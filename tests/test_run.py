@@ -1,10 +1,11 @@
-"""Runs that are killed, stopped, resumed, and spread over processes."""
+"""Runs that are killed, stopped, resumed, and spread over processes; their checkpoints, logs and folders."""
 
+from dataclasses import replace
 from functools import partial
-import io
-import multiprocessing
+import json
 import os
 from pathlib import Path
+import pickle
 import random
 import resource
 import shutil
@@ -13,26 +14,26 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, read_lines, script
+from conftest import ROOT, TRAINED, fifo, read_lines, script, settings
 import numpy as np
 from processes import Process, free_ports, together
 import psutil
 import pytest
+from records import write
 from safetensors.torch import load_file
-import soundfile
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import model as models
-from support import files, sharding, workers
+import prompts
+from support import cli, files, pretrained
+from support import run as runs
 import train
 
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
 STEPS = 12  # of the runs below: two epochs of six steps
 SIZES = "--limit 24 --epochs 2 --rank 4 --alpha 8 --batch-size 4 --accumulation 2 --learning-rate 3e-3".split()
-WEIGHTS = Path("epoch-2") / models.ADAPTER_FILE
-TRAINED = Path("epoch-2") / models.TRAINED_FILE
+WEIGHTS = (pretrained.ADAPTER_FILE, models.TRAINED_FILE)
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
@@ -42,9 +43,9 @@ def command(where):
     return [*where, *SIZES, "--save-minutes", 1e-6]
 
 
-def finish(*runs):
+def finish(*running):
     """What the first of these processes printed; all of them must end well."""
-    ends = [run.wait() for run in runs]
+    ends = [run.wait() for run in running]
     for code, text in ends:
         assert code == 0, text
     return ends[0][1]
@@ -61,17 +62,18 @@ def log(run):
     return read_lines(run / "log.jsonl")
 
 
-def same_weights(one, other, file=WEIGHTS):
-    one, other = load_file(one / file), load_file(other / file)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def trained(run):
+    """{name: tensor} of all that both epochs hold."""
+    found = [run / f"epoch-{epoch}" / name for epoch in (1, 2) for name in WEIGHTS]
+    return {f"{file} {key}"[len(str(run)) :]: w for file in found for key, w in load_file(file).items()}
 
 
 def assert_same_run(run, uninterrupted):
-    """Bit-equal weights of both epochs, and every step logged once with the same loss."""
-    (steps, expected) = ([(line["step"], line["loss"]) for line in log(folder)] for folder in (run, uninterrupted))
-    assert steps == expected
-    assert same_weights(run, uninterrupted, Path("epoch-1") / WEIGHTS.name) and same_weights(run, uninterrupted)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000011.pt", "step-00000012.pt"]
+    """Bit-equal weights of both epochs, every step logged once with the same loss, and nothing left behind."""
+    assert [(s["step"], s["loss"]) for s in log(run)] == [(s["step"], s["loss"]) for s in log(uninterrupted)]
+    one, other = trained(run), trained(uninterrupted)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert {path.name for path in run.iterdir()} == {path.name for path in uninterrupted.iterdir()}
 
 
 def struck(run, out, number, steps):
@@ -85,44 +87,28 @@ def struck(run, out, number, steps):
 # Killed or stopped, and resumed
 
 
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def killed_in_save(count, moment):
     """Prepares a run that dies in its count-th checkpoint: half of it written, all written, or just renamed."""
-    save, sync, replace, seen = torch.save, files._sync, os.replace, []
+    owner, name = (os, "replace") if moment == "renamed" else (files, "_sync")
+    function, seen = getattr(owner, name), []
 
-    def half(state, file):
-        buffer = io.BytesIO()
-        save(state, buffer)
-        seen.append(1)
-        whole = buffer.getvalue()
-        file.write(whole if len(seen) < count else whole[: len(whole) // 2])
+    def dying(path, *more):
+        function(path, *more)
+        seen.extend([1] * str(path).endswith(".pt"))
         if len(seen) == count:
-            file.flush()
-            kill_self()
+            if moment == "half written":
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def at(function, *arguments):
-        function(*arguments)
-        if str(arguments[0]).endswith(".pt.unfinished"):
-            seen.append(1)
-            if len(seen) == count:
-                kill_self()
-
-    if moment == "half written":
-        torch.save = half
-    elif moment == "written":
-        files._sync = partial(at, sync)
-    else:
-        os.replace = partial(at, replace)
+    setattr(owner, name, dying)
 
 
 # Some moments anywhere, and three in the middle of a save
-MOMENTS = [("running", random.Random(i).randint(0, STEPS - 1)) for i in range(4)]
+MOMENTS = [("running", random.Random(i).randint(0, STEPS - 1)) for i in range(3)]
 MOMENTS += [("half written", 8), ("written", 3), ("renamed", 10)]
 
 
+@SLOW
 @pytest.mark.parametrize("moment, step", MOMENTS)
 def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(command, uninterrupted, tmp_path, moment, step):
     run = Process("train", command, tmp_path, prepare=moment != "running" and partial(killed_in_save, step, moment))
@@ -132,33 +118,30 @@ def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(command, uninterrup
         run.signal(signal.SIGKILL)
     code, text = run.wait()
     assert code == -signal.SIGKILL, text
-    left = [path.name for path in (tmp_path / "out").glob("checkpoints/*")]
+    names = [path.name for path in (tmp_path / "out").glob("checkpoints/*")]
     text = finish(Process("train", [*command, "--resume"], tmp_path))
-    assert ("resumed after step" in text) == any(name.endswith(".pt") for name in left)
+    assert ("resumed after step" in text) == any(name.startswith("step-") for name in names)
     assert_same_run(tmp_path / "out", uninterrupted)
     if moment != "running":
         assert f"resumed after step {step if moment == 'renamed' else step - 1}\n" in text
-        assert any(name.endswith(".pt.unfinished") for name in left) == (moment != "renamed")
+        assert any(name.startswith(".pronunciation-") for name in names) == (moment != "renamed")
+        assert all(path.name.startswith("step-") for path in (tmp_path / "out").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_says_so_exits_with_0_and_goes_on(command, uninterrupted, tmp_path, number):
-    code, text = struck(Process("train", [*command, "--save-minutes", 60], tmp_path), tmp_path / "out", number, 3)
+@SLOW
+@pytest.mark.parametrize("number, strategy", [(signal.SIGTERM, "lora"), (signal.SIGINT, "unfreeze")])
+def test_a_stopped_run_saves_exits_with_0_and_resume_alone_goes_on(command, tmp_path, number, strategy):
+    """And to the bit, also with the audio encoder in the graph."""
+    arguments = [*command, "--strategy", strategy]
+    finish(Process("train", [*arguments, "--output", "through"], tmp_path))
+    run = Process("train", [*arguments, "--save-minutes", 60], tmp_path)
+    code, text = struck(run, tmp_path / "out", number, 3)
     stopped = len(log(tmp_path / "out"))
     assert code == 0 and "Traceback" not in text and number.name in text, text
     assert f"stopped after step {stopped}, " in text and "--resume" in text and 3 <= stopped < STEPS
     assert f"step-{stopped:08d}.pt" in os.listdir(tmp_path / "out" / "checkpoints")
-    assert f"resumed after step {stopped}" in finish(Process("train", [*command, "--resume"], tmp_path))
-    assert same_weights(tmp_path / "out", uninterrupted)
-
-
-def test_with_the_audio_encoder_in_the_graph_a_stopped_run_goes_on_to_the_bit_as_well(command, tmp_path):
-    arguments = [*command, "--strategy", "unfreeze"]
-    finish(Process("train", [*arguments, "--output", "through"], tmp_path))
-    assert "stopped after" in struck(Process("train", arguments, tmp_path), tmp_path / "out", signal.SIGTERM, 7)[1]
-    finish(Process("train", [*arguments, "--resume"], tmp_path))
+    assert f"resumed after step {stopped}" in finish(Process("train", ["--resume"], tmp_path))
     assert_same_run(tmp_path / "out", tmp_path / "through")
-    assert same_weights(tmp_path / "out", tmp_path / "through", TRAINED)
 
 
 def two_signals():
@@ -166,17 +149,20 @@ def two_signals():
     train.train_step = lambda *arguments: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and time.sleep(60)
 
 
+@SLOW
 def test_a_second_signal_ends_the_run_at_once(command, tmp_path):
     code, text = Process("train", command, tmp_path, prepare=two_signals).wait()
     assert code == -signal.SIGINT and text.count("once more") == 1
 
 
+@SLOW
 def test_a_finished_run_stays_as_it_is_resumed_or_not(command, uninterrupted):
-    before = (uninterrupted / WEIGHTS).read_bytes()
-    assert f"resumed after step {STEPS}" in finish(Process("train", [*command, "--resume"], uninterrupted.parent))
+    before = trained(uninterrupted)
+    assert f"resumed after step {STEPS}" in finish(Process("train", ["--resume"], uninterrupted.parent))
     code, text = Process("train", command, uninterrupted.parent).wait()
     assert code == 2 and "out/settings.json is there already: --resume" in text
-    assert (uninterrupted / WEIGHTS).read_bytes() == before and len(log(uninterrupted)) == STEPS
+    after = trained(uninterrupted)
+    assert all(torch.equal(before[key], after[key]) for key in before) and len(log(uninterrupted)) == STEPS
 
 
 def disk_full_after(limit):
@@ -184,6 +170,7 @@ def disk_full_after(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+@SLOW
 def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, uninterrupted, tmp_path):
     checkpoints = shutil.copytree(uninterrupted, tmp_path / "out") / "checkpoints"
     for file in (tmp_path / "out").glob("*.jsonl"):  # as if the run had been killed before its last save
@@ -191,45 +178,270 @@ def test_a_full_disk_says_so_and_leaves_the_last_good_checkpoint(command, uninte
     (checkpoints / "step-00000012.pt").unlink()
     ((name, content),) = ((path.name, path.read_bytes()) for path in checkpoints.iterdir())
     full = partial(disk_full_after, len(content) // 2)
-    code, text = Process("train", [*command, "--resume"], tmp_path, prepare=full).wait()
+    code, text = Process("train", ["--resume"], tmp_path, prepare=full).wait()
     assert code == 1 and "Traceback" not in text, text
     assert "error: out/checkpoints/step-00000012.pt cannot be written: File too large" in text
     assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == {name: content}
 
 
-def test_the_older_checkpoint_that_is_offered_leads_to_the_same_weights(command, uninterrupted, tmp_path):
+@SLOW
+def test_without_a_broken_checkpoint_the_one_before_leads_to_the_same_weights(uninterrupted, tmp_path):
     newest = shutil.copytree(uninterrupted, tmp_path / "out") / "checkpoints" / "step-00000012.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    code, text = Process("train", [*command, "--resume"], tmp_path).wait()
-    offered = ["--resume", "--checkpoint", "out/checkpoints/step-00000011.pt"]
-    assert code == 2 and " ".join(offered) in text and "Traceback" not in text
-    assert "resumed after step 11" in finish(Process("train", [*command, *offered], tmp_path))
-    assert same_weights(tmp_path / "out", uninterrupted)
+    code, text = Process("train", ["--resume"], tmp_path).wait()
+    assert code == 2 and "checkpoint out/checkpoints/step-00000012.pt" in text and "Traceback" not in text
+    newest.unlink()
+    assert "resumed after step 11" in finish(Process("train", ["--resume"], tmp_path))
+    assert_same_run(tmp_path / "out", uninterrupted)
 
 
+@SLOW
 def test_the_micro_batch_may_change_between_the_parts_of_a_run(command, uninterrupted, tmp_path):
     assert struck(Process("train", command, tmp_path), tmp_path / "out", signal.SIGTERM, 4)[0] == 0
     changes = "--micro-batch 3 --gradient-checkpointing --save-minutes 60 --resume".split()
-    assert "computed 3 at a time" in finish(Process("train", [*command, *changes], tmp_path))
+    assert "computed 3 at a time" in finish(Process("train", changes, tmp_path))
     losses = [[line["loss"] for line in log(run)] for run in (uninterrupted, tmp_path / "out")]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # dropout falls on other positions
 
 
+@SLOW
 def test_of_two_runs_into_one_folder_one_is_refused_and_the_other_is_whole(command, uninterrupted, tmp_path):
     both = [Process("train", command, tmp_path) for _ in range(2)]
     (_, done), (code, refused) = sorted((process.wait() for process in both), key=lambda end: end[0])
-    late = "settings.json is there already"  # where the machine is so busy that the other one has ended
+    late = "settings.json is there already"  # where the machine is so busy that the other one has begun
     assert code == 2 and "Traceback" not in refused
-    assert any(reason in refused.splitlines()[-1] for reason in ("out is in use by process", late))
+    assert any(reason in refused.splitlines()[-1] for reason in ("out is in use by another train.py", late))
     assert "adapters in out/epoch-*" in done
     assert_same_run(tmp_path / "out", uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What may change when a run goes on, and whose folder it is
+
+
+@pytest.fixture
+def begun(where, monkeypatch):
+    """A run of other than the usual settings that has begun in out/."""
+    chosen = settings(monkeypatch, *where, *SIZES)
+    record = train.as_json(chosen)
+    write_text(Path("out/settings.json"), json.dumps({"written_by": files.signature("train.py")} | record))
+    return chosen
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def resumed(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return train.resumed(cli.parse(train.Settings, train.__doc__))
+
+
+def test_resume_alone_reads_the_runs_own_settings_and_takes_what_is_no_part_of_the_method(begun, monkeypatch):
+    assert resumed(monkeypatch, "--resume") == replace(begun, resume=True)
+    changes = ["--rank", 4, "--micro-batch", 3, "--gradient-checkpointing", "--save-minutes", 5, "--data", "moved"]
+    expected = {"micro_batch": 3, "gradient_checkpointing": True, "save_minutes": 5.0, "data": "moved"}
+    assert resumed(monkeypatch, "--resume", *changes) == replace(begun, resume=True, **expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--learning-rate", 1e-3], "--learning-rate 0.001: the run in out has 0.003; leave it out"),
+        (["--epochs", 3], "--epochs 3: the run in out has 2"),
+        (["--rank", 4, "--seed", 1], "--seed 1: the run in out has 0"),
+        (["--strategy", "unfreeze"], "--strategy unfreeze: the run in out has lora"),
+        (["--limit", 7], "--limit 7: the run in out has 24"),
+    ],
+)
+def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypatch, arguments, message):
+    with pytest.raises(cli.InputError, match=message):
+        resumed(monkeypatch, "--resume", *arguments)
+
+
+def test_a_run_that_is_there_is_not_begun_again(begun, monkeypatch):
+    with pytest.raises(cli.InputError, match="out/settings.json is there already: --resume .*--output"):
+        resumed(monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "epoch-1/mine", "checkpoints/step-00000001.pt"])
+@pytest.mark.parametrize("how", [[], ["--resume"]])
+def test_a_file_that_a_run_would_overwrite_is_named_and_left(short_run, monkeypatch, name, how):
+    write_text(Path("out") / name, "mine")
+    with pytest.raises(cli.InputError, match=f"out/{Path(name).parts[0]} is there already, and no settings.json"):
+        short_run(monkeypatch, *how)
+    assert (Path("out") / name).read_text() == "mine" and len(list(Path("out").glob("[!.]*"))) == 1
+
+
+STEP = {"step": 1, "epoch": 1, "loss": 1.0, "learning_rate": 0.1, "gradient_norm": 5.0}
+EPOCH = {"epoch": 1, "best": True, "step": 1, "loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, lines, message",
+    [
+        ("settings.json", [{"strategy": 1}], ": strategy 1: "),
+        ("settings.json", [[]], ": "),
+        ("log.jsonl", [STEP, STEP | {"step": "one"}], ": step 'one'"),
+        ("validation.jsonl", [EPOCH | {"loss": float("nan")}], ": "),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named_with_field_and_value(begun, monkeypatch, name, lines, message):
+    write(Path("out") / name, lines)
+    if name != "log.jsonl":
+        write(Path("out/log.jsonl"), [STEP])
+    with pytest.raises(cli.InputError, match=f"^[^\n]*out/{name}{message}[^\n]*$"):
+        resumed(monkeypatch, "--resume")
+        runs.curves(Path("out"))
+
+
+def test_a_last_line_that_was_cut_off_is_written_again(tmp_path):
+    path = write(tmp_path / "log.jsonl", [STEP | {"step": step} for step in (1, 2, 3)])
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    with runs._open_log(path, 2) as file:
+        print(json.dumps(STEP | {"step": 3, "loss": 9.0}), file=file)
+    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+
+
+def test_the_curves_show_every_step_smoothed_values_epochs_and_validation(tmp_path):
+    lines = [STEP | {"step": s, "epoch": 1 + (s > 60), "loss": 1 / s, "learning_rate": s / 10} for s in range(1, 121)]
+    write(tmp_path / "log.jsonl", lines)
+    write(tmp_path / "validation.jsonl", [EPOCH | {"step": 60, "loss": 0.3}])
+    shown = [
+        {drawn.get_label(): drawn.get_xydata().tolist() for drawn in axis.get_lines()}
+        for axis in runs.curves(tmp_path).axes
+    ]
+    assert shown[0]["each step"] == [[step, 1 / step] for step in range(1, 121)]
+    assert dict(shown[0]["smoothed"])[60] == pytest.approx(sum(1 / step for step in range(58, 63)) / 5)
+    assert shown[0]["held-out speakers"] == [[60, 0.3]]
+    assert shown[1]["each step"][9] == [10, 1.0] and shown[2]["smoothed"][9] == [10, 5.0]
+    assert all([60.5, 60.5] in [[x for x, _ in points] for points in axis.values()] for axis in shown)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture
+def state():
+    """Weights and an optimiser that has made a step, and their checkpoint."""
+    weights = {"a": torch.nn.Parameter(torch.randn(40, 30)), "b": torch.nn.Parameter(torch.randn(7))}
+    optimiser = torch.optim.AdamW(weights.values())
+    sum(weight.square().sum() for weight in weights.values()).backward()
+    optimiser.step()
+    runs.save(Path("checkpoints"), 4, weights, optimiser, "corpus")
+    return weights, optimiser, Path("checkpoints/step-00000004.pt")
+
+
+def holds(weights, optimiser):
+    """All that a run goes on from, as plain values."""
+    random_numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    moments = {index: {k: v.tolist() for k, v in own.items()} for index, own in optimiser.state.items()}
+    return [w.tolist() for w in weights.values()], list(moments.values()), random_numbers
+
+
+def disturb(weights, optimiser):
+    for weight in weights.values():
+        weight.data += 1
+        optimiser.state[weight]["exp_avg"] += 1
+    random.random(), np.random.rand(), torch.rand(1)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(state):
+    weights, optimiser, path = state
+    content, expected, found = path.read_bytes(), holds(weights, optimiser), 0
+    draw = random.Random(0)
+    for place in [draw.randrange(8 * len(content)) for _ in range(300)]:
+        spoilt = bytearray(content)
+        spoilt[place // 8] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        disturb(weights, optimiser)
+        try:
+            runs.restore(path, "corpus", weights, optimiser)
+        except cli.InputError:
+            found += 1
+        else:
+            assert holds(weights, optimiser) == expected, place
+    assert 200 < found < 300  # and random numbers, moments and weights did come back
+
+
+class Payload:
+    """Unpickling this makes a file: a checkpoint from elsewhere could as well do anything else."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed").absolute(),)
+
+
+def saved_again(**changes):
+    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(pickle.dumps({"step": Payload()})),
+        saved_again(weights=Payload()),
+        saved_again(weights={}),
+        saved_again(weights={"a": torch.zeros(40, 30), "b": torch.zeros(1)}),
+        saved_again(optimiser={}),
+        saved_again(corpus="another"),
+        lambda path: torch.save([4], path),
+        fifo,
+        lambda path: path.unlink() or path.symlink_to("/dev/zero"),
+    ],
+)
+def test_what_is_no_checkpoint_of_the_run_is_refused_and_nothing_executed(state, spoil):
+    weights, optimiser, path = state
+    spoil(path)
+    with pytest.raises(cli.InputError, match=f"^checkpoint {path} cannot [^\n]*--resume takes the one before it$"):
+        runs.restore(path, "corpus", weights, optimiser)
+    assert not Path("executed").exists()
+
+
+def test_a_moved_corpus_is_the_same_corpus_and_every_label_counts(utterances):
+    same = [replace(u, recording=None) for u in utterances]
+    assert data.fingerprint(same) == data.fingerprint(utterances)
+    first, *rest = utterances
+    word = first.words[0]
+    changes = [{name: "x"} for name in ("samples", "speaker", "text", "id")]
+    changes += [{"scores": first.scores | {"total": 11}}, {"scores": None}, {"words": ()}]
+    changes += [{"words": (replace(word, **{name: ("x",)}), *first.words[1:])} for name in ("heard", "canonical")]
+    digests = {data.fingerprint([replace(first, **change), *rest]) for change in changes}
+    assert len(digests | {data.fingerprint(utterances), data.fingerprint(rest)}) == len(changes) + 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters of a run
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": None}, "epoch-1 is of an older version of this project"),
+        (
+            {"prompts": "other"},
+            r"epoch-1 was trained with other prompts: line 1 of the MDD prompt was 'Before', and is",
+        ),
+        ({"prompts": prompts.digest(), "strategy": "full"}, "strategy 'full'"),
+    ],
+)
+def test_an_adapter_of_other_prompts_or_an_older_version_is_refused(tmp_path, changes, message):
+    asked = {task: prompts.build_prompt(task) for task in prompts.TASKS}
+    first, *rest = asked["MDD"].split("\n")
+    write_text(tmp_path / "epoch-1" / "prompts.json", json.dumps(asked | {"MDD": "\n".join(["Before", *rest])}))
+    write_text(tmp_path / "epoch-1" / "settings.json", json.dumps(TRAINED | changes))
+    with pytest.raises(cli.InputError, match=f"^[^\n]*{message}[^\n]*$"):
+        runs.adapters(tmp_path, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes
 
 
-def assert_near(one, other, file=WEIGHTS, keys=("loss", "gradient_norm")):
+def assert_near(one, other, keys=("loss", "gradient_norm")):
     """The same steps and weights but for rounding.
 
     The audio encoder's key biases are left out: they shift all attention scores of a query alike, so their gradient is
@@ -237,42 +449,43 @@ def assert_near(one, other, file=WEIGHTS, keys=("loss", "gradient_norm")):
     """
     for key in keys:
         assert [line[key] for line in log(other)] == pytest.approx([line[key] for line in log(one)], rel=1e-5), key
-    one, other = ({k: v for k, v in load_file(run / file).items() if "k_proj.bias" not in k} for run in (one, other))
+    one, other = ({k: v for k, v in trained(run).items() if "k_proj.bias" not in k} for run in (one, other))
     assert one.keys() == other.keys()
     for key in one:
         assert (one[key] - other[key]).norm() <= 1e-5 * one[key].norm(), key
 
 
-@pytest.mark.parametrize("strategy", ["lora", "unfreeze"])
-def test_two_processes_give_the_losses_and_weights_of_one(command, tmp_path, strategy):
+def count_messages():
+    """Write down how many tensors of a gradient's size this process sums with the others in each step."""
+    step, summed, calls = train.train_step, train.processes.dist.all_reduce, []
+
+    def counted(*arguments):
+        calls.clear()
+        numbers = step(*arguments)
+        with open(f"messages-{os.environ['RANK']}.txt", "a") as file:
+            print(sum(size > 100 for size in calls), file=file)
+        return numbers
+
+    train.processes.dist.all_reduce = lambda tensor: calls.append(tensor.numel()) or summed(tensor)
+    train.train_step = counted
+
+
+@SLOW
+@pytest.mark.parametrize("strategy", models.STRATEGIES)
+def test_two_processes_give_the_losses_and_weights_of_one_by_one_message_a_step(command, tmp_path, strategy):
     arguments = [*command, "--dropout", 0, "--strategy", strategy, "--epsilon", 1e-4, "--save-minutes", 60]
     finish(Process("train", [*arguments, "--output", "one"], tmp_path))
-    first, second = together("train", [*arguments, "--output", "two"], tmp_path)
-    assert "computed 4 at a time in each of 2 processes" in finish(first, second)
-    assert "corpus:" not in second.text() and "step/s" not in second.text()
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert_near(one, two, keys=("step", "loss", "gradient_norm", "tokens", "supervised_tokens", "learning_rate"))
-    if strategy == "unfreeze":
-        assert_near(one, two, TRAINED)
+    both = together("train", [*arguments, "--output", "two", "--micro-batch", 2], tmp_path, prepare=count_messages)
+    assert "computed 2 at a time in each of 2 processes" in finish(*both)
+    assert "corpus:" not in both[1].text() and "step/s" not in both[1].text()
+    assert_near(
+        tmp_path / "one", tmp_path / "two", ("step", "loss", "gradient_norm", "supervised_tokens", "learning_rate")
+    )
+    for rank in (0, 1):
+        assert (tmp_path / f"messages-{rank}.txt").read_text().split() == ["1"] * STEPS
 
 
-def test_gradients_go_between_processes_once_a_step():
-    calls = []
-
-    class Wrapper(DistributedDataParallel):
-        def __init__(self):
-            pass
-
-        def no_sync(self):
-            calls.append("no_sync")
-            return sharding.nullcontext()
-
-    for i in range(3):
-        with sharding.synchronised(Wrapper.__new__(Wrapper), last=i == 2):
-            calls.append("backward")
-    assert calls == ["no_sync", "backward", "no_sync", "backward", "backward"]
-
-
+@SLOW
 def test_two_killed_processes_go_on_to_the_same_weights_to_the_bit(command, tmp_path):
     finish(*together("train", [*command, "--output", "through"], tmp_path))
     killed = together("train", command, tmp_path)
@@ -285,17 +498,18 @@ def test_two_killed_processes_go_on_to_the_same_weights_to_the_bit(command, tmp_
 
 
 def note_steps():
-    """Write down the number of each step that this process takes."""
+    """Write down each step that this process takes."""
     step = train.train_step
 
     def noted(*arguments):
         with open(f"steps-{os.environ['RANK']}.txt", "a") as file:
-            print(arguments[-1], file=file)
+            print("step", file=file)
         return step(*arguments)
 
     train.train_step = noted
 
 
+@SLOW
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_may_go_on_in_one(command, tmp_path):
     arguments = [*command, "--dropout", 0, "--epsilon", 1e-4]
     finish(Process("train", [*arguments, "--output", "one"], tmp_path))
@@ -310,38 +524,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_may_go_
     assert_near(tmp_path / "one", tmp_path / "out")
 
 
-def test_sharding_full_gives_the_losses_and_weights_of_one_process_and_resumes_to_the_bit(where, tmp_path):
-    sizes = "--limit 12 --epochs 2 --batch-size 4 --accumulation 2 --learning-rate 1e-3 --epsilon 1e-4".split()
-    arguments = [*where, "--strategy", "full", *sizes]
-    finish(Process("train", [*arguments, "--output", "one"], tmp_path))
-    both = together("train", [*arguments, "--shard"], tmp_path)
-    both[0].wait_for_lines(tmp_path / "out" / "log.jsonl", 2)
-    both[0].signal(signal.SIGTERM)
-    assert "stopped after step" in finish(*both)
-    finish(*together("train", [*arguments, "--shard", "--resume"], tmp_path))
-    finish(*together("train", [*arguments, "--shard", "--output", "through"], tmp_path))
-    assert_near(tmp_path / "one", tmp_path / "out", TRAINED)
-    assert same_weights(tmp_path / "out", tmp_path / "through", TRAINED)
-
-
-def no_answers():
-    models.SpeechModel.generate = None
-
-
-def test_sharded_processes_validate_by_loss_alone_and_never_wait_for_a_long_recording(where, corpus, tmp_path):
-    """One process has a recording above 40 s in a micro-batch, the other has none."""
-    folder = shutil.copytree(corpus, tmp_path / "corpus")
-    for recording in sorted((folder / "WAVE").rglob("*.WAV"))[1:13:10]:  # of both speakers
-        soundfile.write(recording, np.resize(soundfile.read(recording)[0], 41 * data.SAMPLE_RATE), data.SAMPLE_RATE)
-    sizes = "--strategy full --limit 13 --epochs 1 --batch-size 4 --accumulation 1 --validation 0.5".split()
-    arguments = [*where, "--data", folder, *sizes]
-    finish(Process("train", [*arguments, "--output", "one"], tmp_path))
-    text = finish(*together("train", [*arguments, "--shard"], tmp_path, prepare=no_answers))
-    (line,), (expected,) = (read_lines(tmp_path / name / "validation.jsonl") for name in ("out", "one"))
-    assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    assert line.keys() == {"epoch", "best", "step", "loss"} and "on held-out speakers: loss" in text
-
-
+@SLOW
 def test_torchrun_trains_and_evaluates_as_one_process_does(command, tmp_path):
     trained = script(*TORCHRUN, ROOT / "train.py", *command, "--epochs", 1, "--validation", 0.5, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
@@ -379,24 +562,26 @@ for port in sys.argv[1:]:
 """
 
 
+@SLOW
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the priority of a thread")
-def test_a_thread_that_gives_back_a_tensor_while_python_ends_does_not_abort_a_run_that_was_well(tmp_path):
+def test_a_thread_of_gloo_does_not_abort_a_run_that_was_well_while_python_ends(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_THREADS)
     ended = script(tmp_path / "slow.py", *free_ports(5), cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
     assert ended.stdout == 5 * "0 0\n", ended.stderr
 
 
 def fails_on_rank_1():
-    forward = models.SpeechModel.forward
+    loss = models.SpeechModel.loss
 
-    def failing(model, batch):
+    def failing(model, batch, audio):
         if os.environ["RANK"] == "1":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(model, batch)
+        return loss(model, batch, audio)
 
-    models.SpeechModel.forward = failing
+    models.SpeechModel.loss = failing
 
 
+@SLOW
 def test_when_one_process_fails_its_error_is_said_and_none_goes_on(command, tmp_path):
     first, second = together("train", command, tmp_path, prepare=fails_on_rank_1)
     code, text = second.wait()
@@ -404,18 +589,17 @@ def test_when_one_process_fails_its_error_is_said_and_none_goes_on(command, tmp_
     assert first.wait()[0] != 0 and log(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize(
-    "arguments, message", [(["--data", "nowhere"], "corpus folder nowhere"), (["--shard"], "--shard is for")]
-)
-def test_a_mistake_that_all_processes_see_is_said_once(command, tmp_path, arguments, message):
-    first, second = together("train", [*command, *arguments], tmp_path)
+@SLOW
+def test_a_mistake_that_all_processes_see_is_said_once(command, tmp_path):
+    first, second = together("train", [*command, "--data", "nowhere"], tmp_path)
     code, text = first.wait()
     time.sleep(1)
     second.signal(signal.SIGTERM)  # as torchrun does, well before cli.RANK_0_FIRST is over
-    assert code == 2 and text.startswith(f"train.py: error: {message}") and len(text.splitlines()) == 1
+    assert code == 2 and text.startswith("train.py: error: corpus folder nowhere") and len(text.splitlines()) == 1
     assert second.wait() == (-signal.SIGTERM, "")
 
 
+@SLOW
 def test_the_processes_of_a_killed_torchrun_end(command, tmp_path):
     training = [sys.executable, *TORCHRUN, ROOT / "train.py", *command, "--epochs", "999"]
     with open(tmp_path / "output.txt", "w") as output:
@@ -428,40 +612,3 @@ def test_the_processes_of_a_killed_torchrun_end(command, tmp_path):
     launcher.wait()
     assert len(started) == 2, (tmp_path / "output.txt").read_text()
     assert psutil.wait_procs(started, timeout=20)[1] == []
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Worker processes of a whole run
-
-
-def count_children():
-    """Write down how many child processes live at each step."""
-    step = train.train_step
-
-    def counted(*arguments):
-        with open("children.txt", "a") as file:
-            print(len(multiprocessing.active_children()), file=file)
-        return step(*arguments)
-
-    train.train_step = counted
-
-
-def few_descriptors():
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    count_children()
-
-
-def test_workers_end_with_their_epoch_and_steps_of_many_tensors_need_no_file_descriptors(command, tmp_path):
-    sizes = "--limit 40 --batch-size 16 --accumulation 5 --micro-batch 1 --epochs 3 --workers 2".split()
-    finish(Process("train", [*command, *sizes, "--save-minutes", 60], tmp_path, prepare=few_descriptors))
-    assert (tmp_path / "children.txt").read_text().split() == ["2"] * 3
-
-
-def never_a_step():
-    workers.SILENCE = 2
-    workers.Steps.__getitem__ = lambda steps, number: time.sleep(300)
-
-
-def test_workers_that_say_nothing_end_the_run(command, tmp_path):
-    code, text = Process("train", [*command, "--workers", 1], tmp_path, prepare=never_a_step).wait()
-    assert code == 1 and "timed out" in text.splitlines()[-1] and "--workers 0" in text.splitlines()[-1]

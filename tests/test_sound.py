@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 import shutil
-import stat
 import struct
 import subprocess
 
@@ -12,24 +11,16 @@ import numpy as np
 import pytest
 
 from support import cli
-from support.sound import (
-    CLIPPED,
-    SAMPLE_RATE,
-    check_level,
-    decode_own,
-    read_audio,
-    read_own,
-    read_sound_file,
-    sound_files,
-)
+from support import sound as sounds
+from support.sound import CLIPPED, SAMPLE_RATE, read_own
 
 CASES = Path(os.environ.get("AUDIO_CASES", ROOT.parent / "shared" / "cases" / "audio"))
 has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 
 
 def read(content, **limits):
-    audio = read_audio(lambda: content, **limits)
-    check_level(audio)
+    audio = sounds.read_audio(lambda: content, **limits)
+    sounds.check_level(audio)
     return audio
 
 
@@ -72,7 +63,7 @@ def test_a_wav_from_a_pipe_or_a_killed_recorder_is_read_to_its_end(size, riff):
 NONSENSE = {  # in a corpus and of one's own
     "100 samples that are not finite": np.array([0.1] * 900 + [np.nan, np.inf] * 50, np.float32),
     "1000 samples that are not finite": np.full((1000, 2), [np.inf, -np.inf], np.float32),
-    "its samples reach 16,384, .* divide them": 32_768 * tone(1),
+    "its samples reach 16,384, and 1 is full scale": 32_768 * tone(1),
     "its 2 channels cancel each other": np.stack([tone(1), -tone(1)], axis=1),
     "all its samples are 0: there is no sound": np.zeros(8_000),
     "all its samples are 0.2": np.full(8_000, 0.2),
@@ -94,23 +85,16 @@ def test_what_would_train_or_score_nonsense_is_refused(message):
             reader(content)
 
 
-@pytest.mark.parametrize("content", [b"", None, b"no sound", b"RIFF and no more", sound(tone(1), format="OGG")])
+@pytest.mark.parametrize("content", [None, b"no sound", b"RIFF and no more", sound(tone(1), format="OGG")])
 def test_what_is_no_wav_or_flac_is_no_recording_of_a_corpus(content):
     with pytest.raises(cli.InputError, match="not a readable sound file"):
         read(content)
 
 
-def test_a_flac_header_that_asks_for_more_than_memory_is_refused_before_decoding():
-    content = bytearray(sound(tone(0.1), format="FLAC"))
-    content[21:26] = bytes([content[21] & 0xF0 | 0xF]) + b"\xff" * 4  # STREAMINFO's number of samples: 2**36 - 1
-    with pytest.raises(cli.InputError, match="68,719,476,735 x 1 samples"):
-        read(bytes(content))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One's own
 
-READ = {  # file of CASES: seconds that must be there, at least
+REPORTED = {  # file of CASES: the seconds that must be there, or why it is refused
     "arecord_killed.wav": 0.5,
     "flac_length_unknown.flac": 0.5,
     "gsm610.wav": 0.5,
@@ -119,21 +103,25 @@ READ = {  # file of CASES: seconds that must be there, at least
     "opus_chained.opus": 2.0,
     "vbr_loud_then_quiet.mp3": 1.0,
     "vbr_silence_first.mp3": 1.0,
+    "cut_after_OggS.ogg": "cut off",
+    "cut_in_last_page.ogg": "cut off",
+    "float_of_int16_scale.wav": "1 is full scale: divide them",
 }
-REFUSED = dict.fromkeys(["cut_after_OggS.ogg", "cut_in_last_page.ogg"], "cut off")
-REFUSED["float_of_int16_scale.wav"] = "whole numbers were written as floats"
 
 
 @has_ffmpeg
 @pytest.mark.skipif(not CASES.is_dir(), reason="no folder of sound files from public reports")
-@pytest.mark.parametrize("name", [*READ, *REFUSED])
+@pytest.mark.parametrize("name", REPORTED)
 def test_sound_files_that_people_have_are_read_whole_or_refused(name):
-    content = (CASES / name).read_bytes()
-    if name in READ:
-        assert READ[name] - 0.01 < len(read_own(content)) / SAMPLE_RATE < READ[name] + 0.4
+    content, expected = (CASES / name).read_bytes(), REPORTED[name]
+    if isinstance(expected, float):
+        assert expected - 0.01 < len(read_own(content)) / SAMPLE_RATE < expected + 0.4
     else:
-        with pytest.raises(cli.InputError, match=REFUSED[name]):
+        with pytest.raises(cli.InputError, match=expected):
             read_own(content)
+    if name == "gsm610.wav":
+        with pytest.raises(cli.InputError, match="encoded as GSM610"):
+            read(content)
 
 
 MADE = {
@@ -152,7 +140,7 @@ MADE |= {"a.m4a": [], "b.m4a": ["-movflags", "+faststart"]}  # the table of cont
 def test_every_container_of_telephones_and_browsers_is_read_and_a_cut_one_refused(tmp_path, name):
     (tmp_path / "in.wav").write_bytes(sound(np.stack([tone(3, 48_000)] * 2, axis=1), 48_000))
     subprocess.run(["ffmpeg", "-v", "error", "-i", "in.wav", *MADE[name], name], cwd=tmp_path, check=True)
-    audio, rate = decode_own((tmp_path / name).read_bytes(), longest=4)
+    audio, rate = sounds.decode_own((tmp_path / name).read_bytes(), longest=4)
     assert rate == 48_000 and len(audio) / SAMPLE_RATE == pytest.approx(3, abs=0.1)
     assert np.std(audio) == pytest.approx(np.std(tone(1)), rel=0.1)
     (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size * 6 // 10])
@@ -165,28 +153,23 @@ def test_every_container_of_telephones_and_browsers_is_read_and_a_cut_one_refuse
 
 @has_ffmpeg
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3", "OGG"])
-@pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_a_channel_at_full_scale_is_refused_in_every_format(form, rate):
-    clipped = np.clip(4 * tone(1, rate), -1, 1)
+def test_a_channel_at_full_scale_is_refused_in_every_format(form):
+    clipped = np.clip(4 * tone(1, 44_100), -1, 1)
     with pytest.raises(cli.InputError, match=r"at full scale \(limit 1%\)"):
-        read_own(sound(np.stack([clipped, 0.1 * tone(1, rate)], axis=1), rate, format=form))
-    few = np.where(np.arange(rate) < 0.9 * CLIPPED * rate, 1, tone(1, rate))
-    assert len(read_own(sound(few, rate)))
+        read_own(sound(np.stack([clipped, 0.1 * clipped], axis=1), 44_100, format=form))
+    assert len(read_own(sound(np.where(np.arange(16_000) < 0.9 * CLIPPED * 16_000, 1, tone(1)))))
 
 
 @has_ffmpeg
 def test_a_playlist_opens_nothing_and_a_decoder_is_bounded_in_time_and_bytes(tmp_path, monkeypatch):
     (tmp_path / "secret.wav").write_bytes(sound(tone(1)))
-    for text in (
-        f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.wav\n",
-        f"ffconcat version 1.0\nfile '{tmp_path}/secret.wav'\n",
-    ):
+    for text in (f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.wav\n", f"ffconcat version 1.0\nfile {tmp_path}/secret.wav"):
         with pytest.raises(cli.InputError, match="not a readable sound file.* give WAV, FLAC, MP3"):
             read_own(text.encode())
     with pytest.raises(cli.InputError, match="decodes to more than 4 MB"):
         read_own(sound(np.stack([tone(1, 192_000)] * 8, axis=1), 192_000, format="WAVEX", subtype="FLOAT"), longest=1)
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\nsleep 30\n")
-    (tmp_path / "ffmpeg").chmod(stat.S_IRWXU)
+    (tmp_path / "ffmpeg").chmod(0o700)
     monkeypatch.setattr("support.sound.DECODING", 0.2)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(cli.InputError, match="more than 0.2 s: convert it to WAV"):
@@ -198,16 +181,20 @@ def test_without_ffmpeg_a_corpus_is_read_and_ones_own_recording_says_what_to_ins
     (tmp_path / "a.wav").write_bytes(sound(tone(1)))
     assert len(read((tmp_path / "a.wav").read_bytes())) == 16_000
     with pytest.raises(cli.InputError, match="a.wav: .*ffmpeg, which is not installed"):
-        read_sound_file(tmp_path / "a.wav")
+        sounds.read_sound_file(tmp_path / "a.wav")
 
 
 def test_sound_files_are_found_in_folders_too_in_the_order_of_their_names(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/2.wav", "a.FLAC", "b/1.m4a", "notes.txt"):
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in sound_files(tmp_path)] == ["a.FLAC", "b/1.m4a", "b/2.wav"]
+    assert [str(path.relative_to(tmp_path)) for path in sounds.sound_files(tmp_path)] == [
+        "a.FLAC",
+        "b/1.m4a",
+        "b/2.wav",
+    ]
     open(os.fsencode(tmp_path) + b"/a\xff.wav", "w").close()
     with pytest.raises(cli.InputError, match=r"a\\udcff.wav' is not UTF-8: rename it"):
-        sound_files(tmp_path)
+        sounds.sound_files(tmp_path)
     with pytest.raises(cli.InputError, match="has no recordings"):
-        sound_files(tmp_path / "c")
+        sounds.sound_files(tmp_path / "c")

@@ -1,9 +1,7 @@
-import importlib.machinery
 import json
 from pathlib import Path
 import re
 import sys
-import types
 
 from conftest import ROOT, read_lines, settings
 import numpy as np
@@ -19,8 +17,9 @@ from transformers import Trainer, TrainingArguments
 import data
 import evaluate
 import model as models
+import prompts
 from support import cli
-from support.run import _estimate
+from support import run as runs
 import train
 
 OUT = Path("out")
@@ -89,8 +88,7 @@ class PlainModel(nn.Module):
 
     def forward(self, input_ids, labels, attention_mask, row, **kwargs):
         audio = self.model.hear([self.examples[i].utterance for i in row.tolist()])
-        placeholders = (input_ids == self.model.audio_id).flatten().nonzero()[:, 0]
-        embeds = self.model._fill_in(input_ids, placeholders, audio)
+        embeds = self.model.embed(input_ids, audio)
         return self.model.core(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
 
@@ -161,25 +159,25 @@ def test_a_gradient_above_the_limit_is_clipped_to_it(monkeypatch, short_run):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_the_run_names_step_and_utterances_and_changes_nothing(
+def test_a_value_that_is_not_finite_stops_the_run_before_the_update_and_names_utterances(
     monkeypatch, short_run, corpus, what
 ):
     guilty, seen = data.read_corpus(corpus, "train", limit=8)[3].id, []
-    forward = models.SpeechModel.forward
+    loss_of = models.SpeechModel.loss
 
-    def spoil(model, batch):
-        seen.append(set(batch.utterances))
+    def spoil(model, batch, audio):
+        seen.append({utterance.id for utterance in batch.utterances})
         bad = guilty in seen[-1] and len(seen) > 4  # in the second epoch
-        loss = forward(model, batch)
+        loss = loss_of(model, batch, audio)
         if bad and what == "gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss * float("nan") if bad and what == "loss" else loss
 
-    monkeypatch.setattr(models.SpeechModel, "forward", spoil)
+    monkeypatch.setattr(models.SpeechModel, "loss", spoil)
     with pytest.raises(cli.RunError, match="^[^\n]*$") as error:
         short_run(monkeypatch)
     step = len(read_lines(OUT / "log.jsonl")) + 1
-    loss, norm = re.search(rf"step {step}: loss (\S+), gradient norm (\S+)\.", str(error.value)).groups()
+    loss, norm = re.search(r"loss (\S+), gradient norm (\S+):", str(error.value)).groups()
     assert step in (3, 4) and np.isfinite(float(loss)) == (what == "gradient") and not np.isfinite(float(norm))
     step_batches = seen[2 * (step - 1) : 2 * step]
     suspects = [batch for batch in step_batches if guilty in batch] if what == "loss" else step_batches
@@ -206,24 +204,24 @@ def test_an_example_that_is_too_long_is_named_before_training_and_nothing_is_cut
 def test_out_of_memory_says_micro_batch_longest_sequence_and_what_helps(monkeypatch, short_run):
     seen = []
 
-    def forward(model, batch):
+    def forward(model, batch, audio):
         seen.append(batch.input_ids.shape[1])
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(models.SpeechModel, "forward", forward)
+    monkeypatch.setattr(models.SpeechModel, "loss", forward)
     with pytest.raises(cli.RunError) as error:
         short_run(monkeypatch, "--micro-batch", 2)
     for part in ("micro-batches of 2", f"{seen[0]} tokens", "--micro-batch", "--gradient-checkpointing"):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("strategy", ["lora", *(pytest.param(s, marks=SLOW) for s in ("unfreeze", "full"))])
+@pytest.mark.parametrize("strategy", ["lora", pytest.param("unfreeze", marks=SLOW)])
 def test_what_saves_memory_does_not_change_the_step(monkeypatch, short_run, strategy):
     """And gradient checkpointing does compute the layers twice."""
-    attention, calls = sys.modules[models.pretrained.Phi4MultimodalForCausalLM.__module__].Phi4MultimodalAttention, []
+    attention, calls = sys.modules[models.Phi4MultimodalForCausalLM.__module__].Phi4MultimodalAttention, []
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    same = ["--strategy", strategy, "--epsilon", 1e-4, *(["--dropout", 0] if strategy != "full" else [])]
+    same = ["--strategy", strategy, "--epsilon", 1e-4, "--dropout", 0]
     numbers, counts = [], []
     for i, change in enumerate(([], ["--micro-batch", 3], ["--gradient-checkpointing"])):
         calls.clear()
@@ -235,10 +233,9 @@ def test_what_saves_memory_does_not_change_the_step(monkeypatch, short_run, stra
 
 
 @pytest.mark.slow
-def test_compiled_layers_and_worker_processes_leave_steps_and_validation_as_they_are(monkeypatch, short_run):
+def test_compiled_layers_leave_steps_and_validation_as_they_are(monkeypatch, short_run):
     same, numbers = "--limit 20 --validation 0.5 --epochs 1 --dropout 0".split(), []
-    monkeypatch.setattr(data, "MAX_NEW_TOKENS", 10)
-    for i, change in enumerate(([], ["--compile", "--workers", 2])):
+    for i, change in enumerate(([], ["--compile"])):
         short_run(monkeypatch, *same, *change, "--output", i)
         lines = [line for name in ("log", "validation") for line in read_lines(Path(str(i)) / f"{name}.jsonl")]
         numbers.append([line["loss"] for line in lines])
@@ -269,16 +266,12 @@ def test_no_speaker_is_trained_on_and_validated_on(utterances):
         data.hold_out_speakers(utterances, 0.9, 0)
 
 
-def short_answers():
-    models.SpeechModel.answer.__defaults__ = (("greedy",), 30, *models.SpeechModel.answer.__defaults__[2:])
-
-
 @pytest.fixture(scope="module")
 def validated(where, tmp_path_factory):
     """A run of four epochs with one speaker of four held out: its --output, and what it printed."""
     folder = tmp_path_factory.mktemp("validated")
     sizes = "--epochs 4 --learning-rate 3e-3 --rank 4 --validation 0.25 --track tensorboard".split()
-    code, text = Process("train", [*where, *sizes], folder, prepare=short_answers).wait()
+    code, text = Process("train", [*where, *sizes], folder).wait()
     assert code == 0, text
     return folder / "out", text
 
@@ -290,32 +283,31 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and losses[0] > losses[1]
     assert [line["best"] for line in lines] == [loss == min(losses) for loss in losses]
     assert "10 utterances of 1 speakers held out, 30 left" in text and f"loss {losses[0]:.3f}" in text
-    assert {"per", "wer", "accuracy_pcc", "detection_f1", "mdd_unparsed"} <= lines[0].keys()
-    assert [path.name for path, _ in run_folder.adapters(out, "best")] == [f"epoch-{1 + losses.index(min(losses))}"]
+    assert [path.name for path, _ in runs.adapters(out, "best")] == [f"epoch-{1 + losses.index(min(losses))}"]
 
     _, held_out = data.hold_out_speakers(data.read_corpus(corpus, "train"), 0.25, 0)
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", "merge")
     models.load_trained(model, out / "epoch-4", "lora")
     examples = train.make_examples(held_out, model, 2048)
     with torch.no_grad():
-        loss = sum(model(model.prepare([example])).item() for example in examples)
+        loss = sum(model.loss(data.collate([e], model.pad_id), model.hear([e.utterance])).item() for e in examples)
     assert losses[-1] == pytest.approx(loss / sum(len(example.answer_ids) for example in examples), rel=1e-5)
 
 
 def test_without_a_best_epoch_evaluate_says_what_writes_it(run):
     with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl is missing.*--validation"):
-        run_folder.adapters(run[0] / "out", "best")
+        runs.adapters(run[0] / "out", "best")
 
 
 def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeypatch, short_run, capsys):
     losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.2, 5: 1.0}
-    monkeypatch.setattr(train, "validate", lambda *_: {"loss": losses[len(list(OUT.glob("epoch-*")))]})
+    monkeypatch.setattr(train, "validate", lambda *_: losses[len(list(OUT.glob("epoch-*")))])
     arguments = "--limit 14 --epochs 5 --validation 0.5 --patience 2".split()
     for more in ([], ["--resume"]):
         short_run(monkeypatch, *arguments, *more)
         assert "stopping early, after epoch 4" in capsys.readouterr().out
     assert sorted(path.name for path in OUT.glob("epoch-*")) == [f"epoch-{i}" for i in range(1, 5)]
-    assert [path.name for path, _ in run_folder.adapters(OUT, "best")] == ["epoch-2"]
+    assert [path.name for path, _ in runs.adapters(OUT, "best")] == ["epoch-2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,51 +330,22 @@ def test_tensorboard_shows_what_the_log_holds_and_curves_memory_and_speed_are_th
     assert "for the other" not in text  # four steps: nothing to estimate
 
 
-def test_wandb_is_given_settings_and_every_step(monkeypatch, short_run):
-    shown, options = [], {}
-
-    class Run:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            shown.append("finished")
-
-        def log(self, numbers, step):
-            shown.append((step, numbers["loss"]))
-
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **given: options.update(given) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    short_run(monkeypatch, "--track", "wandb")
-    assert shown == [(line["step"], line["loss"]) for line in read_lines(OUT / "log.jsonl")] + ["finished"]
-    assert options["config"]["rank"] == 4 and options["dir"] == OUT
-
-
-def test_the_time_of_the_rest_is_estimated_after_ten_steps():
-    assert re.search(r"20\.0 s: about 0:07:28 .* other 224,", _estimate(20.0, 224))
-    assert "about 1 day, 3:46:40" in _estimate(100.0, 10_000)
-
-
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_step(run):
     out, text = run[0] / "out", run[1].stdout + run[1].stderr
     first = "\n".join(run[1].stdout.splitlines()[:10])
     for expected in ("= 8 a step; 20 examples = 2 steps", "trained: LoRA", "10 utterances of 1 "):
         assert expected in first
-    assert re.search("^--learning-rate +0.01 +2e-05 *$", run[1].stdout, re.MULTILINE) and "--betas" not in text
     assert "supervised" not in text and re.search(r"[\d,]+ tokens/s, loss \d", text)
     log = read_lines(out / "log.jsonl")
     assert [(line["step"], line["epoch"]) for line in log] == [(1, 1), (2, 1), (3, 2), (4, 2)]
     assert log[-1]["loss"] < log[0]["loss"]
     assert all(0 <= line["padding"] < 0.5 and line["supervised_tokens"] < line["tokens"] for line in log)
-    ends = [line for line in log if "adapter_moved" in line]
-    assert [line["step"] for line in ends] == [2, 4] and ends[1]["control_tokens_moved"] > 0
-    assert 0 < ends[0]["adapter_moved"] < ends[1]["adapter_moved"]
-    assert all(f"{line['adapter_moved']:.2%}" in text for line in ends)
+    moved = [float(share) for share in re.findall(r"moved its layers by ([\d.]+)%", text)]
+    assert len(moved) == 2 and 0 < moved[0] < moved[1]
     for epoch in (1, 2):
         saved = json.loads((out / f"epoch-{epoch}" / "settings.json").read_text())
         assert saved["epoch"] == epoch and saved["rank"] == 4 and saved["versions"]["torch"] == torch.__version__
+        assert saved["prompts"] == prompts.digest()
     one, two = (weights_of(out / f"epoch-{epoch}") for epoch in (1, 2))
     assert any(not torch.equal(one[key], two[key]) for key in one)
 
@@ -394,7 +357,6 @@ def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_
         "--speech-adapter continue",
         pytest.param("--speech-adapter none", marks=SLOW),
         pytest.param("--strategy unfreeze --gradient-checkpointing", marks=SLOW),
-        pytest.param("--strategy full", marks=SLOW),
         pytest.param("--quantize nf4", marks=SLOW),
         pytest.param("--quantize nf4 --speech-adapter continue", marks=SLOW),
     ],
@@ -411,8 +373,7 @@ def test_the_types_of_a_gpu_are_walked_on_a_cpu_from_training_to_the_table(monke
     assert "this run, epoch-1, expected" in capsys.readouterr().out
     losses = [line["loss"] for name in ("log", "validation") for line in read_lines(OUT / f"{name}.jsonl")]
     assert len(losses) > 1 and np.isfinite(losses).all() and (OUT / "predictions.jsonl").exists()
-    kept = torch.bfloat16 if "full" in arguments else torch.float32  # "full" is saved in the type it is used in
-    assert {weight.dtype for weight in weights_of(OUT / "epoch-1").values()} == {kept}
+    assert {weight.dtype for weight in weights_of(OUT / "epoch-1").values()} == {torch.float32}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,35 +386,20 @@ TESTS = str(ROOT / "tests")
 @pytest.mark.parametrize(
     "arguments, names",
     [
-        ("--strategy full --rank 8", ["--rank"]),
-        ("--strategy full --alpha 8 --dropout 0.1", ["--alpha --dropout"]),
-        ("--strategy full --speech-adapter continue", ["--speech-adapter continue"]),
         ("--speech-adapter continue --rank 64", ["--rank"]),
-        ("--speech-adapter continue --alpha 128", ["--alpha"]),
         ("--speech-adapter continue --dropout 0.05", ["--dropout"]),
-        ("--quantize nf4 --strategy full", ["--strategy full"]),
         ("--quantize nf4 --strategy unfreeze", ["--strategy unfreeze"]),
-        ("--shard", ["--strategy full"]),
-        ("--shard --strategy full", ["torchrun"]),
         ("--micro-batch 65", ["--batch-size 8", "--accumulation 8"]),
         ("--patience 2", ["--validation"]),
-        ("--checkpoint x.pt", ["--resume"]),
         ("--attention flash_attention_2 --dtype float32", ["--dtype float32"]),
         (f"--data-revision x --data {TESTS}", [TESTS]),
         (f"--revision x --model {TESTS}", [TESTS]),
         ("--learning-rate 1e300", ["1e+300"]),
-        ("--epochs 0", ["0"]),
-        ("--rank many", ["many"]),
-        ("--dropout 1.5", ["1.5"]),
         ("--learning-rate -1", ["-1"]),
-        ("--seed -1", ["-1"]),
         ("--weight-decay nan", ["nan"]),
         ("--validation 1", ["1"]),
-        ("--save-minutes 0", ["0"]),
-        ("--workers -1", ["-1"]),
-        ("--workers 65", ["65"]),
         ("--quantize int8", ["int8"]),
-        ("--audio-cache=", ["empty"]),
+        ("--output=", ["empty"]),
         ("--data a\x01b", [r"'a\x01b'"]),
     ],
 )
@@ -481,28 +427,15 @@ def test_an_option_whose_package_is_missing_says_what_to_install(monkeypatch, ar
         settings(monkeypatch, *arguments.split())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--strategy full --speech-adapter none",
-        "--speech-adapter continue --strategy unfreeze",
-        "--quantize nf4 --speech-adapter continue --gradient-checkpointing",
-        "--micro-batch 64",
-        "--validation 0.1 --patience 1",
-    ],
-)
-def test_settings_that_work_together_are_taken(monkeypatch, arguments):
-    chosen = settings(monkeypatch, *arguments.split())
-    own = chosen.strategy == "full" or chosen.speech_adapter == "continue"
-    assert (chosen.rank, chosen.alpha, chosen.dropout) == ((None,) * 3 if own else (64, 128, 0.05))
+def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(train.processes, "count", lambda: 65)
+    with pytest.raises(cli.InputError, match="--batch-size 8 x --accumulation 8.* 65 processes"):
+        train.batch_arithmetic(5000, settings(monkeypatch))
 
 
-@pytest.mark.parametrize("arguments, count", [("", 65), ("--shard --strategy full", 3)])
-def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, arguments, count):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(train.processes, "count", lambda: count)
-    with pytest.raises(cli.InputError, match=f"--batch-size 8 x --accumulation 8.* {count} processes"):
-        train.batch_arithmetic(5000, settings(monkeypatch, *arguments.split()))
+def test_a_continued_adapter_brings_its_own_sizes(monkeypatch):
+    chosen = settings(monkeypatch, *"--speech-adapter continue --strategy unfreeze".split())
+    assert (chosen.rank, chosen.alpha, chosen.dropout) == (None,) * 3
 
 
 @pytest.mark.parametrize(
@@ -510,11 +443,8 @@ def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch, argument
     [
         (["--data", "no/such/folder"], "corpus folder no/such/folder does not exist"),
         (["--model", TESTS], "holds no checkpoint"),
-        (["--model", "tiny/nowhere"], "tiny/nowhere is not a folder here"),
         (["--output", f"{__file__}/out"], "cannot write into"),
-        (["--audio-cache", f"{__file__}/cache"], "--audio-cache"),
         (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers"),
-        (["--resume", "--checkpoint", "nowhere.pt"], "nowhere.pt is missing; out has none"),
     ],
 )
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(arguments, message, where, tmp_path):
