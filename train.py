@@ -155,13 +155,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def autocast() -> Any:
+def autocast() -> "torch.autocast":
     """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
     return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
 
 
 def train_step(
-    model: "models.SpeechModel", weights: dict, optimiser: Any, step: list[data.Example], size: int, clip: float
+    model: "models.SpeechModel",
+    weights: dict[str, "torch.nn.Parameter"],
+    optimiser: "torch.optim.Optimizer",
+    step: list[data.Example],
+    size: int,
+    clip: float,
 ) -> dict[str, float]:
     """One update of the weights. Returns what is logged of it; collective.
 

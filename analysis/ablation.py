@@ -69,7 +69,7 @@ def find_own(evaluation: evaluate.Evaluation, utterances: list[data.Utterance], 
     return found
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     others = [replace(e, label=f"{e.label}, {settings.how}", output=e.output / settings.how) for e in chosen]

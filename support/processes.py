@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 import os
 import sys
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from support.cli import process_rank
 
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint the others wait
+Value = TypeVar("Value")
 
 
 def start() -> None:
@@ -53,7 +54,7 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Value) -> list[Value]:
     """The values of all processes, in the order of ranks; collective."""
     if not dist.is_initialized():
         return [value]
