@@ -9,7 +9,7 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 import gc
@@ -256,7 +256,9 @@ def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], setti
 # Numbers as text
 
 
-def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[str] = ()) -> list[str]:
+def cells(
+    numbers: Mapping[str, float], columns: Iterable[str], near: Mapping[str, float] | tuple[()] = ()
+) -> list[str]:
     """Numbers as text, "-" where there is none; those close to the one that `near` has for the key are marked."""
     texts = []
     for key in columns:
@@ -266,8 +268,8 @@ def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[
     return texts
 
 
-def with_halves(rows: Iterable, columns: Sequence[str]) -> cli.Rows:
-    """Rows of evaluate.Row for `show_table`: under each number half the width of its interval."""
+def with_halves(rows: Iterable["Row"], columns: Collection[str]) -> cli.Rows:
+    """Rows for `show_table`: under each number half the width of its interval."""
     lines = []
     for row in rows:
         found = [row.intervals.get(key, (math.nan, math.nan)) for key in columns]

@@ -162,7 +162,7 @@ def autocast() -> "torch.autocast":
 
 def train_step(
     model: "models.SpeechModel",
-    weights: dict[str, "torch.nn.Parameter"],
+    weights: runs.Weights,
     optimiser: "torch.optim.Optimizer",
     step: list[data.Example],
     size: int,

@@ -43,6 +43,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["float32", "bfloat16"]
 Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 Quantize = Literal["nf4"]
+Weights = dict[str, "torch.nn.Parameter"]  # of what trains, by name
 
 MARK = "settings.json"
 WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
@@ -126,9 +127,7 @@ class Run:
         self._opened = opened
         self._timed = self._seconds = 0  # steps since the start of this process, and what they took
 
-    def start(
-        self, weights: dict[str, "torch.nn.Parameter"], optimiser: "torch.optim.Optimizer", record: dict[str, Any]
-    ) -> None:
+    def start(self, weights: Weights, optimiser: "torch.optim.Optimizer", record: dict[str, Any]) -> None:
         """Put a checkpoint back, and begin to log; collective. weights: {name: parameter} of what trains."""
         self.weights, self.optimiser = weights, optimiser
         if self._checkpoint:
@@ -268,9 +267,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 # Checkpoints: all that a run needs to go on to the same weights, to the bit
 
 
-def save(
-    folder: Path, step: int, weights: dict[str, "torch.nn.Parameter"], optimiser: "torch.optim.Optimizer", corpus: str
-) -> None:
+def save(folder: Path, step: int, weights: Weights, optimiser: "torch.optim.Optimizer", corpus: str) -> None:
     """Write folder/step-N.pt and remove all but the newest KEPT; collective.
 
     weights: {name: parameter} of what trains; corpus: fingerprint of the data.
@@ -297,9 +294,7 @@ def save(
         old.unlink()
 
 
-def restore(
-    path: Path, corpus: str, weights: dict[str, "torch.nn.Parameter"], optimiser: "torch.optim.Optimizer"
-) -> None:
+def restore(path: Path, corpus: str, weights: Weights, optimiser: "torch.optim.Optimizer") -> None:
     """Put a checkpoint's weights, optimiser and random numbers back; collective.
 
     Only tensors and plain values are read: nothing in the file is executed. The random numbers come back only to as
