@@ -60,7 +60,7 @@ def silence(samples: int) -> bytes:
 def find_own(evaluation: evaluate.Evaluation, utterances: list[data.Utterance], settings: Settings) -> list[dict]:
     """The records of the own audio, made by the same model and settings. Raises InputError where there are none."""
     made_with = evaluate.made_with(evaluation, utterances, settings)
-    found = answers.find(evaluation.output, utterances, made_with)
+    found = answers.find(evaluation.output, evaluate.asked_of(utterances), made_with)
     if found is None:
         raise cli.InputError(
             f"{evaluation.output} holds no answers of {evaluation.label} to the own audio with these settings: "
