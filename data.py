@@ -174,7 +174,7 @@ def _once(path, pairs):
     return fields
 
 
-def read_hub(name: str, folder: Path, split: str) -> Reader:
+def read_hub(name: str | Path, folder: Path, split: str) -> Reader:
     """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 

@@ -239,7 +239,7 @@ def _remove(path):
 MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
 
 
-def fetch(name: str, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
+def fetch(name: str | Path, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
     """The folder of a model or data set, and the commit that it is of; a folder is returned as it is, with None.
 
     name: folder or hub id; revision: of the hub id; kind: "model" or "dataset"; patterns: of the files that are needed.

@@ -128,7 +128,7 @@ class AdapterConfig(files.Shape):
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(what: str | Path) -> Iterator[None]:
     """Libraries say in many ways that a file is missing, does not fit, or is no file of theirs: one InputError."""
     try:
         yield
