@@ -99,12 +99,12 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (held.cumsum(axis=1) - (held + held.sum(axis=1, keepdims=True)) / 2)[:, group]
 
 
-def expectation(probabilities: list[float]) -> float:
+def expectation(probabilities: Sequence[float]) -> float:
     """The mean score of a distribution over the values 0, 1, 2, ..."""
     return sum(value * probability for value, probability in enumerate(probabilities))
 
 
-def likeliest(probabilities: list[float]) -> int:
+def likeliest(probabilities: Sequence[float]) -> int:
     """The value with the highest probability, the lowest one of several."""
     return max(range(len(probabilities)), key=probabilities.__getitem__)
 

@@ -255,6 +255,12 @@ def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypa
         settings(monkeypatch, "--resume", *arguments)
 
 
+def test_a_run_is_not_gone_on_with_under_other_prompts(begun, monkeypatch):
+    monkeypatch.setitem(prompts.PROMPTS, "MDD", prompts.MDD_PROMPT + " ")
+    with pytest.raises(cli.InputError, match="run in out was begun with other prompts"):
+        settings(monkeypatch, "--resume")
+
+
 def test_a_run_that_is_there_is_not_begun_again(begun, monkeypatch):
     with pytest.raises(cli.InputError, match="out/settings.json is there already: --resume .*--output"):
         settings(monkeypatch)
@@ -523,7 +529,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_may_go_
 def test_torchrun_trains_and_evaluates_as_one_process_does(command, tmp_path):
     trained = script(*TORCHRUN, ROOT / "train.py", *command, "--epochs", 1, "--validation", 0.5, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("corpus:") == 1 and "on held-out speakers: loss" in trained.stdout
+    assert trained.stdout.count("corpus:") == 1 and "on held-out speakers;" in trained.stdout
     arguments = "--adapter out --limit 7 --batch-size 2 --max-new-tokens 30".split()
     both = script(*TORCHRUN, ROOT / "evaluate.py", *arguments, "--output", "two", cwd=tmp_path)
     assert both.returncode == 0 and both.stdout.count("\nTable 3") == 1, both.stderr
