@@ -137,7 +137,7 @@ def test_every_epoch_and_the_base_give_a_row_and_files_and_a_saved_file_the_same
 ):
     arguments = ["--adapter", run[0] / "out", "--epochs", "all", "--base", "--limit", 3, "--batch-size", 2]
     main(monkeypatch, *arguments, "--max-new-tokens", 12, "--output", tmp_path / "out")
-    text = capsys.readouterr().out
+    text = [line.split() for line in capsys.readouterr().out.splitlines()]
     for label in ("base", "epoch-1", "epoch-2"):
         lines = answers.read(tmp_path / "out" / label / "predictions.jsonl")
         for utterance, apa, mdd in zip(data.read_corpus(corpus, "test", limit=3), lines[::2], lines[1::2], strict=True):
@@ -150,8 +150,8 @@ def test_every_epoch_and_the_base_give_a_row_and_files_and_a_saved_file_the_same
         saved_file = tmp_path / "out" / label / "predictions.jsonl"
         main(monkeypatch, "--predictions", saved_file, "--output", tmp_path / f"again-{label}")
         assert json.loads((tmp_path / f"again-{label}" / "metrics.json").read_text()) == saved
-        (row,) = [line for line in capsys.readouterr().out.splitlines() if f"this run, {label}" in line]
-        assert row in text
+        again = [line.split() for line in capsys.readouterr().out.splitlines() if f"this run, {label}" in line]
+        assert again and all(row in text for row in again)
 
 
 def test_what_wrote_a_saved_file_is_not_known_where_it_stands_alone(tmp_path):
