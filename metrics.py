@@ -1,10 +1,8 @@
 """What each number means, and how sure it is. Text in, numbers out; no model, no torch.
 
-Error rates are fractions (0.114, not 11.4 %). Everything that counts errors is pooled over the corpus: sums of counts
-are divided, utterances are never averaged. Correlations are over utterances.
-
-Each utterance is counted once. A number is made of sums over utterances, and its interval of the same sums over
-corpora of other speakers: `assessment` and `diagnosis` take how often each of N utterances is in each of R corpora.
+Error rates are fractions (0.114, not 11.4 %). Each utterance is counted once, its counts are one row. A number is a
+function of the rows of a corpus: of their sums, never of averages of utterances; correlations are over utterances. Its
+interval is the same function of rows that other speakers might have given, see `bootstrap`.
 
 There are two F1s, because the paper's definition (4.3) and its figures (Table 3) do not describe the same number:
 
@@ -15,7 +13,7 @@ There are two F1s, because the paper's definition (4.3) and its figures (Table 3
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 import re
 
@@ -32,17 +30,16 @@ KINDS = ("same", "substituted", "missing", "added")  # of an aligned pair
 RIGHT = ("true_accept", "correct_diagnosis", "diagnosis_error")  # detection decided well; diagnosis is another matter
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: float, denominator: float) -> float:
     """numerator / denominator, nan where the denominator is zero."""
-    numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
+    return float(numerator / denominator) if denominator else math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def correlation(predicted: list[float], human: list[float]) -> tuple[float, float, float, str | None]:
+def correlation(predicted: Sequence[float], human: Sequence[float]) -> tuple[float, float, float, str | None]:
     """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
 
     Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
@@ -50,63 +47,38 @@ def correlation(predicted: list[float], human: list[float]) -> tuple[float, floa
     """
     from scipy import stats  # takes a second
 
-    n, reason = len(human), None
-    numbers = score_numbers(np.array(predicted, float), np.array(human, float), np.ones((1, n)))
-    pcc, mae = numbers["pcc"].item(), numbers["mae"].item()
-    # how a correlation of independent normal scores is distributed
-    pvalue = 2 * stats.beta.sf(abs(pcc), n / 2 - 1, n / 2 - 1, loc=-1, scale=2)
+    numbers, n = score_numbers(np.array(predicted, float), np.array(human, float)), len(human)
+    pcc, mae = numbers["pcc"], numbers["mae"]
+    if not math.isnan(pcc):
+        return pcc, float(stats.pearsonr(predicted, human).pvalue), mae, None
     if n < 3:
-        reason = f"only {n} utterances" if n else "no scores"
-    elif math.isnan(pcc):
-        name, values = ("predicted", predicted) if np.std(predicted) <= SAME else ("human", human)
-        reason = f"all {n} {name} scores are {values[0]:g}"
-    return pcc, float(pvalue), mae, reason
+        return pcc, math.nan, mae, f"only {n} utterances" if n else "no scores"
+    name, values = ("predicted", predicted) if np.std(predicted) <= SAME else ("human", human)
+    return pcc, math.nan, mae, f"all {n} {name} scores are {values[0]:g}"
 
 
-def score_numbers(predicted: np.ndarray, human: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers of (N,) predicted and (N,) human scores in R corpora, (R,) each. weights: (R, N), see `assessment`.
+def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
+    """Numbers of (N,) predicted and (N,) human scores.
 
     pcc and spearman, correlations of the scores and of their ranks; sd_ratio, the standard deviation of the predicted
     scores over that of the human ones; mae, the mean absolute difference. The first three are nan for less than three
     utterances, and where scores do not vary: either for a correlation, the human ones for the ratio.
     """
-    if not len(human):
-        return dict.fromkeys(("pcc", "spearman", "sd_ratio", "mae"), np.full(len(weights), math.nan))
-    n = weights.sum(axis=1)
+    from scipy import stats  # takes a second
 
-    def covariance(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # of deviations, (R, N) each
-        return _ratio(np.einsum("rn,rn,rn->r", weights, first, second), n)
-
-    scores = [values - _ratio(weights @ values, n)[:, None] for values in (predicted, human)]
-    ranks = [_ranks(values, weights) for values in (predicted, human)]
-    sd, human_sd = (np.sqrt(covariance(of, of)) for of in scores)
-    varies, human_varies = ((n >= 3) & (of > SAME) for of in (sd, human_sd))
-    pcc, spearman = (
-        _ratio(covariance(x, y), np.sqrt(covariance(x, x) * covariance(y, y))).clip(-1, 1) for x, y in (scores, ranks)
-    )
-    return {
-        "pcc": np.where(varies & human_varies, pcc, math.nan),
-        "spearman": np.where(varies & human_varies, spearman, math.nan),
-        "sd_ratio": np.where(human_varies, _ratio(sd, human_sd), math.nan),
-        "mae": _ratio(weights @ abs(predicted - human), n),
-    }
-
-
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ranks of (N,) values in R corpora, around their mean, (R, N); equal values share the mean of their ranks."""
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    held = np.add.reduceat(weights[:, np.argsort(group)], np.cumsum(sizes) - sizes, axis=1)  # (R, groups)
-    return (held.cumsum(axis=1) - (held + held.sum(axis=1, keepdims=True)) / 2)[:, group]
+    numbers = dict.fromkeys(("pcc", "spearman", "sd_ratio"), math.nan)
+    numbers["mae"] = ratio(abs(predicted - human).sum(), len(human))
+    if len(human) >= 3 and human.std() > SAME:
+        numbers["sd_ratio"] = ratio(predicted.std(), human.std())
+        if predicted.std() > SAME:
+            ranks = stats.rankdata(predicted), stats.rankdata(human)
+            numbers["pcc"], numbers["spearman"] = (float(np.corrcoef(*of)[0, 1]) for of in ((predicted, human), ranks))
+    return numbers
 
 
 def expectation(probabilities: list[float]) -> float:
     """The mean score of a distribution over the values 0, 1, 2, ..."""
     return sum(value * probability for value, probability in enumerate(probabilities))
-
-
-def likeliest(probabilities: list[float]) -> int:
-    """The value with the highest probability, the lowest one of several."""
-    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +114,7 @@ def error_counts(references: list[list[str]], hypotheses: list[list[str]]) -> np
 def error_rate(references: list[list[str]], hypotheses: list[list[str]]) -> float:
     """(substitutions + deletions + insertions) / reference length (paper 4.3); nan when the references hold nothing."""
     *errors, length = error_counts(references, hypotheses).sum(axis=0)
-    return _ratio(sum(errors), length).item()
+    return ratio(sum(errors), length)
 
 
 def align(first: list[str], second: list[str]) -> list[tuple[str | None, str | None]]:
@@ -207,22 +179,23 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
     The columns with an event, and their order, depend on canonical and heard alone, so those of two systems can be
     paired. Each written phone stands once; one under a heard phone may have decided about one left out beside it.
     """
-    required, answered = dict(_alignment(canonical, written)), []  # the written phone of each canonical and heard one
-    extra = [[] for _ in range(len(heard) + 1)]  # written phones before each heard one, and behind the last
+    required, answered, extra = dict(_alignment(canonical, written)), [], {}
     for j, k in _alignment(heard, written):
-        (extra[len(answered)] if j is None else answered).append(k)
-    columns, spoken = [], 0
+        if j is None:
+            extra[k] = len(answered)  # heard phones before it
+        else:
+            answered.append(k)
+    columns, spoken, shown = [], 0, 0
     for i, j in _alignment(canonical, heard):
-        k, waiting = required[i] if j is None else answered[j], extra[spoken]
+        k = required[i] if j is None else answered[j]
         phones = _item(canonical, i), _item(heard, j), _item(written, k)
-        if j is None and k not in waiting:  # left out, and nothing was written for it but what is under a heard phone
-            columns.append((*phones[:2], None, _event(*phones)))
-            continue
-        columns += [(None, None, written[other], None) for other in waiting if j is not None or other < k]
-        columns.append((*phones, _event(*phones)))
-        extra[spoken] = [other for other in waiting if j is None and other > k]
+        event, beside = _event(*phones), j is None and extra.get(k) != spoken  # then k is under a heard phone, or None
+        if k is not None and not beside:
+            columns += [(None, None, other, None) for other in written[shown:k]]
+            shown = k + 1
+        columns.append((*phones[:2], None if beside else phones[2], event))
         spoken += j is not None
-    return columns + [(None, None, written[other], None) for other in extra[spoken]]
+    return columns + [(None, None, other, None) for other in written[shown:]]
 
 
 def _event(canonical: str | None, heard: str | None, written: str | None) -> str:
@@ -234,19 +207,6 @@ def _event(canonical: str | None, heard: str | None, written: str | None) -> str
     return "false_accept" if written == canonical else "diagnosis_error"
 
 
-def phone_errors(columns: list[list[tuple]]) -> np.ndarray:
-    """Substitutions, deletions, insertions and reference length of each of N utterances' `phone_columns`, (N, 4)."""
-    kinds = [[kind_of(*pair) for _, *pair, _ in utterance if pair != [None, None]] for utterance in columns]
-    same, substituted, missing, added = _counts(kinds, KINDS).T
-    return np.stack([substituted, missing, added, same + substituted + missing], axis=1)
-
-
-def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
-    """How often each of K names is among the items of each of N utterances, (N, K)."""
-    found = [[counter[name] for name in names] for counter in map(Counter, items)]
-    return np.array(found, float).reshape(len(items), len(names))
-
-
 def detection_counts(canonical: list[list[str]], heard: list[list[str]], predicted: list[list[str]]) -> dict[str, int]:
     """How often each of EVENTS is in the `phone_columns` of a corpus: lists with one list of phones per utterance."""
     columns = map(phone_columns, canonical, heard, predicted)
@@ -254,7 +214,7 @@ def detection_counts(canonical: list[list[str]], heard: list[list[str]], predict
     return {name: found[name] for name in EVENTS}
 
 
-def detection_scores(counts: dict) -> dict:
+def detection_scores(counts: dict[str, int]) -> dict[str, float]:
     """Detection and diagnosis from pooled counts; nan where a denominator is zero.
 
     With detected = correct_diagnosis + diagnosis_error:
@@ -262,86 +222,61 @@ def detection_scores(counts: dict) -> dict:
         far, false acceptance = false_accept / mispronounced = 1 - recall
         frr, false rejection = false_reject / phones said right
         der, diagnosis error = diagnosis_error / detected
-    counts: numbers, or arrays of them.
     """
     detected = counts["correct_diagnosis"] + counts["diagnosis_error"]
     wrong, missed = counts["false_reject"], counts["false_accept"]
     return {
-        "precision": _ratio(detected, detected + wrong),
-        "recall": _ratio(detected, detected + missed),
-        "f1": _ratio(2 * detected, 2 * detected + wrong + missed),
-        "far": _ratio(missed, detected + missed),
-        "frr": _ratio(wrong, wrong + counts["true_accept"]),
-        "der": _ratio(counts["diagnosis_error"], detected),
+        "precision": ratio(detected, detected + wrong),
+        "recall": ratio(detected, detected + missed),
+        "f1": ratio(2 * detected, 2 * detected + wrong + missed),
+        "far": ratio(missed, detected + missed),
+        "frr": ratio(wrong, wrong + counts["true_accept"]),
+        "der": ratio(counts["diagnosis_error"], detected),
     }
 
 
-def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) -> dict[str, np.ndarray]:
+def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 of phones by position, weighted over phones by how often they were heard.
 
     Position i of one string is compared with position i of the other, without alignment; one-vs-rest scores of each
     phone are averaged with its frequency among the heard ones as weight (0 for a phone that is never written). Not
     the field's convention: reported because the paper's Table 3 fits it.
-    heard, written, agreed: how often each of P phones was heard, written, and both in one position, (..., P).
+    heard, written, agreed: how often each of P phones was heard, written, and both in one position, (P,).
     """
-
-    def weighted(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        return _ratio((heard * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), heard.sum(axis=-1))
-
-    return {
-        "precision": weighted(agreed, written),
-        "recall": weighted(agreed, heard),
-        "f1": weighted(2 * agreed, heard + written),
+    heard, written, agreed = (counts[heard > 0] for counts in (heard, written, agreed))
+    parts = {
+        "precision": agreed / np.maximum(written, 1),
+        "recall": agreed / heard,
+        "f1": 2 * agreed / (heard + written),
     }
+    return {key: ratio((heard * values).sum(), heard.sum()) for key, values in parts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # All numbers of an evaluation
 
 
-def assessment(apa: list, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of scores in R corpora, (R,) by key.
+def assessment_rows(apa: list) -> np.ndarray:
+    """Predicted and human SCORES of each of N utterances, (N, 2, 4); nan for predicted ones that were not parsed.
 
-    apa: (parsed scores or None, human scores) of each of N utterances; unparsed outputs leave the correlations, and
-    their share stands beside them. weights: (R, N), how often each utterance is in each corpus; ones for the one that
-    was evaluated, see `speaker_weights` for others.
+    apa: (parsed scores or None, human scores) of each utterance.
     """
-    parsed = np.array([scores is not None for scores, _ in apa], dtype=bool)  # (N,)
-    numbers = {"apa_unparsed": _ratio(weights @ ~parsed, weights.sum(axis=1))}
-    for name in SCORES:
-        predicted, human = (np.array(values) for values in _scores(apa, name))
-        found = score_numbers(predicted, human, weights[:, parsed])
-        numbers |= {f"{name}_{key}": values for key, values in found.items()}
+    absent = dict.fromkeys(SCORES, math.nan)
+    rows = [[[scores[name] for name in SCORES] for scores in (said or absent, human)] for said, human in apa]
+    return np.array(rows, float).reshape(-1, 2, len(SCORES))
+
+
+def assessment(rows: np.ndarray) -> dict[str, float]:
+    """The numbers of scores, by key; unparsed outputs leave them, and their share stands beside them."""
+    read = _parsed(rows)
+    numbers = {"apa_unparsed": ratio(len(rows) - len(read), len(rows))}
+    for i, name in enumerate(SCORES):
+        numbers |= {f"{name}_{key}": value for key, value in score_numbers(*read[..., i].T).items()}
     return numbers
 
 
-def _scores(apa: list, name: str) -> tuple[list[float], list[float]]:
-    pairs = [(scores[name], human[name]) for scores, human in apa if scores is not None]
-    return [predicted for predicted, _ in pairs], [human for _, human in pairs]
-
-
-def diagnosis(mdd: list, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of words and phones in R corpora, (R,) by key.
-
-    mdd: (parsed transcripts or None, reference with word_transcript, canonical, heard) of each of N utterances; an
-    unparsed output counts as an empty transcript. weights: as in `assessment`.
-    """
-    canonical, heard, written = phones_of(mdd)
-    columns = list(map(phone_columns, canonical, heard, written))
-    spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
-    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    numbers = {"mdd_unparsed": _ratio(weights @ [output is None for output, _ in mdd], weights.sum(axis=1))}
-    for name, counts in (("wer", error_counts(spoken, words)), ("per", phone_errors(columns))):
-        *errors, length = (weights @ counts).T
-        numbers[name] = _ratio(sum(errors), length)
-        numbers |= {f"{name}_{kind}": _ratio(n, length) for kind, n in zip(("sub", "del", "ins"), errors)}
-    events = [[event for *_, event in utterance] for utterance in columns]
-    counts = dict(zip(EVENTS, (weights @ _counts(events, EVENTS)).T))
-    numbers |= {f"detection_{key}": values for key, values in detection_scores(counts).items()} | counts
-    names = sorted({phone for phones in heard for phone in phones})
-    agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
-    agreement = phone_agreement(*(weights @ _counts(phones, names) for phones in (heard, written, agreed)))
-    return numbers | {f"phone_agreement_{key}": values for key, values in agreement.items()}
+def _parsed(rows: np.ndarray) -> np.ndarray:
+    return rows[~np.isnan(rows[:, 0, 0])]
 
 
 def phones_of(mdd: list) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
@@ -350,22 +285,74 @@ def phones_of(mdd: list) -> tuple[list[list[str]], list[list[str]], list[list[st
     return canonical, heard, [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
 
 
+def diagnosis_rows(mdd: list) -> np.ndarray:
+    """What is counted in each of N utterances, (N, 14 + 3 P), where P is how many phones were heard in all of them.
+
+    Whether the output was not parsed; of words and of phones substitutions, deletions, insertions and reference length;
+    EVENTS; of each of P phones how often it was heard, then written, then both in one position.
+    mdd: (parsed transcripts or None, reference with word_transcript, canonical, heard) of each utterance; an unparsed
+    output counts as an empty transcript.
+    """
+    canonical, heard, written = phones_of(mdd)
+    spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
+    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
+    kinds = [[kind_of(*pair) for pair in align(*phones)] for phones in zip(heard, written)]
+    events = [[event for *_, event in phone_columns(*phones)] for phones in zip(canonical, heard, written)]
+    agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
+    names = sorted({phone for phones in heard for phone in phones})
+    return np.column_stack(
+        [
+            [output is None for output, _ in mdd],
+            error_counts(spoken, words),
+            _counts(kinds, KINDS[1:]),
+            [len(phones) for phones in heard],
+            _counts(events, EVENTS),
+            *(_counts(phones, names) for phones in (heard, written, agreed)),
+        ]
+    )
+
+
+def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
+    """How often each of K names is among the items of each of N utterances, (N, K)."""
+    found = [[counter[name] for name in names] for counter in map(Counter, items)]
+    return np.array(found, float).reshape(len(items), len(names))
+
+
+def diagnosis(rows: np.ndarray) -> dict[str, float]:
+    """The numbers of words and phones, by key; those of EVENTS are whole."""
+    (unparsed,), words, phones, events, agreement = np.split(rows.sum(axis=0), [1, 5, 9, 14])
+    numbers = {"mdd_unparsed": ratio(unparsed, len(rows))}
+    for name, (*errors, length) in (("wer", words), ("per", phones)):
+        numbers[name] = ratio(sum(errors), length)
+        numbers |= {f"{name}_{kind}": ratio(n, length) for kind, n in zip(("sub", "del", "ins"), errors)}
+    counts = dict(zip(EVENTS, map(int, events)))
+    numbers |= {f"detection_{key}": value for key, value in detection_scores(counts).items()} | counts
+    agreement = phone_agreement(*agreement.reshape(3, -1))
+    return numbers | {f"phone_agreement_{key}": value for key, value in agreement.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Uncertainty: other speakers might have been recorded
 
 
-def speaker_weights(speakers: list[str], names: Iterable[str] | None = None, seed: int = 0) -> np.ndarray:
-    """How often each utterance is in each of RESAMPLES corpora of as many speakers, drawn with replacement, (R, N).
+def bootstrap(
+    numbers_of: Callable[[np.ndarray], dict[str, float]],
+    rows: np.ndarray,
+    speakers: Sequence[str],
+    names: Iterable[str],
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The numbers of RESAMPLES corpora of as many speakers, drawn with replacement, (RESAMPLES,) by key.
 
     Speakers, not utterances, are drawn: those of one speaker resemble each other, and counting them as independent
-    would make intervals too narrow. speakers: of each utterance; names: all that are drawn from, by default these.
+    would make intervals too narrow. speakers: of each row; names: all that are drawn from.
     The draws depend on the set of names and the seed alone, so two systems' numbers can be subtracted from each other.
     """
-    names = sorted(set(speakers if names is None else names))
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, names)
-    column = {name: i for i, name in enumerate(names)}
-    return draws[:, [column[speaker] for speaker in speakers]].astype(np.float64)
+    place = {name: i for i, name in enumerate(sorted(set(names)))}
+    column, rng = [place[speaker] for speaker in speakers], np.random.default_rng(seed)
+    draws = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), size=RESAMPLES)  # (RESAMPLES, names)
+    found = [numbers_of(rows.repeat(times[column], axis=0)) for times in draws]
+    return {key: np.array([numbers[key] for numbers in found]) for key in found[0]}
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
@@ -415,7 +402,7 @@ def scorings(records: list[dict]) -> list[str]:
 
 
 def paired(records: list[dict], scoring: str = "greedy") -> tuple[list, list]:
-    """Outputs with their references, as `assessment` and `diagnosis` take them: apa, mdd."""
+    """Outputs with their references, as `assessment_rows` and `diagnosis_rows` take them: apa, mdd."""
     apa, mdd = [], []
     for record in records:
         if record["task"] == "APA" and scoring == "expected":
@@ -432,16 +419,15 @@ def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
     Beside those of `assessment` and `diagnosis`: p-values, shares of outputs that were cut off, and `utterances`.
     """
     apa, mdd = paired(records, scoring)
-    found = assessment(apa, np.ones((1, len(apa)))) | diagnosis(mdd, np.ones((1, len(mdd))))
-    numbers, reasons = {key: int(value[0]) if key in EVENTS else value.item() for key, value in found.items()}, {}
-    for name in SCORES:
-        predicted, human = _scores(apa, name)
+    scores, reasons = assessment_rows(apa), {}
+    numbers = assessment(scores) | diagnosis(diagnosis_rows(mdd))
+    for name, (predicted, human) in zip(SCORES, np.moveaxis(_parsed(scores), 0, 2).swapaxes(0, 1)):
         _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
         if reason:
-            reasons[f"{name}_pcc"] = reason if human or not apa else f"none of {len(apa)} outputs could be parsed"
+            reasons[f"{name}_pcc"] = reason if len(human) or not apa else f"none of {len(apa)} outputs could be parsed"
     for task in TASKS:
         cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
-        numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
+        numbers[f"{task.lower()}_truncated"] = ratio(sum(cut), len(cut))
     numbers["utterances"] = len({record["id"] for record in records})
     return numbers, reasons
 
@@ -452,9 +438,9 @@ def resamples(records: list[dict], scoring: str = "greedy") -> dict[str, np.ndar
     named = {*speakers[0], *speakers[1]}
     if None in named or len(named) < 2:
         return {}
-    apa, mdd = paired(records, scoring)
-    of_apa, of_mdd = (speaker_weights(of, named) for of in speakers)
-    found = assessment(apa, of_apa) | diagnosis(mdd, of_mdd)
+    (apa, mdd), (of_apa, of_mdd) = paired(records, scoring), speakers
+    found = bootstrap(assessment, assessment_rows(apa), of_apa, named)
+    found |= bootstrap(diagnosis, diagnosis_rows(mdd), of_mdd, named)
     return {key: values for key, values in found.items() if key not in EVENTS}  # these grow with a corpus
 
 
