@@ -47,14 +47,17 @@ def correlation(predicted: Sequence[float], human: Sequence[float]) -> tuple[flo
     """
     from scipy import stats  # takes a second
 
-    numbers, n = score_numbers(np.array(predicted, float), np.array(human, float)), len(human)
-    pcc, mae = numbers["pcc"], numbers["mae"]
+    predicted, human, n = np.array(predicted, float), np.array(human, float), len(human)
+    numbers = score_numbers(predicted, human)
+    pcc, pvalue, reason = numbers["pcc"], math.nan, None
     if not math.isnan(pcc):
-        return pcc, float(stats.pearsonr(predicted, human).pvalue), mae, None
-    if n < 3:
-        return pcc, math.nan, mae, f"only {n} utterances" if n else "no scores"
-    name, values = ("predicted", predicted) if np.std(predicted) <= SAME else ("human", human)
-    return pcc, math.nan, mae, f"all {n} {name} scores are {values[0]:g}"
+        pvalue = float(stats.pearsonr(predicted, human).pvalue)
+    elif n < 3:
+        reason = f"only {n} utterances" if n else "no scores"
+    else:
+        name, values = ("predicted", predicted) if predicted.std() <= SAME else ("human", human)
+        reason = f"all {n} {name} scores are {values[0]:g}"
+    return pcc, pvalue, numbers["mae"], reason
 
 
 def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
@@ -64,16 +67,22 @@ def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
     scores over that of the human ones; mae, the mean absolute difference. The first three are nan for less than three
     utterances, and where scores do not vary: either for a correlation, the human ones for the ratio.
     """
-    from scipy import stats  # takes a second
-
     numbers = dict.fromkeys(("pcc", "spearman", "sd_ratio"), math.nan)
     numbers["mae"] = ratio(abs(predicted - human).sum(), len(human))
-    if len(human) >= 3 and human.std() > SAME:
-        numbers["sd_ratio"] = ratio(predicted.std(), human.std())
-        if predicted.std() > SAME:
-            ranks = stats.rankdata(predicted), stats.rankdata(human)
-            numbers["pcc"], numbers["spearman"] = (float(np.corrcoef(*of)[0, 1]) for of in ((predicted, human), ranks))
+    if len(human) >= 3:
+        sd, human_sd = predicted.std(), human.std()
+        if human_sd > SAME:
+            numbers["sd_ratio"] = float(sd / human_sd)
+        if min(sd, human_sd) > SAME:
+            found = np.corrcoef([predicted, human, _ranks(predicted), _ranks(human)])
+            numbers |= {"pcc": float(found[0, 1]), "spearman": float(found[2, 3])}
     return numbers
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of (N,) values, from 1/2; equal ones share the mean of theirs. Faster than scipy's."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (sizes.cumsum() - sizes / 2)[group]
 
 
 def expectation(probabilities: list[float]) -> float:
@@ -124,17 +133,8 @@ def align(first: list[str], second: list[str]) -> list[tuple[str | None, str | N
     it is no worse than both others, else a gap in `second` (a deletion) if no worse than a gap in `first`: the rule
     of Kaldi's `align-text`, on which published detection figures rest.
     """
-    return [(_item(first, i), _item(second, j)) for i, j in _alignment(first, second)]
-
-
-def _item(phones: list[str], index: int | None) -> str | None:
-    return None if index is None else phones[index]
-
-
-def _alignment(first: list[str], second: list[str]) -> list[tuple[int | None, int | None]]:
-    """`align`, as indices."""
     if first == second:  # most of what learners say, and an answer to it
-        return [(i, i) for i in range(len(first))]
+        return list(zip(first, second))
     cost = [list(range(len(second) + 1))]
     for i, phone in enumerate(first, 1):
         above, row = cost[-1], [i]
@@ -146,13 +146,13 @@ def _alignment(first: list[str], second: list[str]) -> list[tuple[int | None, in
     while i or j:
         if i and j and cost[i][j] == cost[i - 1][j - 1] + (first[i - 1] != second[j - 1]):
             i, j = i - 1, j - 1
-            pairs.append((i, j))
+            pairs.append((first[i], second[j]))
         elif i and cost[i][j] == cost[i - 1][j] + 1:
             i -= 1
-            pairs.append((i, None))
+            pairs.append((first[i], None))
         else:
             j -= 1
-            pairs.append((None, j))
+            pairs.append((None, second[j]))
     return pairs[::-1]
 
 
@@ -179,23 +179,18 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
     The columns with an event, and their order, depend on canonical and heard alone, so those of two systems can be
     paired. Each written phone stands once; one under a heard phone may have decided about one left out beside it.
     """
-    required, answered, extra = dict(_alignment(canonical, written)), [], {}
-    for j, k in _alignment(heard, written):
-        if j is None:
-            extra[k] = len(answered)  # heard phones before it
-        else:
-            answered.append(k)
-    columns, spoken, shown = [], 0, 0
-    for i, j in _alignment(canonical, heard):
-        k = required[i] if j is None else answered[j]
-        phones = _item(canonical, i), _item(heard, j), _item(written, k)
-        event, beside = _event(*phones), j is None and extra.get(k) != spoken  # then k is under a heard phone, or None
-        if k is not None and not beside:
-            columns += [(None, None, other, None) for other in written[shown:k]]
-            shown = k + 1
-        columns.append((*phones[:2], None if beside else phones[2], event))
-        spoken += j is not None
-    return columns + [(None, None, other, None) for other in written[shown:]]
+    required = [answer for phone, answer in align(canonical, written) if phone is not None]
+    columns, answers = [], align(heard, written)
+    for phone, perceived in align(canonical, heard):
+        answer = None if phone is None else required.pop(0)
+        if perceived is not None:
+            while answers[0][0] is None:
+                columns.append((None, *answers.pop(0), None))
+            answer = answers[0][1]
+        event = _event(phone, perceived, answer)
+        here = answers[:1] == [(perceived, answer)]  # else a left out phone's answer is under a heard one, or is none
+        columns.append((phone, perceived, answers.pop(0)[1] if here else None, event))
+    return columns + [(None, *pair, None) for pair in answers]
 
 
 def _event(canonical: str | None, heard: str | None, written: str | None) -> str:
@@ -243,73 +238,73 @@ def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) 
     the field's convention: reported because the paper's Table 3 fits it.
     heard, written, agreed: how often each of P phones was heard, written, and both in one position, (P,).
     """
-    heard, written, agreed = (counts[heard > 0] for counts in (heard, written, agreed))
-    parts = {
-        "precision": agreed / np.maximum(written, 1),
-        "recall": agreed / heard,
-        "f1": 2 * agreed / (heard + written),
+    total = heard.sum()
+    return {
+        "precision": ratio((heard * agreed / np.maximum(written, 1)).sum(), total),
+        "recall": ratio(agreed.sum(), total),
+        "f1": ratio((heard * 2 * agreed / np.maximum(heard + written, 1)).sum(), total),
     }
-    return {key: ratio((heard * values).sum(), heard.sum()) for key, values in parts.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # All numbers of an evaluation
 
 
-def assessment_rows(apa: list) -> np.ndarray:
-    """Predicted and human SCORES of each of N utterances, (N, 2, 4); nan for predicted ones that were not parsed.
+def answer_of(record: dict, scoring: str = "greedy") -> dict | None:
+    """What a line of a predictions file says, scores or transcripts by name; None for what cannot be parsed."""
+    if record["task"] == "APA" and scoring == "expected":
+        return {name: expectation(probabilities) for name, probabilities in record["scores"].items()}
+    return parse_output(record["task"], record["output"])
 
-    apa: (parsed scores or None, human scores) of each utterance.
-    """
-    absent = dict.fromkeys(SCORES, math.nan)
-    rows = [[[scores[name] for name in SCORES] for scores in (said or absent, human)] for said, human in apa]
+
+def assessment_rows(records: list[dict], scoring: str = "greedy") -> np.ndarray:
+    """Predicted and human SCORES of each of N APA lines, (N, 2, 4); nan for predicted ones that cannot be parsed."""
+    unparsed = dict.fromkeys(SCORES, math.nan)
+    pairs = [(answer_of(line, scoring) or unparsed, line["reference"]) for line in records if line["task"] == "APA"]
+    rows = [[[scores[name] for name in SCORES] for scores in pair] for pair in pairs]
     return np.array(rows, float).reshape(-1, 2, len(SCORES))
+
+
+def parsed(rows: np.ndarray) -> np.ndarray:
+    """Those of `assessment_rows` with predicted scores."""
+    return rows[~np.isnan(rows[:, 0, 0])]
 
 
 def assessment(rows: np.ndarray) -> dict[str, float]:
     """The numbers of scores, by key; unparsed outputs leave them, and their share stands beside them."""
-    read = _parsed(rows)
+    read = parsed(rows)
     numbers = {"apa_unparsed": ratio(len(rows) - len(read), len(rows))}
-    for i, name in enumerate(SCORES):
-        numbers |= {f"{name}_{key}": value for key, value in score_numbers(*read[..., i].T).items()}
+    for name, pair in zip(SCORES, read.T.copy()):  # faster than a view
+        numbers |= {f"{name}_{key}": value for key, value in score_numbers(*pair).items()}
     return numbers
 
 
-def _parsed(rows: np.ndarray) -> np.ndarray:
-    return rows[~np.isnan(rows[:, 0, 0])]
+def phones_of(records: list[dict]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Phones of each MDD line, three lists: what should be said, what raters heard, what the model wrote."""
+    mdd = [(line["reference"], answer_of(line)) for line in records if line["task"] == "MDD"]
+    canonical, heard = ([reference[key] for reference, _ in mdd] for key in ("canonical", "heard"))
+    return canonical, heard, [normalise_phones(said["phoneme_transcript"]) if said else [] for _, said in mdd]
 
 
-def phones_of(mdd: list) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Phones of each utterance, three lists: what should be said, what raters heard, what the model wrote."""
-    canonical, heard = ([reference[key] for _, reference in mdd] for key in ("canonical", "heard"))
-    return canonical, heard, [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
+def diagnosis_rows(records: list[dict]) -> np.ndarray:
+    """Counts of each of N MDD lines, (N, 14 + 3 P); a transcript that cannot be parsed counts as empty.
 
-
-def diagnosis_rows(mdd: list) -> np.ndarray:
-    """What is counted in each of N utterances, (N, 14 + 3 P), where P is how many phones were heard in all of them.
-
-    Whether the output was not parsed; of words and of phones substitutions, deletions, insertions and reference length;
-    EVENTS; of each of P phones how often it was heard, then written, then both in one position.
-    mdd: (parsed transcripts or None, reference with word_transcript, canonical, heard) of each utterance; an unparsed
-    output counts as an empty transcript.
+    Whether it cannot be parsed; substitutions, deletions, insertions and reference length of the words, then of the
+    phones; EVENTS; how often each of P phones was heard, then written, then both in one position. The P phones are
+    those that were heard in any of the lines.
     """
-    canonical, heard, written = phones_of(mdd)
-    spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
-    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    kinds = [[kind_of(*pair) for pair in align(*phones)] for phones in zip(heard, written)]
-    events = [[event for *_, event in phone_columns(*phones)] for phones in zip(canonical, heard, written)]
+    mdd = [(line["reference"], answer_of(line)) for line in records if line["task"] == "MDD"]
+    spoken = [normalise_words(reference["word_transcript"]) for reference, _ in mdd]
+    words = [normalise_words(said["word_transcript"]) if said else [] for _, said in mdd]
+    canonical, heard, written = phones_of(records)
+    columns = list(map(phone_columns, canonical, heard, written))
+    kinds = [[kind_of(*pair) for _, *pair, _ in utterance if pair != [None, None]] for utterance in columns]
+    events = [[event for *_, event in utterance] for utterance in columns]
     agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
     names = sorted({phone for phones in heard for phone in phones})
-    return np.column_stack(
-        [
-            [output is None for output, _ in mdd],
-            error_counts(spoken, words),
-            _counts(kinds, KINDS[1:]),
-            [len(phones) for phones in heard],
-            _counts(events, EVENTS),
-            *(_counts(phones, names) for phones in (heard, written, agreed)),
-        ]
-    )
+    parts = [[said is None for _, said in mdd], error_counts(spoken, words)]
+    parts += [_counts(kinds, KINDS[1:]), list(map(len, heard)), _counts(events, EVENTS)]
+    return np.column_stack(parts + [_counts(phones, names) for phones in (heard, written, agreed)])
 
 
 def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
@@ -335,18 +330,13 @@ def diagnosis(rows: np.ndarray) -> dict[str, float]:
 # Uncertainty: other speakers might have been recorded
 
 
-def bootstrap(
-    numbers_of: Callable[[np.ndarray], dict[str, float]],
-    rows: np.ndarray,
-    speakers: Sequence[str],
-    names: Iterable[str],
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
+def bootstrap(numbers_of: Callable, rows: np.ndarray, speakers: list[str], names: Iterable[str], seed: int = 0) -> dict:
     """The numbers of RESAMPLES corpora of as many speakers, drawn with replacement, (RESAMPLES,) by key.
 
     Speakers, not utterances, are drawn: those of one speaker resemble each other, and counting them as independent
-    would make intervals too narrow. speakers: of each row; names: all that are drawn from.
-    The draws depend on the set of names and the seed alone, so two systems' numbers can be subtracted from each other.
+    would make intervals too narrow. The draws depend on the set of names and the seed alone, so two systems' numbers
+    can be subtracted from each other.
+    numbers_of: rows -> numbers by key. speakers: of each row. names: all that are drawn from.
     """
     place = {name: i for i, name in enumerate(sorted(set(names)))}
     column, rng = [place[speaker] for speaker in speakers], np.random.default_rng(seed)
@@ -401,30 +391,18 @@ def scorings(records: list[dict]) -> list[str]:
     return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
 
 
-def paired(records: list[dict], scoring: str = "greedy") -> tuple[list, list]:
-    """Outputs with their references, as `assessment_rows` and `diagnosis_rows` take them: apa, mdd."""
-    apa, mdd = [], []
-    for record in records:
-        if record["task"] == "APA" and scoring == "expected":
-            output = {name: expectation(probabilities) for name, probabilities in record["scores"].items()}
-        else:
-            output = parse_output(record["task"], record["output"])
-        (apa if record["task"] == "APA" else mdd).append((output, record["reference"]))
-    return apa, mdd
-
-
 def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
     """All numbers of a predictions file with flat keys, and by key the reason why a correlation is nan.
 
     Beside those of `assessment` and `diagnosis`: p-values, shares of outputs that were cut off, and `utterances`.
     """
-    apa, mdd = paired(records, scoring)
-    scores, reasons = assessment_rows(apa), {}
-    numbers = assessment(scores) | diagnosis(diagnosis_rows(mdd))
-    for name, (predicted, human) in zip(SCORES, np.moveaxis(_parsed(scores), 0, 2).swapaxes(0, 1)):
-        _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
+    apa, reasons = assessment_rows(records, scoring), {}
+    numbers, read = assessment(apa) | diagnosis(diagnosis_rows(records)), parsed(apa)
+    for name, pair in zip(SCORES, read.T):
+        _, numbers[f"{name}_pvalue"], _, reason = correlation(*pair)
         if reason:
-            reasons[f"{name}_pcc"] = reason if len(human) or not apa else f"none of {len(apa)} outputs could be parsed"
+            missing = len(apa) and not len(read)
+            reasons[f"{name}_pcc"] = f"none of {len(apa)} outputs could be parsed" if missing else reason
     for task in TASKS:
         cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
         numbers[f"{task.lower()}_truncated"] = ratio(sum(cut), len(cut))
@@ -438,9 +416,8 @@ def resamples(records: list[dict], scoring: str = "greedy") -> dict[str, np.ndar
     named = {*speakers[0], *speakers[1]}
     if None in named or len(named) < 2:
         return {}
-    (apa, mdd), (of_apa, of_mdd) = paired(records, scoring), speakers
-    found = bootstrap(assessment, assessment_rows(apa), of_apa, named)
-    found |= bootstrap(diagnosis, diagnosis_rows(mdd), of_mdd, named)
+    found = bootstrap(assessment, assessment_rows(records, scoring), speakers[0], named)
+    found |= bootstrap(diagnosis, diagnosis_rows(records), speakers[1], named)
     return {key: values for key, values in found.items() if key not in EVENTS}  # these grow with a corpus
 
 
