@@ -15,7 +15,7 @@ Shapes: S samples, F feature frames, B rows of a batch, T tokens of a row.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 import hashlib
@@ -25,9 +25,10 @@ import math
 import os
 from pathlib import Path
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 import prompts
@@ -173,7 +174,7 @@ def _once(path, pairs):
     return fields
 
 
-def read_hub(name: str, folder: Path, split: str) -> Reader:
+def read_hub(name: str | Path, folder: Path, split: str) -> Reader:
     """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
@@ -276,7 +277,7 @@ def _word(record):
     return Word(record.text, tuple(record.phones), tuple(phone for phone in heard if phone != "<DEL>"), len(labels))
 
 
-def log_mel(utterance: Utterance, extractor) -> np.ndarray:
+def log_mel(utterance: Utterance, extractor: Callable[..., Mapping[str, Sequence[ArrayLike]]]) -> ArrayLike:
     """Log-mel features (F, 80) of one utterance, by the model's own feature extractor.
 
     One recording at a time: the extractor's batched path fails on some sets of lengths.
@@ -337,6 +338,12 @@ def reference(utterance: Utterance, task: str) -> dict:
 # Examples and batches
 
 
+class Tokenizer(Protocol):
+    """What of transformers' tokenizers is needed here."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Example:
     utterance: Utterance
@@ -344,7 +351,7 @@ class Example:
     prompt_ids: list[int]  # with one audio placeholder for each audio embedding
     answer_ids: list[int]  # ends with <|end|>
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
@@ -354,14 +361,14 @@ class Examples(Sequence):
     Their token ids would take several times the memory of the corpus' labels.
     """
 
-    def __init__(self, utterances, tokenizer, audio_id):
+    def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, audio_id: int) -> None:
         self.utterances, self.tokenizer, self.audio_id = utterances, tokenizer, audio_id
         self.pairs = [(utterance, task) for utterance in utterances for task in utterance.tasks]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Example:
         utterance, task = self.pairs[index]
         if task == "APA":
             answer = prompts.apa_target(utterance.scores)
@@ -372,7 +379,9 @@ class Examples(Sequence):
         return Example(utterance, task, prompt_ids, answer_ids)
 
 
-def encode_prompt(utterance, task, tokenizer, audio_id, control_token=True):
+def encode_prompt(
+    utterance: Utterance, task: str, tokenizer: Tokenizer, audio_id: int, control_token: bool = True
+) -> list[int]:
     """Token ids of a prompt, up to and including <|assistant|>; the audio placeholder repeated for every embedding."""
     before, after = _encode_around_audio(tokenizer, task, control_token)
     return before + [audio_id] * utterance.audio_tokens + after
@@ -385,7 +394,7 @@ def _encode_around_audio(tokenizer, task, control_token):
 
 
 @cache
-def encode_score_slots(tokenizer):
+def encode_score_slots(tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
     """An APA answer as token ids around its scores: what stands before each of the four, and the ids of values 0-10.
 
     Raises InputError when the tokenizer does not write each value as one token of its own.
@@ -437,7 +446,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
     return MicroBatch(input_ids, labels, [example.utterance for example in examples], sum(map(len, examples)))
 
 
-def epoch_steps(examples, step_size, seed, epoch):
+def epoch_steps(examples: int, step_size: int, seed: int, epoch: int) -> np.ndarray:
     """The steps of one epoch: indices of `step_size` of the `examples`, drawn at random without replacement.
 
     The order depends on seed and epoch alone. What does not fill a step is left out of this epoch, a different
@@ -448,7 +457,7 @@ def epoch_steps(examples, step_size, seed, epoch):
     return order[: examples // step_size * step_size].reshape(-1, step_size)
 
 
-def micro_batches(step, size, rank=0, processes=1):
+def micro_batches(step: Sequence[Example], size: int, rank: int = 0, processes: int = 1) -> list[list[Example]]:
     """One process' share of a step, cut into micro-batches of similar length, longest first.
 
     Little padding, memory peaks at once, and every process gets as much as the others. The gradient of a step does not

@@ -9,7 +9,7 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 import gc
@@ -18,7 +18,7 @@ import math
 import os
 from pathlib import Path
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -114,12 +114,12 @@ class Evaluation:
     training: runs.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
 
     @property
-    def speech_adapter(self):
+    def speech_adapter(self) -> runs.SpeechAdapter:
         """The unmodified model hears through the shipped one."""
         return self.training.speech_adapter if self.adapter else "merge"
 
     @property
-    def paper_row(self):
+    def paper_row(self) -> tuple[str, int] | None:
         """Key of PAPER for the same strategy and epoch, or the best one (3) for later ones.
 
         None where it is not known what wrote the answers, or where the paper has no such row.
@@ -132,7 +132,7 @@ class Evaluation:
         return strategy, epoch if (strategy, epoch) in PAPER else 3
 
 
-def evaluations(settings, output=None):
+def evaluations(settings: ModelSettings, output: Path | None = None) -> list[Evaluation]:
     """What the settings ask for, the unmodified model first. Raises InputError where that is nothing."""
     if not (settings.adapter or settings.base):
         raise cli.InputError("nothing to evaluate: give --adapter, --base for the unmodified model, or --predictions")
@@ -150,7 +150,7 @@ def evaluations(settings, output=None):
     return chosen
 
 
-def saved_evaluation(path, output=None):
+def saved_evaluation(path: Path, output: Path | None = None) -> Evaluation:
     """What wrote a predictions file, by what evaluate.py left beside it; a file that stands alone has no paper row."""
     writer = answers.writer(path)
     evaluation = Evaluation(writer.evaluated if writer else "predictions", output or path.parent, None, writer)
@@ -163,7 +163,10 @@ def saved_evaluation(path, output=None):
 # Generating
 
 
-def choose_model(evaluation, settings):
+Chosen = TypeVar("Chosen", bound=ModelSettings)
+
+
+def choose_model(evaluation: Evaluation, settings: Chosen) -> Chosen:
     """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
     defaults = runs.HUB_MODEL, runs.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
@@ -177,7 +180,7 @@ def choose_model(evaluation, settings):
     return replace(settings, **chosen | {"revision": commit})
 
 
-def read_corpus(evaluation, settings):
+def read_corpus(evaluation: Evaluation, settings: Settings) -> list[data.Utterance]:
     """The utterances of the corpus that was trained on, or of the one that is asked for."""
     source = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
     revision = settings.data_revision or getattr(evaluation.training, "data_revision", None) or data.HUB_CORPUS_REVISION
@@ -188,7 +191,7 @@ def read_corpus(evaluation, settings):
     return utterances
 
 
-def load(evaluation, settings):
+def load(evaluation: Evaluation, settings: ModelSettings) -> "models.SpeechModel":
     """The model that an evaluation is of, with its adapter; settings: of `choose_model`."""
     gc.collect()  # the previous model leaves the GPU first
     base = settings.model, settings.revision, settings.dtype, settings.attention
@@ -199,7 +202,7 @@ def load(evaluation, settings):
     return model.eval()
 
 
-def made_with(evaluation, utterances, settings):
+def made_with(evaluation: Evaluation, utterances: Sequence[data.Utterance], settings: Settings) -> dict[str, Any]:
     """All that answers depend on, for predictions.settings.json."""
     weights = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
     names = ("model", "revision", "dtype", "attention", "max_new_tokens")
@@ -214,12 +217,12 @@ def made_with(evaluation, utterances, settings):
     }
 
 
-def asked_of(utterances):
+def asked_of(utterances: Iterable[data.Utterance]) -> answers.Asked:
     """What is to be answered, as answers.Asked."""
     return {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
 
 
-def generate(evaluation, utterances, settings):
+def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], settings: Settings) -> list[dict]:
     """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, and return them.
 
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes.
@@ -253,7 +256,9 @@ def generate(evaluation, utterances, settings):
 # Numbers as text
 
 
-def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[str] = ()) -> list[str]:
+def cells(
+    numbers: Mapping[str, float], columns: Iterable[str], near: Mapping[str, float] | tuple[()] = ()
+) -> list[str]:
     """Numbers as text, "-" where there is none; those close to the one that `near` has for the key are marked."""
     texts = []
     for key in columns:
@@ -263,8 +268,8 @@ def cells(numbers: Mapping[str, float], columns: Iterable[str], near: Container[
     return texts
 
 
-def with_halves(rows: Iterable, columns: Sequence[str]) -> cli.Rows:
-    """Rows of evaluate.Row for `show_table`: under each number half the width of its interval."""
+def with_halves(rows: Iterable["Row"], columns: Collection[str]) -> cli.Rows:
+    """Rows for `show_table`: under each number half the width of its interval."""
     lines = []
     for row in rows:
         found = [row.intervals.get(key, (math.nan, math.nan)) for key in columns]
@@ -288,13 +293,13 @@ class Row:
     near: dict = field(default_factory=dict)  # the paper's numbers by key, where they are of the same utterances
 
 
-def is_papers_corpus(records):
+def is_papers_corpus(records: list[dict]) -> bool:
     """Whether the lines of predictions.jsonl answer the paper's 2,500 test utterances: all of them, and no others."""
     ids = "\n".join(sorted({record["id"] for record in records}))
     return hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest() == PAPER_CORPUS
 
 
-def rows_of(records, label, paper_row):
+def rows_of(records: list[dict], label: str, paper_row: tuple[str, int] | None) -> list[Row]:
     """A row for each scoring that predictions hold; prints why a number is missing."""
     near = dict(zip(TABLE_3, PAPER[paper_row])) if paper_row and is_papers_corpus(records) else {}
     rows = []
@@ -307,7 +312,7 @@ def rows_of(records, label, paper_row):
     return rows
 
 
-def copying_floor(records):
+def copying_floor(records: list[dict]) -> Row:
     """The row of a "model" that writes what should have been said: the PER and F1 that need no listening."""
     asked = [record for record in records if record["task"] == "MDD"]
     right = [prompts.mdd_target(r["reference"]["word_transcript"], r["reference"]["canonical"]) for r in asked]
@@ -315,23 +320,23 @@ def copying_floor(records):
     return Row("says everything right", None, metrics.score(copied)[0], metrics.intervals(copied, "greedy"))
 
 
-def table_3(rows, floors):
+def table_3(rows: list[Row], floors: list[Row]) -> tuple[str, list[str], cli.Rows]:
     """Our rows, floors, and the paper's, as (caption, columns, rows)."""
     paper = [(name, cells(dict(zip(TABLE_3, values)), TABLE_3)) for name, values in papers_rows(rows).items()]
     return "Table 3", list(TABLE_3.values()), with_halves([*rows, *floors], TABLE_3) + paper
 
 
-def papers_rows(rows):
+def papers_rows(rows: list[Row]) -> dict[str, tuple[float, ...]]:
     """{name: numbers} of the paper's rows of the strategies that were evaluated; "lora" where that is not known."""
     strategies = {"base"} | ({row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"})
     return {paper_name(*key): values for key, values in PAPER.items() if key[0] in strategies}
 
 
-def paper_name(layers, epoch):
+def paper_name(layers: str, epoch: int) -> str:
     return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
 
 
-def explain(rows):
+def explain(rows: list[Row]) -> list[str]:
     """What the columns and rows are, one note a line."""
     utterances = ", ".join(sorted({f"{row.numbers['utterances']:,}" for row in rows}))
     return [
@@ -345,7 +350,7 @@ def explain(rows):
     ]
 
 
-def draw_figure5(records, path):
+def draw_figure5(records: list[dict], path: Path) -> None:
     """The paper's Figure 5: PER of each utterance against its human and its predicted accuracy, with PCC."""
     from matplotlib.figure import Figure  # takes a second
 
@@ -376,7 +381,7 @@ def draw_figure5(records, path):
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def score(records, label, paper_row, folder):
+def score(records: list[dict], label: str, paper_row: tuple[str, int] | None, folder: Path) -> list[Row]:
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
     rows = rows_of(records, label, paper_row)
     answers.write_metrics(rows, label, folder / "metrics.json")
@@ -384,7 +389,7 @@ def score(records, label, paper_row, folder):
     return rows
 
 
-def show(rows, floors):
+def show(rows: list[Row], floors: list[Row]) -> None:
     """Print the tables, and what is in them."""
     cli.show_table(*table_3(rows, floors), own=len(rows))
     caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
@@ -395,7 +400,7 @@ def show(rows, floors):
     cli.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 
 
-def main():
+def main() -> None:
     """Check what the command line asks for, own the folders that are written into, and evaluate."""
     settings = cli.parse(Settings, __doc__)
     saved = answers.read(settings.predictions) if settings.predictions else None
@@ -415,7 +420,7 @@ def main():
         evaluate(chosen, saved, settings)
 
 
-def evaluate(chosen, saved, settings):
+def evaluate(chosen: list[Evaluation], saved: list[dict] | None, settings: Settings) -> None:
     """Generate, unless answers were saved, and score; print the tables."""
     if not saved:
         processes.start()

@@ -85,7 +85,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (sizes.cumsum() - sizes / 2)[group]
 
 
-def expectation(probabilities: list[float]) -> float:
+def expectation(probabilities: Sequence[float]) -> float:
     """The mean score of a distribution over the values 0, 1, 2, ..."""
     return sum(value * probability for value, probability in enumerate(probabilities))
 

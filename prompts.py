@@ -14,6 +14,7 @@ which is not JSON, and the MDD example holds an apostrophe; the answers trained 
 the same order (our choice), and the parser reads both.
 """
 
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 import hashlib
 import json
@@ -83,7 +84,7 @@ Provide the results in the following JSON format:
 PROMPTS = {"APA": APA_PROMPT, "MDD": MDD_PROMPT}
 
 
-def build_prompt(task, control_token=True):
+def build_prompt(task: str, control_token: bool = True) -> str:
     """The text before the answer, up to and including `<|assistant|>` (paper, Figure 3).
 
     Without `control_token` it is the prompt of the unmodified model, the paper's epoch 0 (paper 3.1).
@@ -92,17 +93,17 @@ def build_prompt(task, control_token=True):
     return f"{USER}{token}{AUDIO}{PROMPTS[task]}{END}{ASSISTANT}"
 
 
-def digest():
+def digest() -> str:
     """Of both prompts with their tokens: what an adapter was trained with, so that no other asks it in silence."""
     return hashlib.sha256("\0".join(map(build_prompt, TASKS)).encode()).hexdigest()
 
 
-def apa_target(scores):
+def apa_target(scores: Mapping[str, float]) -> str:
     """The APA answer: JSON with the four scores in fixed order. `scores`: mapping with the names in SCORES."""
     return json.dumps({name: scores[name] for name in SCORES})
 
 
-def mdd_target(text, heard):
+def mdd_target(text: str, heard: Iterable[str]) -> str:
     """The MDD answer: JSON with the sentence and the phones as they were heard, separated by spaces."""
     return json.dumps(dict(zip(TRANSCRIPTS, (text, " ".join(heard)))), ensure_ascii=False)
 

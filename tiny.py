@@ -12,6 +12,7 @@ something to learn and a right answer. It shows that the code learns; it says no
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 import json
@@ -88,11 +89,11 @@ class Sound:
     shift: float = 1.0  # factor on the tones
 
 
-def new_voice(rng):
+def new_voice(rng: np.random.Generator) -> Voice:
     return Voice(rng.uniform(90, 240), rng.uniform(0.95, 1.05), rng.uniform(0.85, 1.2), rng.uniform())
 
 
-def synthesise(sounds, voice, rng):
+def synthesise(sounds: list[Sound], voice: Voice, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Waveform (S,) of a list of sounds, and for every sample which phone it is and whether it is breathy, (S, 2).
 
     The phone as its index in PHONES, -1 in silence.
@@ -117,7 +118,7 @@ def synthesise(sounds, voice, rng):
     return (wave + 0.001 * rng.standard_normal(len(wave))).astype(np.float32), np.concatenate(labels)
 
 
-def clean_speech(rng):
+def clean_speech(rng: np.random.Generator) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
     """One utterance of clear speech for pretraining: (words, phones, waveform, sample labels).
 
     In most utterances half of the phones are replaced at random and sound like the rest, so that the model learns to
@@ -147,7 +148,7 @@ def _silence(rng):
 # Corpus
 
 
-def learner_speech(rng, voice):
+def learner_speech(rng: np.random.Generator, voice: Voice) -> tuple[dict, np.ndarray]:
     """One learner's utterance: (scores.json record, waveform). The scores follow from what was done to the audio."""
     words = list(rng.choice(list(LEXICON), rng.integers(2, 5)))
     error_rate = np.clip(0.55 * (1 - voice.skill) + rng.uniform(-0.15, 0.15), 0, 0.6)
@@ -205,7 +206,13 @@ def _word_record(word, canonical, mispronunciations):
     return {"text": word, "phones": canonical, **scores, "mispronunciations": mispronunciations}
 
 
-def write_corpus(root, speakers, per_speaker, seed, speech=learner_speech):
+def write_corpus(
+    root: Path,
+    speakers: dict[str, int],
+    per_speaker: int,
+    seed: int,
+    speech: Callable[[np.random.Generator, Voice], tuple[dict, np.ndarray]] = learner_speech,
+) -> None:
     """Write a corpus folder in the release's layout. speakers: {"train": number, "test": number}; none is in both.
 
     speech: makes one utterance, as learner_speech does.
@@ -255,7 +262,7 @@ IMAGE = {"image_size": 28, "crop_size": 28, "patch_size": 14}
 QUESTIONS = {"words": "Transcribe the words.", "phones": "Transcribe the phones.", "JSON": "Return as JSON:"}
 
 
-def new_tokenizer():
+def new_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer in which words, phones, JSON keys and the numbers 0-10 are one token each.
 
     So is every line of the two prompts: with an ordinary tokenizer the APA prompt alone has over 500 tokens, most of
@@ -276,7 +283,7 @@ def new_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **ends)
 
 
-def new_network(tokenizer):
+def new_network(tokenizer: "transformers.PreTrainedTokenizerFast") -> "transformers.Phi4MultimodalForCausalLM":
     """A Phi4Multimodal of about a million parameters with random weights."""
     end_of_text, image, audio = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS[:3])
     config = transformers.Phi4MultimodalConfig(
@@ -331,7 +338,7 @@ class Pretraining:
     WORDS = 0.15  # share of the clips that are to be written as words; the others as phones
     TEXT_ONLY = 0.03  # share of examples without audio, so that JSON keys and digits have embeddings
 
-    def __init__(self, model, seed, clips):
+    def __init__(self, model: "models.SpeechModel", seed: int, clips: int) -> None:
         self.model = model
         self.encode = cache(model.tokenizer.encode)  # each clip is drawn some eight times
         self.rng = np.random.default_rng((seed, 2))
@@ -342,7 +349,7 @@ class Pretraining:
         normalisation.global_mean.copy_(features.mean(0))
         normalisation.global_invstd.copy_(1 / features.std(0))
 
-    def run(self, steps):
+    def run(self, steps: int) -> None:
         """Train all weights, those of the audio first."""
         hearing = math.ceil(self.HEARING * steps)
         self._train("hearing", hearing, self._hearing_loss, self.model.audio, self.frame_head)
@@ -410,7 +417,7 @@ class Pretraining:
         return data.Example(None, "pretraining", prompt, self.encode(answer + prompts.END))
 
 
-def write_model(folder, steps, seed, clips=3000, bare_names=False):
+def write_model(folder: Path, steps: int, seed: int, clips: int = 3000, bare_names: bool = False) -> None:
     """Pretrain a tiny model and write it as a checkpoint folder in the real format.
 
     bare_names: of the speech adapter's weights, as transformers' converter writes them; Microsoft's have PEFT's prefix.
@@ -436,7 +443,9 @@ def write_model(folder, steps, seed, clips=3000, bare_names=False):
     speech.unload().save_pretrained(folder)
 
 
-def split_off_adapter(network, initial, rank=8):
+def split_off_adapter(
+    network: "transformers.Phi4MultimodalForCausalLM", initial: dict[str, "torch.Tensor"], rank: int = 8
+) -> "peft.PeftModel":
     """Move the largest part of what pretraining changed in the language model into a LoRA, as the real model has it.
 
     Base and adapter together compute what the network computed before; the base alone hears badly.
@@ -452,7 +461,7 @@ def split_off_adapter(network, initial, rank=8):
     return network
 
 
-def main():
+def main() -> None:
     """Write tiny/corpus and tiny/model."""
     settings = cli.parse(Settings, __doc__)
     speakers = {"train": settings.train_speakers, "test": settings.test_speakers}

@@ -94,6 +94,8 @@ def resumed(settings: Settings) -> Settings:
         return settings
     if not settings.resume:
         raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it be")
+    if files.read_json(path, dict).get("prompts") != prompts.digest():
+        raise cli.InputError(f"the run in {settings.output} was begun with other prompts: choose another --output")
     saved = files.read_json(path, Settings)
     for name in (field.name for field in fields(Method) if cli.given(field.name)):
         given, was = getattr(settings, name), getattr(saved, name)
@@ -155,13 +157,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def autocast() -> Any:
+def autocast() -> "torch.autocast":
     """bfloat16 arithmetic on CUDA; plain float32 on a CPU, where it would be slower."""
     return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available())
 
 
 def train_step(
-    model: "models.SpeechModel", weights: dict, optimiser: Any, step: list[data.Example], size: int, clip: float
+    model: "models.SpeechModel",
+    weights: runs.Weights,
+    optimiser: "torch.optim.Optimizer",
+    step: list[data.Example],
+    size: int,
+    clip: float,
 ) -> dict[str, float]:
     """One update of the weights. Returns what is logged of it; collective.
 

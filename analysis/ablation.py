@@ -60,7 +60,7 @@ def silence(samples: int) -> bytes:
 def find_own(evaluation: evaluate.Evaluation, utterances: list[data.Utterance], settings: Settings) -> list[dict]:
     """The records of the own audio, made by the same model and settings. Raises InputError where there are none."""
     made_with = evaluate.made_with(evaluation, utterances, settings)
-    found = answers.find(evaluation.output, utterances, made_with)
+    found = answers.find(evaluation.output, evaluate.asked_of(utterances), made_with)
     if found is None:
         raise cli.InputError(
             f"{evaluation.output} holds no answers of {evaluation.label} to the own audio with these settings: "
@@ -69,7 +69,7 @@ def find_own(evaluation: evaluate.Evaluation, utterances: list[data.Utterance], 
     return found
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     others = [replace(e, label=f"{e.label}, {settings.how}", output=e.output / settings.how) for e in chosen]

@@ -120,7 +120,12 @@ class Assessor:
     settings: the other fields of evaluate.ModelSettings. Raises InputError for what cannot be loaded.
     """
 
-    def __init__(self, adapter: str | os.PathLike | None = None, pronunciations: Iterable = (), **settings):
+    def __init__(
+        self,
+        adapter: str | os.PathLike | None = None,
+        pronunciations: Iterable = (),
+        **settings: str | int | None,
+    ) -> None:
         self.lexicons = read_lexicons(pronunciations)
         settings = evaluate.ModelSettings(adapter=Path(adapter) if adapter else None, **settings)
         evaluation = evaluation_of(settings)

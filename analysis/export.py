@@ -9,6 +9,7 @@ README.md in it shows. vLLM and SGLang serve Microsoft's layout, which has other
 and processor then come from a copy of Microsoft's own repository, of which no code is run here.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -29,6 +30,7 @@ with when_used():
     from peft.utils import integrations
     import tokenizers
     import torch
+    import transformers
 
     import model as models
     from support import pretrained
@@ -110,7 +112,7 @@ def export(settings: Settings) -> str:
     return said
 
 
-def fold(model, dtype: str) -> str:
+def fold(model: "models.SpeechModel", dtype: str) -> str:
     """Fold LoRA into the weights of its layers, and leave the bare network in the model; returns what that did.
 
     To what training held, in 4 bits too, what was learnt is added in float32, and the sum is rounded once.
@@ -138,7 +140,7 @@ def microsoft_name(name: str) -> str:
     return name
 
 
-def check_names(names, like: Path):
+def check_names(names: Set[str], like: Path) -> None:
     """Microsoft's index must have the same weights, but for its two adapters. Raises InputError."""
     index = like / pretrained.WEIGHTS_INDEX
     listed = files.read_json(index, pretrained.WeightsIndex).weight_map
@@ -147,7 +149,7 @@ def check_names(names, like: Path):
         raise cli.InputError(f"{index}: {len(different)} weights are not those of this model, such as {different[0]}")
 
 
-def add_control_tokens(folder: Path, tokenizer):
+def add_control_tokens(folder: Path, tokenizer: "transformers.PreTrainedTokenizerFast") -> None:
     """Add the control tokens to tokenizer.json, with the ids that they have in `tokenizer`.
 
     All added tokens go into the vocabulary as well: the ids of those that are not there are counted when the file is
@@ -172,7 +174,7 @@ def add_control_tokens(folder: Path, tokenizer):
             raise cli.InputError(f"{path.name} reads the {task} prompt as other tokens than in training")
 
 
-def change_json(path: Path, **values):
+def change_json(path: Path, **values: str | list[int]) -> None:
     content = files.read_json(path, dict) if path.is_file() else {}
     path.write_text(json.dumps(content | values, indent=2) + "\n")
 
@@ -266,7 +268,7 @@ def scores(evaluation: evaluate.Evaluation, run: Path) -> str:
     return "\n".join([*rows, "", "Measured by evaluate.py, before folding."])
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     cli.say(export(settings), f"written: {settings.folder}")
 

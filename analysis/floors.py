@@ -12,8 +12,10 @@ speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 
 Shapes: S samples, F features, U utterances, K scores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tyro.conf import Positional
@@ -61,7 +63,7 @@ class Settings:
 # The fit
 
 
-def waveform_features(audio):
+def waveform_features(audio: np.ndarray) -> np.ndarray:
     """Duration, silence, pauses and levels of one recording.
 
     audio: (S,) float32 at 16 kHz, at least one frame. Returns (F,) float64, finite, in the order of FEATURES.
@@ -84,7 +86,7 @@ def waveform_features(audio):
     )
 
 
-def frame_levels(audio):
+def frame_levels(audio: np.ndarray) -> np.ndarray:
     """The level of every frame in dBFS (0: a square wave at full scale). audio: (S,) -> (frames,) float64."""
     frames = np.lib.stride_tricks.sliding_window_view(np.square(audio, dtype=np.float64), data.FRAME)[:: data.HOP]
     return 10 * np.log10(np.maximum(frames.mean(axis=1), 10 ** (QUIETEST / 10)))
@@ -95,10 +97,10 @@ def _seconds(frames):
     return ((frames - 1) * data.HOP + data.FRAME) / data.SAMPLE_RATE
 
 
-def pauses_and_energy(train, test):
+def pauses_and_energy(train: Sequence[data.Utterance], test: Sequence[data.Utterance]) -> dict[str, dict[str, float]]:
     """Scores of the test utterances, by least squares on the human scores of the train utterances.
 
-    train, test: lists of data.Utterance; their recordings are read one at a time.
+    Their recordings are read one at a time.
     Returns {test utterance id: {score name: float from 0 to 10}}.
     """
     human = np.array([[utterance.scores[name] for name in prompts.SCORES] for utterance in train])  # (U, K)
@@ -123,12 +125,20 @@ class Corpus(files.Shape):
     data_revision: str | None = None
 
 
+class Source(Protocol):
+    """The settings that name a corpus: those of this command, and of analysis.report."""
+
+    data: str | None
+    data_revision: str | None
+    split: str
+
+
 def training_settings(folder: Path) -> Path:
     """Where train.py wrote its settings: in the evaluated folder, or above base/, the unmodified model's."""
     return (folder.parent if folder.name == "base" else folder) / "settings.json"
 
 
-def find_corpus(settings, folder: Path) -> evaluate.Settings:
+def find_corpus(settings: Source, folder: Path) -> evaluate.Settings:
     """Where the utterances are: as the settings say, else as in the training whose evaluation is in the folder."""
     path = training_settings(folder)
     training = files.read_json(path, Corpus) if path.is_file() and not settings.data else settings
@@ -173,7 +183,7 @@ def _row(label, records):
     return evaluate.Row(label, None, metrics.score(records)[0], metrics.intervals(records))
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     records = answers.read(settings.predictions)
     evaluation = evaluate.saved_evaluation(settings.predictions)

@@ -23,6 +23,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from analysis import floors, phones
+import data
 import evaluate
 import metrics
 import prompts
@@ -317,8 +318,8 @@ def read_answers(records: list[dict], texts: dict[str, str]) -> list[Answers]:
     return sorted(found.values(), key=lambda entry: entry.error, reverse=True)
 
 
-def recording(utterance) -> tuple[str, str]:
-    """A recording as a URI, and why there is none: one of the two is empty. utterance: data.Utterance, or None."""
+def recording(utterance: data.Utterance | None) -> tuple[str, str]:
+    """A recording as a URI, and why there is none: one of the two is empty."""
     try:
         content = utterance.recording() if utterance else b""
     except (OSError, cli.InputError) as error:
@@ -349,8 +350,13 @@ def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str
     return found, json.dumps(known, indent=2)
 
 
-def make_tables(rows, floor_rows, records, papers_corpus):
-    """The tables of the page, as (caption, columns, rows) of texts: those that are shown, and those that are folded."""
+Table = tuple[str, list[str], cli.Rows]  # caption, columns, rows
+
+
+def make_tables(
+    rows: list[evaluate.Row], floor_rows: list[evaluate.Row], records: list[dict], papers_corpus: bool
+) -> tuple[list[Table], list[Table]]:
+    """The tables of the page, as texts: those that are shown, and those that are folded."""
     halves = evaluate.with_halves
     outputs = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
     detection = [*rows[:1], *(row for row in floor_rows if not math.isnan(row.numbers["per"]))]
@@ -408,7 +414,7 @@ def make_page(
     return text, pictures
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     folder = settings.output or settings.run
     records = answers.read(settings.run / answers.WHOLE)

@@ -82,7 +82,7 @@ class Settings(evaluate.ModelSettings):
 class Connection(H11Protocol):
     """uvicorn's, but there are no more than CONNECTIONS, and one that sends no whole head in HEAD seconds ends."""
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._wait_for_head()
         if len(self.connections) > CONNECTIONS:
@@ -96,12 +96,12 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.IDLE:
             self.transport.abort()
 
-    def on_response_complete(self):
+    def on_response_complete(self) -> None:
         self.waits.cancel()
         self._wait_for_head()
         super().on_response_complete()
 
-    def connection_lost(self, exc):
+    def connection_lost(self, exc: Exception | None) -> None:
         self.waits.cancel()
         super().connection_lost(exc)
 
@@ -109,7 +109,7 @@ class Connection(H11Protocol):
 class Service:
     """Answers the questions of many requests with one model, in batches."""
 
-    def __init__(self, assess: assessor.Assessor):
+    def __init__(self, assess: assessor.Assessor) -> None:
         self.assess, self.requests, self.asked = assess, 0, asyncio.Queue()
         self.model_thread, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(DECODERS)
 
@@ -121,7 +121,7 @@ class Service:
         self.asked.put_nowait((question, answer))
         return await answer
 
-    async def run(self):
+    async def run(self) -> None:
         """Answer what is waiting, until cancelled."""
         while True:
             batch = [await self.asked.get()]
@@ -237,7 +237,7 @@ def server(app: Starlette) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, backlog=BACKLOG, timeout_graceful_shutdown=GOODBYE, **how))
 
 
-def main():
+def main() -> None:
     settings = cli.parse(Settings, __doc__)
     host, model = settings.host, {f.name: getattr(settings, f.name) for f in fields(evaluate.ModelSettings)}
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -106,7 +106,7 @@ class Writer(files.Shape):
 # Reading and writing
 
 
-def read(path, cut_off=False):
+def read(path: Path, cut_off: bool = False) -> list[dict[str, Any]]:
     """The lines of a predictions file, as dicts that hold what is there, no nulls.
 
     cut_off: of an evaluation that was stopped; there may be no line, or a last one without its end, which is left out.
@@ -125,7 +125,7 @@ def read(path, cut_off=False):
     return records
 
 
-def read_metrics(path):
+def read_metrics(path: Path) -> dict[str, str | float | None]:
     """A metrics.json by key; None for a number that does not exist. Raises InputError."""
     try:
         return files.read_json(path, Metrics).model_dump()

@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import sys
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -31,6 +32,7 @@ with when_used():
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
+Value = TypeVar("Value")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -42,7 +44,7 @@ class Shape(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, extra="ignore")
 
 
-def read_bytes(path):
+def read_bytes(path: str | os.PathLike) -> bytes:
     """Content of a regular file; a FIFO or a device would hang or never end. Raises InputError."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
@@ -60,7 +62,7 @@ def _without_waiting(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def read_text(path):
+def read_text(path: str | os.PathLike) -> str:
     """Content of a regular file of UTF-8 text without its byte-order mark. Raises InputError."""
     try:
         return read_bytes(path).decode("utf-8-sig")
@@ -68,7 +70,7 @@ def read_text(path):
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def check(shape, value, where):
+def check(shape: type[Value], value: object, where: str | os.PathLike) -> Value:
     """`value` as `shape` (a Shape or any type of fields) has it. Raises InputError that starts with `where`."""
     try:
         return _adapter(shape).validate_python(value)
@@ -76,7 +78,7 @@ def check(shape, value, where):
         raise InputError(f"{where}: {reason(error)}") from error
 
 
-def check_json(shape, text, where):
+def check_json(shape: type[Value], text: str, where: str | os.PathLike) -> Value:
     """JSON text as `shape` has it. Raises InputError that starts with `where`."""
     try:
         return _adapter(shape).validate_json(text)
@@ -84,12 +86,12 @@ def check_json(shape, text, where):
         raise InputError(f"{where}: {reason(error)}") from error
 
 
-def read_json(path, shape):
+def read_json(path: str | os.PathLike, shape: type[Value]) -> Value:
     """A JSON file of the shape. Raises InputError."""
     return check_json(shape, read_text(path), path)
 
 
-def read_lines(path, shape, cut_off=False):
+def read_lines(path: str | os.PathLike, shape: type[Value], cut_off: bool = False) -> list[Value]:
     """A file with a JSON object of the shape in every line, as a list. Raises InputError naming the first wrong line.
 
     cut_off: a last line without its end is left out: its writer was killed.
@@ -237,7 +239,7 @@ def _remove(path):
 MOMENT = 1  # seconds; a look into the cache takes less, and shows nothing
 
 
-def fetch(name: str, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
+def fetch(name: str | Path, revision: str | None, kind: str, patterns: Iterable[str]) -> tuple[Path, str | None]:
     """The folder of a model or data set, and the commit that it is of; a folder is returned as it is, with None.
 
     name: folder or hub id; revision: of the hub id; kind: "model" or "dataset"; patterns: of the files that are needed.
@@ -287,7 +289,7 @@ def _reason(error):
 class _Bar(tqdm):
     """Shows the progress of rank 0, on a terminal, once it takes more than a moment."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs) -> None:
         kwargs |= {"delay": MOMENT, "disable": process_rank() > 0 or None, "ncols": width(sys.stderr)}
         super().__init__(*args, **kwargs)
 

@@ -7,13 +7,14 @@ with when_used():
 """
 
 import builtins
+from collections.abc import Iterator
 from contextlib import contextmanager
 import importlib
 from types import SimpleNamespace
 
 
 @contextmanager
-def when_used():
+def when_used() -> Iterator[None]:
     """Modules that are imported in this block are loaded when something of them is first asked for.
 
     For `import module` and `from package import module` alone. Python 3.15 has `lazy import` for it (PEP 810).
@@ -34,8 +35,8 @@ def _promise(name, globals=None, locals=None, names=None, level=0):
 class _Module:
     """Stands for a module; keeps nothing of it, so that what is put into the module later is seen."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, attribute):
+    def __getattr__(self, attribute: str) -> object:
         return getattr(importlib.import_module(self._name), attribute)

@@ -4,7 +4,7 @@ Nobody has held this code against the real files yet. docs/checkpoint.md lists w
 here sees it when an assumption is wrong.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 import re
@@ -128,7 +128,7 @@ class AdapterConfig(files.Shape):
 
 
 @contextmanager
-def loading(what):
+def loading(what: str | Path) -> Iterator[None]:
     """Libraries say in many ways that a file is missing, does not fit, or is no file of theirs: one InputError."""
     try:
         yield
@@ -138,7 +138,7 @@ def loading(what):
         raise cli.InputError(f"{what} cannot be loaded: {cli.first_line(error)}") from error
 
 
-def read_weights(path):
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file. Raises ValueError for what is no such file, or holds no weights."""
     if not path.is_file():  # a FIFO would be waited for
         raise ValueError(f"{path} is missing, or is not a regular file")
@@ -160,7 +160,7 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     return {name if name.startswith(PEFT_PREFIX) else PEFT_PREFIX + name: weight for name, weight in weights.items()}
 
 
-def check_fit(weights, own):
+def check_fit(weights: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
     """Both must have the same keys with the same shapes."""
     if difference := sorted(weights.keys() ^ own.keys()):
         raise ValueError(f"it does not fit the model: {len(difference)} keys differ, such as {difference[0]}")
@@ -234,7 +234,7 @@ def is_real(tokenizer: PreTrainedTokenizerFast) -> bool:
     return len(tokenizer) >= VOCABULARY
 
 
-def load_reading(folder, what):
+def load_reading(folder: Path, what: str) -> tuple[PreTrainedTokenizerFast, Phi4MultimodalFeatureExtractor]:
     """Tokenizer and feature extractor."""
     files.read_json(folder / "preprocessor_config.json", ExtractorConfig)
     with loading(what):
@@ -255,14 +255,16 @@ def load_reading(folder, what):
     return tokenizer, extractor
 
 
-def quieten():
+def quieten() -> None:
     """Silence what transformers says while it loads and saves: no user can act on it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
-def load_network(folder, what, dtype, attention, four_bit_layers=None):
+def load_network(
+    folder: Path, what: str, dtype: str, attention: str, four_bit_layers: str | None = None
+) -> Phi4MultimodalForCausalLM:
     """The bare checkpoint, without its speech adapter, where it will compute.
 
     four_bit_layers: regex of the layers that are kept in 4 bits; None for none.
@@ -288,7 +290,7 @@ def load_network(folder, what, dtype, attention, four_bit_layers=None):
     return network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_config(folder):
+def read_config(folder: Path) -> LoraConfig:
     """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
     files.read_json(folder / "adapter_config.json", AdapterConfig)
     with loading(f"{folder}/adapter_config.json"):
@@ -297,7 +299,7 @@ def read_config(folder):
     return config
 
 
-def load_exactly(network, weights, adapter_name="default"):
+def load_exactly(network: PeftModel, weights: dict[str, torch.Tensor], adapter_name: str = "default") -> None:
     """Load adapter weights; every key must match."""
     check_fit(weights, get_peft_model_state_dict(network, adapter_name=adapter_name, save_embedding_layers=False))
     set_peft_model_state_dict(network, weights, adapter_name=adapter_name)
@@ -334,7 +336,7 @@ def spare_rows(matrix: torch.Tensor, tokens: dict[str, int]) -> tuple[list[str],
 # Four bits: QLoRA's storage of frozen layers
 
 
-def nf4():
+def nf4() -> BitsAndBytesConfig:
     """QLoRA's storage of the language model's layers: 4-bit normal floats, their scales quantised once more.
 
     Raises InputError without bitsandbytes.
@@ -349,7 +351,7 @@ def nf4():
     )
 
 
-def check_quantised(network, layers):
+def check_quantised(network: torch.nn.Module, layers: str) -> None:
     """All of the language model's linear layers and no others must be quantised; raises ValueError.
 
     layers: regex of their names. A name in a skip list counts from the start of the module's name, so
@@ -372,7 +374,7 @@ TRANSCRIBE = "Transcribe the audio clip into text."  # as in Microsoft's example
 RECORDINGS, DEAF = 5, 0.5  # how many are transcribed, and the WER above which something is wrong; our choice
 
 
-def write(model, *parts: str | torch.Tensor, max_new_tokens: int) -> str:
+def write(model: torch.nn.Module, *parts: str | torch.Tensor, max_new_tokens: int) -> str:
     """Greedy text after a prompt, by transformers' own `generate`; parts: texts and audio embeddings, (A, D)."""
     core, tokenizer = model.core.eval(), model.tokenizer
     rows = core.get_input_embeddings()
@@ -392,7 +394,7 @@ def write(model, *parts: str | torch.Tensor, max_new_tokens: int) -> str:
 
 
 @torch.no_grad()
-def check_hearing(model, utterances: Sequence) -> float | None:
+def check_hearing(model: torch.nn.Module, utterances: Sequence) -> float | None:
     """Let the model transcribe a few recordings, and print its WER; a warning where it does not hear.
 
     Without its speech adapter the model writes that it cannot listen to audio, and training would start from there.

@@ -7,24 +7,31 @@ same order.
 from collections.abc import Iterable
 from datetime import timedelta
 import os
+import socket
 import sys
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from support.cli import process_rank
+from support.cli import RunError, process_rank
 
 PATIENCE = timedelta(hours=1)  # while rank 0 writes a checkpoint the others wait
+Value = TypeVar("Value")
 
 
 def start() -> None:
     """Join the other processes that torchrun started, one for each GPU; nothing to do without torchrun.
 
-    Rank 0 alone prints: the standard output of the others is closed.
+    Rank 0 alone prints: the standard output of the others is closed. Raises RunError where torchrun has ended already.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun answers there: not for PATIENCE if it died
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        except OSError as error:
+            raise RunError(f"torchrun does not answer ({error.strerror or error}): it has ended") from error
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -53,7 +60,7 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Value) -> list[Value]:
     """The values of all processes, in the order of ranks; collective."""
     if not dist.is_initialized():
         return [value]

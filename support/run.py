@@ -29,6 +29,7 @@ from support import cli, files
 from support.later import when_used
 
 with when_used():
+    from matplotlib import figure, ticker
     import torch
 
     from support import processes
@@ -42,6 +43,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Dtype = Literal["float32", "bfloat16"]
 Rank = Annotated[int, Field(ge=1, le=3072)]  # the width of the real model: no matrix of it has a higher rank
 Quantize = Literal["nf4"]
+Weights = dict[str, "torch.nn.Parameter"]  # of what trains, by name
 
 MARK = "settings.json"
 WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
@@ -125,7 +127,7 @@ class Run:
         self._opened = opened
         self._timed = self._seconds = 0  # steps since the start of this process, and what they took
 
-    def start(self, weights: dict[str, Any], optimiser: Any, record: dict[str, Any]) -> None:
+    def start(self, weights: Weights, optimiser: "torch.optim.Optimizer", record: dict[str, Any]) -> None:
         """Put a checkpoint back, and begin to log; collective. weights: {name: parameter} of what trains."""
         self.weights, self.optimiser = weights, optimiser
         if self._checkpoint:
@@ -151,7 +153,7 @@ class Run:
         self._clock = time.perf_counter()
         return order[len(order) - (self.epoch * self.per_epoch - self.step) :]
 
-    def record(self, numbers: dict[str, Any]) -> None:
+    def record(self, numbers: dict[str, float]) -> None:
         """Count, log and show a step that is done; save when that is due. Raises Stopped when asked to; collective."""
         seconds = time.perf_counter() - self._clock
         self.step += 1
@@ -265,7 +267,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 # Checkpoints: all that a run needs to go on to the same weights, to the bit
 
 
-def save(folder: Path, step: int, weights: dict[str, Any], optimiser: Any, corpus: str) -> None:
+def save(folder: Path, step: int, weights: Weights, optimiser: "torch.optim.Optimizer", corpus: str) -> None:
     """Write folder/step-N.pt and remove all but the newest KEPT; collective.
 
     weights: {name: parameter} of what trains; corpus: fingerprint of the data.
@@ -292,7 +294,7 @@ def save(folder: Path, step: int, weights: dict[str, Any], optimiser: Any, corpu
         old.unlink()
 
 
-def restore(path: Path, corpus: str, weights: dict[str, Any], optimiser: Any) -> None:
+def restore(path: Path, corpus: str, weights: Weights, optimiser: "torch.optim.Optimizer") -> None:
     """Put a checkpoint's weights, optimiser and random numbers back; collective.
 
     Only tensors and plain values are read: nothing in the file is executed. The random numbers come back only to as
@@ -368,13 +370,11 @@ def _tracker(service, output, settings, step) -> Iterator[Callable[[int, dict], 
         yield lambda step, numbers: None
 
 
-def curves(run: Path) -> Any:
-    """Loss, learning rate and gradient norm of every step in log.jsonl, and validation, as a matplotlib Figure.
+def curves(run: Path) -> "figure.Figure":
+    """Loss, learning rate and gradient norm of every step in log.jsonl, and validation.
 
     Raises InputError for a log that cannot be read.
     """
-    from matplotlib import figure, ticker  # takes a second
-
     lines = files.read_lines(run / "log.jsonl", LogLine, cut_off=True)
     steps = [line.step for line in lines]
     picture = figure.Figure(figsize=(6.4, 5), layout="constrained")

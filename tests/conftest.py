@@ -143,7 +143,7 @@ def examples(checkpoint, utterances):
 def settings(patch, *arguments):
     """Settings of train.py, as its main function takes them from the command line."""
     patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    chosen = cli.parse(train.Settings, train.__doc__)
+    chosen = train.resumed(cli.parse(train.Settings, train.__doc__))
     train.check(chosen)
     train.resolve(chosen)
     return chosen
@@ -161,7 +161,7 @@ def short_run(where):
     sizes = "--limit 8 --epochs 2 --batch-size 4 --accumulation 2 --learning-rate 3e-3 --save-minutes 1e-6".split()
 
     def start(patch, *arguments):
-        rank = [] if {"continue", "--resume"} & {*arguments} else ["--rank", 4, "--alpha", 8]
+        rank = [] if "continue" in arguments else ["--rank", 4, "--alpha", 8]
         train.train(settings(patch, *where, *sizes, *rank, *arguments))
 
     return start

@@ -67,10 +67,9 @@ def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     records = files.read_json(corpus / "resource" / "scores.json", dict)
     for utterance in utterances:
         record = records[utterance.id]
-        assert utterance.text == record["text"]
+        assert utterance.text == record["text"] and utterance.speaker == utterance.id[:4]
         assert utterance.scores == {name: record[name] for name in prompts.SCORES}
         assert utterance.canonical == [phone for w in record["words"] for phone in w["phones"]]
-        assert utterance.speaker == utterance.id[:4]
         assert utterance.samples == len(read_audio(utterance.recording))
     assert not {u.speaker for u in utterances} & {u.speaker for u in data.read_corpus(corpus, "test")}
 
@@ -107,18 +106,16 @@ def test_the_real_test_split_has_its_published_counts():
 
 MISSING = object()
 LABEL = "words.0.mispronunciations.0"
-NO_TEXT = [MISSING, None, 7, [], "", "  ", "\ud800", "A" * 10**7, "A <|end|> B", "A \0 B", "A\nB"]
-NO_PHONE = [MISSING, None, 7, {}, "", "7", "\ud800", "AH B", " AH", "<|end|>"]
-NO_SCORE = [MISSING, None, True, -1, 11, 10**400, math.nan, math.inf, "high", "8", [], 7.5, 7.999999999999]
+NO_TEXT = [MISSING, None, "  ", "\ud800", "A" * 10**7, "A <|end|> B", "A \0 B", "A\nB"]
 BAD_FIELDS = {
     "text": NO_TEXT,
-    **dict.fromkeys(prompts.SCORES, NO_SCORE),
-    "words": [MISSING, None, 7, {}, [None], [], "BEAR"],
+    "total": [MISSING, None, True, -1, 11, 10**400, math.nan, "8", 7.5, 7.999999999999],
+    "words": [MISSING, None, [None], []],
     "words.0.text": NO_TEXT,
-    "words.0.phones": [MISSING, None, 7, {}, [None], [], "", "  ", ["AH", "B C"], ["AH", "0"], ["<|end|>"]],
-    "words.0.mispronunciations": [MISSING, None, 7, "AH", [[]]],
-    f"{LABEL}.index": [MISSING, None, True, -1, 3, 10**400, 0.0, math.nan, "0", []],
-    f"{LABEL}.pronounced-phone": NO_PHONE,
+    "words.0.phones": [MISSING, None, [], "  ", ["AH", "B C"], ["AH", "0"], ["<|end|>"]],
+    "words.0.mispronunciations": [MISSING, None, "AH", [[]]],
+    f"{LABEL}.index": [MISSING, None, True, -1, 3, 10**400, 0.0, "0"],
+    f"{LABEL}.pronounced-phone": [MISSING, None, 7, "", "7", "\ud800", "AH B", " AH", "<|end|>"],
 }
 
 
@@ -183,14 +180,9 @@ def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, t
     "name, damage, message",
     [
         ("scores.json", lambda text: text[:-40], "is not JSON: .* line"),
-        ("scores.json", lambda text: f"[{text}]", ": .*dict"),
-        ("scores.json", lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not JSON: .*recursion"),
         ("scores.json", lambda text: text.replace('"000500002"', '"000500001"'), "'000500001' twice"),
-        ("scores.json", lambda text: text.replace('"fluency"', '"accuracy"', 1), "'accuracy' twice"),
         ("wav.scp", lambda text: text + "\udcff", "is not UTF-8"),
         ("wav.scp", lambda text: text + "u\n", "line 21 of .* is not a key and a value"),
-        ("wav.scp", lambda text: "u a.wav\nu a.wav\n", "'u' twice"),
-        ("utt2spk", lambda text: "", "line 1 of .* is not a key and a value"),
     ],
 )
 def test_a_damaged_file_of_a_corpus_is_named_in_one_line(corpus, tmp_path, name, damage, message):
@@ -214,18 +206,15 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
 
 
 @pytest.mark.parametrize(
-    "source, split, message",
+    "source, message",
     [
-        ("no/such/corpus", "test", "no/such/corpus does not exist: give a folder or a hub id"),
-        ("a" * 5000, "test", "does not exist"),
-        (os.path.dirname(__file__), "test", "scores.json.*wav.scp.*missing"),
-        (None, "dev", "split 'dev'"),
-        ("nobody/nothing", "test", "nobody/nothing is not a folder here.*revision main.*network"),
+        ("no/such/corpus", "no/such/corpus does not exist: give a folder or a hub id"),
+        (os.path.dirname(__file__), "scores.json.*wav.scp.*missing"),
     ],
 )
-def test_a_corpus_that_is_not_there_says_what_to_give(corpus, source, split, message):
+def test_a_corpus_that_is_not_there_says_what_to_give(source, message):
     with pytest.raises(cli.InputError, match=message):
-        data.read_corpus(source or corpus, split, "main" if source == "nobody/nothing" else None)
+        data.read_corpus(source, "test")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -245,5 +245,5 @@ def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint, new
     with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be read"):
         models.load_base("model", None, "float32", "sdpa", "merge")
     with pytest.raises(cli.InputError, match="out/epoch-1/adapter_config.json cannot be read"):
-        models.load_trained(model, "out/epoch-1", "lora")
+        models.load_trained(model, Path("out/epoch-1"), "lora")
     assert not server.seen

@@ -71,20 +71,6 @@ def test_phones_are_aligned_by_kaldis_rule_on_random_strings():
 # Error rates
 
 
-@pytest.mark.parametrize(
-    "references, hypotheses, rate",
-    [
-        (["A", "ABC"], ["X", "ABC"], 1 / 4),  # pooled over the corpus, not averaged
-        (["AB", "C"], ["", "C"], 2 / 3),  # an empty transcript: each reference phone is an error
-        ([""], ["A"], math.nan),
-        ([], [], math.nan),
-    ],
-)
-def test_error_rates_of_worked_cases(references, hypotheses, rate):
-    phones = [list(map(list, side)) for side in (references, hypotheses)]
-    assert metrics.error_rate(*phones) == pytest.approx(rate, nan_ok=True)
-
-
 def test_the_parts_of_the_per_are_those_of_the_confusions_on_random_strings():
     heard, predicted, canonical = strings(3, 100), strings(4, 100), strings(8, 100)
     kinds = Counter(metrics.kind_of(*pair) for phones in zip(heard, predicted) for pair in metrics.align(*phones))
@@ -92,6 +78,7 @@ def test_the_parts_of_the_per_are_those_of_the_confusions_on_random_strings():
     parts = dict(zip(("per_sub", "per_del", "per_ins"), metrics.KINDS[1:]))
     assert {key: numbers[key] for key in parts} == {k: kinds[v] / sum(map(len, heard)) for k, v in parts.items()}
     assert numbers["per"] == pytest.approx(metrics.error_rate(heard, predicted))  # by jiwer
+    assert math.isnan(metrics.error_rate([[]], [["A"]]))  # no reference
 
 
 def test_word_errors_are_jiwers():
@@ -106,17 +93,9 @@ def test_word_errors_are_jiwers():
     assert (numbers["wer_del"], numbers["wer_ins"]) == (found.deletions / length, found.insertions / length)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("That's an interesting observation.", ["THAT'S", "AN", "INTERESTING", "OBSERVATION"]),
-        ("  'Hello,' she said -- well-known ", ["HELLO", "SHE", "SAID", "WELL", "KNOWN"]),
-        ("that’s", ["THAT'S"]),
-        ("?!", []),
-    ],
-)
-def test_words_are_compared_in_upper_case_without_punctuation(text, words):
-    assert metrics.normalise_words(text) == words
+def test_words_are_compared_in_upper_case_without_punctuation():
+    assert metrics.normalise_words("  'Hello,' that's -- well-known ?! ") == ["HELLO", "THAT'S", "WELL", "KNOWN"]
+    assert metrics.normalise_words("that’s") == ["THAT'S"]
 
 
 def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
@@ -247,20 +226,6 @@ def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, hum
     assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
     assert math.isnan(mae) == (not predicted)
     assert math.isnan(metrics.score_numbers(np.array(predicted), np.array(human))["spearman"])
-
-
-def test_the_reason_tells_no_outputs_from_none_that_could_be_parsed():
-    assert metrics.score(lines([["A"]], [["A"]]))[1]["total_pcc"] == "no scores"
-    unread = [record | {"output": "?"} for record in records() if record["task"] == "APA"]
-    assert metrics.score(unread)[1]["total_pcc"] == "none of 6 outputs could be parsed"
-
-
-def test_an_unparsed_transcript_counts_as_empty():
-    answers = lines([["W", "IY"]] * 2, [["W", "IY"]] * 2)
-    answers[1]["output"] = "?"
-    numbers, _ = metrics.score(answers)
-    assert numbers["wer"] == numbers["per"] == numbers["mdd_unparsed"] == 1 / 2
-    assert numbers["true_accept"] == numbers["false_reject"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

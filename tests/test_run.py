@@ -233,16 +233,11 @@ def write_text(path, text):
     path.write_text(text)
 
 
-def resumed(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    return train.resumed(cli.parse(train.Settings, train.__doc__))
-
-
 def test_resume_alone_reads_the_runs_own_settings_and_takes_what_is_no_part_of_the_method(begun, monkeypatch):
-    assert resumed(monkeypatch, "--resume") == replace(begun, resume=True)
+    assert settings(monkeypatch, "--resume") == replace(begun, resume=True)
     changes = ["--rank", 4, "--micro-batch", 3, "--gradient-checkpointing", "--save-minutes", 5, "--data", "moved"]
     expected = {"micro_batch": 3, "gradient_checkpointing": True, "save_minutes": 5.0, "data": "moved"}
-    assert resumed(monkeypatch, "--resume", *changes) == replace(begun, resume=True, **expected)
+    assert settings(monkeypatch, "--resume", *changes) == replace(begun, resume=True, **expected)
 
 
 @pytest.mark.parametrize(
@@ -257,12 +252,18 @@ def test_resume_alone_reads_the_runs_own_settings_and_takes_what_is_no_part_of_t
 )
 def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypatch, arguments, message):
     with pytest.raises(cli.InputError, match=message):
-        resumed(monkeypatch, "--resume", *arguments)
+        settings(monkeypatch, "--resume", *arguments)
+
+
+def test_a_run_is_not_gone_on_with_under_other_prompts(begun, monkeypatch):
+    monkeypatch.setitem(prompts.PROMPTS, "MDD", prompts.MDD_PROMPT + " ")
+    with pytest.raises(cli.InputError, match="run in out was begun with other prompts"):
+        settings(monkeypatch, "--resume")
 
 
 def test_a_run_that_is_there_is_not_begun_again(begun, monkeypatch):
     with pytest.raises(cli.InputError, match="out/settings.json is there already: --resume .*--output"):
-        resumed(monkeypatch)
+        settings(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "epoch-1/mine", "checkpoints/step-00000001.pt"])
@@ -292,7 +293,7 @@ def test_a_broken_file_of_a_run_is_named_with_field_and_value(begun, monkeypatch
     if name != "log.jsonl":
         write(Path("out/log.jsonl"), [STEP])
     with pytest.raises(cli.InputError, match=f"^[^\n]*out/{name}{message}[^\n]*$"):
-        resumed(monkeypatch, "--resume")
+        settings(monkeypatch, "--resume")
         runs.curves(Path("out"))
 
 
@@ -528,7 +529,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_may_go_
 def test_torchrun_trains_and_evaluates_as_one_process_does(command, tmp_path):
     trained = script(*TORCHRUN, ROOT / "train.py", *command, "--epochs", 1, "--validation", 0.5, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("corpus:") == 1 and "on held-out speakers: loss" in trained.stdout
+    assert trained.stdout.count("corpus:") == 1 and "on held-out speakers;" in trained.stdout
     arguments = "--adapter out --limit 7 --batch-size 2 --max-new-tokens 30".split()
     both = script(*TORCHRUN, ROOT / "evaluate.py", *arguments, "--output", "two", cwd=tmp_path)
     assert both.returncode == 0 and both.stdout.count("\nTable 3") == 1, both.stderr

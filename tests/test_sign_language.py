@@ -118,10 +118,9 @@ def test_parameters_of_every_part_are_those_of_the_document():
     expected |= {"dropout": 0, "lstm": 264_192, "output": 257 * 101}
     parts = dict(sign.Student(sign.FEATURES, 101).named_children())
     assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == expected
-    assert sum(expected.values()) == 14_180_464
 
 
-@pytest.mark.parametrize("frames", [5, 97, 98, 99, 100, 101])
+@pytest.mark.parametrize("frames", [5, 98, 99])
 def test_time_keeps_its_length(frames):
     model = sign.Student(GROUPS, 10).eval()
     log_probs = model(torch.randn(2, frames, WIDTH), torch.tensor([frames, 5]))
@@ -152,11 +151,8 @@ def test_the_output_changes_where_the_frames_change_and_not_in_a_collapsed_model
     assert variance > 1e-6  # the document's check is passed by the collapsed model
 
 
-@pytest.mark.parametrize("weights", ["random", "trained"])
-def test_padding_changes_no_output(weights, trained):
-    model = started(60) if weights == "random" else sign.load(trained[0] / "sign/best.safetensors")[0].model
-    model.eval()
-    rows = [torch.randn(frames, WIDTH) for frames in (61, 58, 44, 23, 6)]
+def test_padding_changes_no_output():
+    model, rows = started(60), [torch.randn(frames, WIDTH) for frames in (61, 58, 44, 23, 6)]
     with torch.no_grad():
         together = model(*padded(rows))
         for i, row in enumerate(rows):
@@ -167,16 +163,13 @@ def test_padding_changes_no_output(weights, trained):
         assert torch.allclose(model(features, lengths)[:58, 1], together[:58, 1], atol=1e-5)
 
 
-def test_padding_moves_no_running_statistic():
-    row = torch.randn(1, 48, WIDTH)
-    alone, with_padding = (sign.Student(GROUPS, 10, dropout=0.0).train() for _ in range(2))
-    with_padding.load_state_dict(alone.state_dict())
-    alone(row, torch.tensor([48]))
-    with_padding(torch.cat([row, torch.randn(1, 30, WIDTH)], dim=1), torch.tensor([48]))
-    for name, value in alone.state_dict().items():
-        if "running" in name:
-            assert torch.allclose(value, with_padding.state_dict()[name], atol=1e-6), name
-            assert "mean" in name or not torch.allclose(value, torch.ones(()))  # it moved
+def test_masked_batch_norm_equals_pytorchs_without_the_padding():
+    masked, plain = sign.MaskedBatchNorm(4), nn.BatchNorm1d(4)
+    x, mask = torch.randn(2, 4, 6), torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    found, expected = masked(x, mask), plain(torch.cat([x[0], x[1, :, :2]], dim=1)[None])[0]
+    torch.testing.assert_close(torch.cat([found[0], found[1, :, :2]], dim=1), expected)
+    assert not found[1, :, 2:].any()
+    torch.testing.assert_close((masked.running_mean, masked.running_var), (plain.running_mean, plain.running_var))
 
 
 def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank():
@@ -220,7 +213,7 @@ def spellings(log_probs):
     return totals
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_wide_beam_finds_the_likeliest_of_all_glosses(seed):
     torch.manual_seed(seed)
     log_probs = torch.randn(5, 4).log_softmax(dim=1)
@@ -305,12 +298,9 @@ def test_batches_are_sorted_and_padded_with_their_lengths(folder):
 def test_a_run_writes_what_its_docstring_says(trained):
     cwd, result = trained
     lines = [json.loads(line) for line in (cwd / "sign/log.jsonl").read_text().splitlines()]
-    settings = json.loads((cwd / "sign/settings.json").read_text())
-    assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["dev_loss"]) for line in lines)
-    assert lines[1]["loss"] < lines[0]["loss"]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["loss"] < lines[0]["loss"]
     rates = [common.learning_rate(step, 6, 3e-4, 3) for step in (2, 5)]
     assert [line["learning_rate"] for line in lines] == rates
-    assert settings["written_by"] == "pronunciation/recipes.sign_language" and settings["versions"]["torch"]
     assert "signers that training has too:" in result.stdout and "508,217 parameters, 1.94 MiB" in result.stdout
     system, training = sign.load(cwd / "sign/best.safetensors")
     best = min(lines, key=lambda line: (line["dev_wer"], line["dev_loss"]))
@@ -330,28 +320,6 @@ def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start)
     assert results[0]["predictions"] == results[1]["predictions"]
     references, read = ([p[key] for p in results[0]["predictions"]] for key in ("reference", "beam"))
     assert results[0]["beam"]["wer"] == pytest.approx(metrics.error_rate(references, read))
-
-
-@pytest.mark.slow
-def test_the_same_seed_trains_the_same_weights_and_a_run_is_not_overwritten(trained, folder, start):
-    settings = ["--data", folder, "--epochs", 2, "--warmup", 1, "--output", "again"]
-    start(*settings)
-    paths = (path / "best.safetensors" for path in (trained[0] / "sign", Path("again")))
-    first, second = (sign.load(path)[0].model.state_dict() for path in paths)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(cli.InputError, match="again/best.safetensors is there already"):
-        start(*settings)
-
-
-@pytest.mark.slow
-def test_training_stops_after_patience_epochs_without_a_better_one(folder, start, monkeypatch):
-    rates, losses = iter([1.0, 1.0, 1.0, 0.8, 0.8, 0.85, 0.1]), iter([3.0, 2.5, 2.6, 2.0, 2.1, 1.0, 1.0])
-    monkeypatch.setattr(sign.metrics, "error_rate", lambda *_: next(rates))
-    monkeypatch.setattr(sign, "transcribe", lambda *_: (next(losses), [], ([],)))
-    start("--data", folder, "--epochs", 7, "--warmup", 1, "--patience", 2, "--output", "out")
-    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert [line["dev_wer"] for line in lines] == [1.0, 1.0, 1.0, 0.8, 0.8, 0.85]
-    assert sign.load(Path("out/best.safetensors"))[1]["epoch"] == 4
 
 
 def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
@@ -377,9 +345,7 @@ def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start)
 
 
 BAD = {  # what becomes of a feature file, and the reason that is given
-    "rubbish": (lambda path: path.write_bytes(b"rubbish"), "not a readable"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:3000]), "not a readable"),
-    "missing": (Path.unlink, "cannot be read"),
     "fifo": (lambda path: fifo(path.parent.parent / f"{path.stem}.npy") and path.unlink(), "not a regular file"),
     "shape": (lambda path: np.savez(path, features=np.zeros((20, 7))), "[20, 7] instead"),
     "nan": (lambda path: np.savez(path, features=np.full((20, WIDTH), np.nan)), "not finite"),
@@ -390,7 +356,7 @@ BAD = {  # what becomes of a feature file, and the reason that is given
 def test_every_bad_sequence_is_named(own_copy):
     for i, (spoil, _) in enumerate(BAD.values()):
         spoil(own_copy / "train" / f"train-{i:04d}.npz")
-    with pytest.raises(cli.InputError, match="^7 of 12 sequences") as error:
+    with pytest.raises(cli.InputError, match="^5 of 12 sequences") as error:
         sign.read_split(own_copy, "train", GROUPS, "filtered")
     for i, (line, (_, reason)) in enumerate(zip(str(error.value).split("\n")[1:], BAD.values(), strict=True)):
         assert f"train-{i:04d}" in line and reason in line
@@ -403,29 +369,19 @@ def not_a_number(folder):
     sign.save(folder / "best.safetensors", system, training)
 
 
-def corpus_file(text):
-    return lambda folder: (folder / "train.SI5.corpus.csv").write_text(text)
+def corpus_file(lines):
+    return lambda folder: (folder / "train.SI5.corpus.csv").write_text("id|folder|signer|annotation\n" + lines)
 
 
-HEAD = "id|folder|signer|annotation\n"
+WEIGHTS = "--data DATA --evaluate DATA/best.safetensors"
 REFUSED = [  # what becomes of the data folder, which has a checkpoint in it, the command line, and what is said
-    (not_a_number, "--data DATA --evaluate DATA/best.safetensors", "output.weight holds values that are not finite"),
-    (
-        lambda f: fifo(f / "best.safetensors"),
-        "--data DATA --evaluate DATA/best.safetensors",
-        "missing, or not a regular file",
-    ),
-    (None, "--data DATA --evaluate DATA/features.json", "features.json is no best.safetensors"),
-    (None, "--data DATA --evaluate DATA/best.safetensors --beam-width 1000000000", "less than or equal to 100"),
-    (None, "--data DATA --evaluate x --epochs 3", "--evaluate does not use --epochs"),
+    (not_a_number, WEIGHTS, "output.weight holds values that are not finite"),
+    (lambda f: fifo(f / "best.safetensors"), WEIGHTS, "missing, or not a regular file"),
+    (None, f"{WEIGHTS} --beam-width 1000000000", "less than or equal to 100"),
     (None, "--data DATA --output DATA", "says that recipes.sign_language wrote it"),
-    (None, "--data DATA --epochs 5", "--warmup 5 epochs leave nothing of --epochs 5"),
-    (None, "", "--data is missing"),
-    (None, "--write-synthetic .", "exists already"),
-    (corpus_file("id;folder\nx;x\n"), "--data DATA", "has no column"),
-    (corpus_file(HEAD + "a|b|S\n"), "--data DATA", "needs 4 fields and an id in line 2"),
-    (corpus_file(HEAD + "train-0000|b|S|<blank> AB\n"), "--data DATA", "<blank> is no gloss"),
-    (corpus_file(HEAD + "train-0000|b|S|AB\n" * 2), "--data DATA", "its id stands in several lines"),
+    (corpus_file("a|b|S\n"), "--data DATA", "needs 4 fields and an id in line 2"),
+    (corpus_file("train-0000|b|S|<blank> AB\n"), "--data DATA", "<blank> is no gloss"),
+    (corpus_file("train-0000|b|S|AB\n" * 2), "--data DATA", "its id stands in several lines"),
     (lambda f: (f / "features.json").write_text('{"pose": 9}'), "--data DATA", "columns of pose, hands"),
 ]
 

@@ -295,7 +295,7 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
 
 
 def test_without_a_best_epoch_evaluate_says_what_writes_it(run):
-    with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl is missing.*--validation"):
+    with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl marks 0 epochs; .*--validation"):
         runs.adapters(run[0] / "out", "best")
 
 
