@@ -1,8 +1,10 @@
 """What each number means, and how sure it is. Text in, numbers out; no model, no torch.
 
-Error rates are fractions (0.114, not 11.4 %). Each utterance is counted once, its counts are one row. A number is a
-function of the rows of a corpus: of their sums, never of averages of utterances; correlations are over utterances. Its
-interval is the same function of rows that other speakers might have given, see `bootstrap`.
+Error rates are fractions (0.114, not 11.4 %). Everything that counts errors is pooled over the corpus: sums of counts
+are divided, utterances are never averaged. Correlations are over utterances.
+
+Each utterance is counted once: a row. A number is a function of the rows of a corpus, its interval comes from the same
+function of the rows of other speakers, see `bootstrap`.
 
 There are two F1s, because the paper's definition (4.3) and its figures (Table 3) do not describe the same number:
 
@@ -177,7 +179,8 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
         written    D  AH G AE T    -> D: correct diagnosis; AH, AE: true accepts; G: a false reject; T: a false accept
 
     The columns with an event, and their order, depend on canonical and heard alone, so those of two systems can be
-    paired. Each written phone stands once; one under a heard phone may have decided about one left out beside it.
+    paired. Each written phone stands once, under a phone left out only where it comes next: the one that decided may
+    stand elsewhere.
     """
     required = [answer for phone, answer in align(canonical, written) if phone is not None]
     columns, answers = [], align(heard, written)
@@ -188,8 +191,8 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
                 columns.append((None, *answers.pop(0), None))
             answer = answers[0][1]
         event = _event(phone, perceived, answer)
-        here = answers[:1] == [(perceived, answer)]  # else a left out phone's answer is under a heard one, or is none
-        columns.append((phone, perceived, answers.pop(0)[1] if here else None, event))
+        next_is_it = answers[:1] == [(perceived, answer)]  # always, where a phone was heard
+        columns.append((phone, perceived, answers.pop(0)[1] if next_is_it else None, event))
     return columns + [(None, *pair, None) for pair in answers]
 
 

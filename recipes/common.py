@@ -218,7 +218,7 @@ def train(network, items: list, step_size: int, parts_of: Callable, settings: An
 
 
 def resampled_ratio(numerator: np.ndarray, denominator: np.ndarray, speakers: list[str], seed: int = 0) -> np.ndarray:
-    """sum(numerator) / sum(denominator), both (N,), for resampled speakers, (RESAMPLES,); nan for 0 below."""
+    """sum(numerator) / sum(denominator), both (N,), for resampled speakers, (RESAMPLES,); nan for x / 0."""
     rows = np.column_stack([numerator, denominator])
 
     def numbers_of(drawn: np.ndarray) -> dict[str, float]:
