@@ -179,6 +179,12 @@ def test_columns_hold_each_phone_once_and_the_events_that_are_counted():
         assert said[0] == said[1]  # so the decisions of two systems can be paired
 
 
+def test_a_written_phone_stands_under_the_one_that_was_left_out():
+    columns = metrics.phone_columns("DH AH K AE T".split(), "D AH K AE".split(), "D AH G AE T".split())
+    events = "correct_diagnosis true_accept false_reject true_accept false_accept".split()
+    assert columns == list(zip("DH AH K AE T".split(), ["D", "AH", "K", "AE", None], "D AH G AE T".split(), events))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Phone agreement
 
