@@ -4,7 +4,7 @@ import math
 import os
 import re
 
-from conftest import copy_of, fifo, sound, tone
+from conftest import copy_of, sound, tone
 import datasets
 import numpy as np
 import pytest
@@ -148,13 +148,9 @@ def written(content):
 
 def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, tmp_path):
     makes = {
-        "is not a regular file": fifo,
-        "Is a directory": lambda path: path.parent,
         "No such file": lambda path: path / "there",
         "cut off": written(SECOND[:-2]),
         "all its samples are 0": written(sound(np.zeros(16_000))),
-        "its samples reach 16,384": written(sound(32_768 * tone(1))),
-        "channels cancel each other": written(sound(np.stack([tone(1), -tone(1)], axis=1))),
     }
     root = copy_of(corpus, tmp_path)
     lines = (root / "test" / "wav.scp").read_text().splitlines()
@@ -163,15 +159,15 @@ def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, t
         lines[i] = f"{ids[i]} {make(tmp_path / f'{i}.wav')}"
     (root / "test" / "wav.scp").write_text("\n".join(lines))
     speakers = (root / "test" / "utt2spk").read_text().splitlines()
-    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[7])))
+    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[3])))
     records = files.read_json(root / "resource" / "scores.json", dict)
-    del records[ids[8]]
-    records[ids[9]]["total"] = 12
+    del records[ids[4]]
+    records[ids[5]]["total"] = 12
     (root / "resource" / "scores.json").write_text(json.dumps(records))
     with pytest.raises(cli.InputError) as error:
         data.read_corpus(root, "test")
     first, *others = str(error.value).split("\n")
-    assert first.startswith("10 utterances of")
+    assert first.startswith("6 utterances of")
     for line, id, reason in zip(others, ids, (*makes, "no speaker", "no entry", "total 12")):
         assert line.startswith(f"  {id}: ") and reason in line
 
@@ -203,18 +199,6 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
     assert {u.speaker for u in data.read_corpus(root, "test")} == {f"one\u2028\x85{u.speaker}" for u in read}
     (tmp_path / "predictions.jsonl").write_text('\ufeff{"text": "a\u2028\x85b"}\n')
     assert files.read_lines(tmp_path / "predictions.jsonl", dict) == [{"text": "a\u2028\x85b"}]
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("no/such/corpus", "no/such/corpus does not exist: give a folder or a hub id"),
-        (os.path.dirname(__file__), "scores.json.*wav.scp.*missing"),
-    ],
-)
-def test_a_corpus_that_is_not_there_says_what_to_give(source, message):
-    with pytest.raises(cli.InputError, match=message):
-        data.read_corpus(source, "test")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

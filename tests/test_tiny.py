@@ -123,8 +123,6 @@ def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer)
     "arguments, message",
     [
         (["--per-speaker", "100000"], "--per-speaker 100000: "),
-        (["--train-speakers", "5000"], "--train-speakers 5000: "),
-        (["--output", "/dev/null/x"], "/dev/null/x: .*another --output"),
         (["--output", "there"], "there/corpus exists already"),
     ],
 )
