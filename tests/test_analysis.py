@@ -92,12 +92,6 @@ def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, con
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_null_in_a_prediction_is_as_good_as_nothing(tmp_path):
-    (tmp_path / "p.jsonl").write_bytes(changed(0, scores=None, truncated=None, tokens=None, speaker=None))
-    first, *_ = answers.read(tmp_path / "p.jsonl")
-    assert not {"scores", "truncated", "tokens", "speaker"} & first.keys()
-
-
 def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
     path = tmp_path / "predictions.jsonl.part"
     for content, count in ((changed(0)[:-20], 11), (changed(0), 12), (b"", 0)):

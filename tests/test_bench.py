@@ -13,7 +13,7 @@ import data
 import model as models
 import prompts
 
-STEP = 8  # examples, where a benchmark has 64
+STEP = 4  # examples, where a benchmark has 64
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def noise(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(noise):
-    """A step of 8 examples in micro-batches of 2, by each contestant."""
+    """A step of 4 examples in micro-batches of 2, by each contestant."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "STEP", STEP)
         patch.setattr(train_step, "MICRO_BATCH", 2)

@@ -221,18 +221,6 @@ def examples_of(tokenizer):
     return lambda utterance: list(data.Examples([utterance], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)))
 
 
-def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer, examples_of):
-    label = {"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}
-    words = [
-        {"text": "THEME", "phones": ["TH", "IY0", "M"], "accuracy": 2, "mispronunciations": [label]},
-        {"text": "PARK", "phones": ["P", "AA0", "R", "K"], "accuracy": 10, "mispronunciations": []},
-    ]
-    scores = {"accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5}
-    for example in examples_of(checked(record(text="THEME PARK", words=words, **scores))):
-        answer = tokenizer.decode(example.answer_ids).removesuffix(prompts.END)
-        assert f"    {example.task}  {answer}\n" in data.__doc__
-
-
 @pytest.mark.parametrize(
     "missing, tasks", [({}, ["APA", "MDD"]), ({"scores": None}, ["MDD"]), ({"words": ()}, ["APA"])]
 )

@@ -8,14 +8,14 @@ import sys
 
 from conftest import fifo, read_lines
 import numpy as np
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 import pytest
 from safetensors.torch import load_file, save_file
 import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import data
 from recipes import common
@@ -222,15 +222,6 @@ def test_the_llm_answers_a_padded_row_as_it_answers_it_alone(tmp_path):
     long, short = llm.rewrite(["HE WENT TOO SKOOL WITH HIS BROTHER", "A KAT"])
     assert masks[0][:, -1].all() and not masks[0][1, 0]  # padded on the left: the answer continues the prompt
     assert llm.rewrite(["A KAT"]) == [short] != [long]
-
-
-def test_lora_on_the_real_size_trains_the_published_number_of_weights():
-    with torch.device("meta"):
-        plain = get_peft_model(Wav2Vec2ForCTC(Wav2Vec2Config()), LoraConfig(r=8, target_modules=recipe.ATTENTION))
-        given = settings("--data", "x", "--oracle")
-        ours = common.add_lora(Wav2Vec2ForCTC(Wav2Vec2Config()), given, recipe.ATTENTION, modules_to_save=[recipe.HEAD])
-    assert plain.get_nb_trainable_parameters()[0] == 589_824
-    assert ours.get_nb_trainable_parameters()[0] == 614_432
 
 
 @torch.no_grad()

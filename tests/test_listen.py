@@ -11,7 +11,6 @@ import pytest
 
 from analysis import assessor, listen, pronunciations
 import data
-import evaluate
 import prompts
 from support import cli
 from support.sound import SAMPLE_RATE, read_audio
@@ -170,20 +169,3 @@ def test_recordings_with_a_text_each_are_json_and_a_bad_one_ends_with_1(monkeypa
     assert first["text"] == text and last["text"] is None and set(bad) == {"file", "error", "version"}
     main(monkeypatch, folder / "0.wav", *arguments)
     assert str(folder / "0.wav") in (printed := capsys.readouterr().out) and "\x1b[" not in printed
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["x.wav", "--base", "--texts", "t.tsv"], "--texts names recordings"),
-        (["x.wav", "--base", "--json"], "x.wav cannot be read: No such file"),
-        (["x.wav", "--base", "--pronunciations", "none.txt"], "add --text"),
-    ],
-)
-def test_a_users_mistake_is_named_before_a_model_is_loaded(monkeypatch, tmp_path, capsys, arguments, message):
-    monkeypatch.setattr(evaluate, "load", None)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(cli.InputError, match=message):
-        main(monkeypatch, *arguments)
-    printed = capsys.readouterr().out
-    assert message in json.loads(printed)[0]["error"] if "--json" in arguments else not printed

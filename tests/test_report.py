@@ -189,14 +189,6 @@ def test_a_page_of_one_kind_of_answers_or_of_unreadable_ones_is_made(page_of, li
     assert page.count('<details class="error"') == 1 and page.count("<audio ") == len(known)
 
 
-def test_a_recording_is_played_by_its_type_or_the_reason_is_given(page_of, tmp_path):
-    assert report.recording(utterance("a"))[0].startswith("data:audio/wav;base64,UklGR")
-    flac = utterance("a", recording=lambda: sound(tone(1.0), format="FLAC"))
-    assert report.recording(flac)[0].startswith("data:audio/flac;base64,ZkxhQ")
-    gone = utterance("a", recording=(tmp_path / "gone.wav").read_bytes)
-    assert "cannot be read: [Errno 2] No such file" in page_of([apa("a")], [gone])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 

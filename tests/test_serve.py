@@ -33,7 +33,7 @@ def assess(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("assess"))
         patch.setattr(assessor, "find_speech", lambda audio: [(0, len(audio))])  # tones are none
-        yield assessor.Assessor(run[0] / "out", max_new_tokens=20)
+        yield assessor.Assessor(run[0] / "out", max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
