@@ -20,7 +20,8 @@ demo: .venv/installed
 	rm -rf tiny/model tiny/corpus
 	.venv/bin/python tiny.py --steps $(PRETRAINING_STEPS) --train-speakers $(TRAIN_SPEAKERS) --seed $(SEED)
 	rm -rf out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl out/curves.png \
-		out/predictions.jsonl.part out/report.html out/results.png out/scores.png out/confusion.png out/settings.json
+		out/predictions.* out/metrics.json out/figure5.png out/report.html out/results.png out/scores.png out/confusion.png \
+		out/settings.json
 	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --dropout 0 --learning-rate 3e-3 \
 		--batch-size 8 --accumulation 1 --epochs $(EPOCHS) --seed $(SEED)
 	.venv/bin/python evaluate.py --adapter out/ --base --scoring greedy expected --max-new-tokens 80

@@ -55,7 +55,7 @@ STRATEGIES = {"lora": ("LoRA", "control tokens"), "unfreeze": tuple(TRAINED)}  #
 TRAINED_FILE = "trained.safetensors"  # trained weights outside PEFT's adapter
 UNMOVED = 1e-4  # share of a layer's norm; our choice: below a fortieth of what bfloat16 can tell apart
 MAX_ENCODER_TOKENS = 500  # 40 s; what is longer goes through the conformer blocks in chunks of this length
-KEPT_AUDIO = 4 * 2**30  # bytes; our choice: speechocean762's train part takes 0.4 GB in bfloat16
+KEPT_AUDIO = 4 * 2**30  # bytes; our choice: speechocean762's train part takes 0.8 GB in bfloat16
 
 
 class SpeechModel(nn.Module):

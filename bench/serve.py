@@ -165,4 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script("serve.py", main)
+    cli.run_script("bench.serve", main)

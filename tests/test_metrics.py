@@ -176,6 +176,12 @@ def test_columns_hold_each_phone_once_and_the_events_that_are_counted():
         assert said[0] == said[1]  # so the decisions of two systems can be paired
 
 
+def test_a_written_phone_stands_under_the_one_that_was_left_out():
+    columns = metrics.phone_columns("DH AH K AE T".split(), "D AH K AE".split(), "D AH G AE T".split())
+    events = "correct_diagnosis true_accept false_reject true_accept false_accept".split()
+    assert columns == list(zip("DH AH K AE T".split(), ["D", "AH", "K", "AE", None], "D AH G AE T".split(), events))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Phone agreement
 
@@ -202,9 +208,9 @@ def test_numbers_of_scores_equal_scipy_and_numpy(scale):
     pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
     assert (pcc, pvalue) == pytest.approx(tuple(stats.pearsonr(predicted, human)), rel=1e-10)
     assert mae == pytest.approx(np.mean(np.abs(np.subtract(predicted, human)))) and reason is None
-    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, 50)))
-    assert numbers["spearman"].item() == pytest.approx(stats.spearmanr(predicted, human).statistic)
-    assert numbers["sd_ratio"].item() == pytest.approx(np.std(predicted) / np.std(human))
+    numbers = metrics.score_numbers(np.array(predicted), np.array(human))
+    assert numbers["spearman"] == pytest.approx(stats.spearmanr(predicted, human).statistic)
+    assert numbers["sd_ratio"] == pytest.approx(np.std(predicted) / np.std(human))
 
 
 @pytest.mark.parametrize(
@@ -220,8 +226,7 @@ def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, hum
     pcc, pvalue, mae, why = metrics.correlation(predicted, human)
     assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
     assert math.isnan(mae) == (not predicted)
-    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, len(human))))
-    assert math.isnan(numbers["spearman"].item())
+    assert math.isnan(metrics.score_numbers(np.array(predicted), np.array(human))["spearman"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,9 +253,8 @@ def test_a_file_tells_which_scorings_it_holds_and_expected_scores_are_means():
     written = [line | {"tokens": 5} for line in probable]
     found = [metrics.scorings(answers) for answers in (records(), probable, written)]
     assert found == [["greedy"], ["expected"], ["greedy", "expected"]]
-    apa, _ = metrics.paired(written, "expected")
-    assert apa[0] == (dict.fromkeys(metrics.SCORES, 6.5), written[0]["reference"])
-    assert metrics.likeliest(probable[0]["scores"]["total"]) == 5
+    predicted, human = metrics.assessment_rows(written, "expected")[0].tolist()
+    assert predicted == [6.5] * 4 and human == [written[0]["reference"][name] for name in metrics.SCORES]
 
 
 def test_intervals_hold_the_number_and_need_speakers():

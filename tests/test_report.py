@@ -137,7 +137,7 @@ def dots(axis):
 
 def test_the_scores_are_dots_at_human_and_predicted_score():
     lines = [apa("a", 7, 8), apa("b", 7, 8), apa("c", 0, 0), apa("d", output="x"), apa("e", 10, 9)]
-    axis = report.draw_scores(metrics.paired(lines)[0]).axes[prompts.SCORES.index("total")]
+    axis = report.draw_scores(metrics.assessment_rows(lines)).axes[prompts.SCORES.index("total")]
     assert dots(axis) == {(8, 7): 144, (0, 0): 72, (9, 10): 72}
 
 
