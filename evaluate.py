@@ -356,7 +356,7 @@ def draw_figure5(records: list[dict], path: Path) -> None:
 
     assessed = {record["id"]: record for record in records if record["task"] == "APA"}
     chosen = [r for r in records if r["task"] == "MDD" and r["id"] in assessed and r["reference"]["heard"]]
-    _, heard, written = metrics.phones_of(metrics.paired(chosen)[1])
+    _, heard, written = metrics.phones_of(chosen)
     pers = [metrics.error_rate([phones], [output]) for phones, output in zip(heard, written)]
     asked = [assessed[record["id"]] for record in chosen]
     scores = {

@@ -3,8 +3,8 @@
 Error rates are fractions (0.114, not 11.4 %). Everything that counts errors is pooled over the corpus: sums of counts
 are divided, utterances are never averaged. Correlations are over utterances.
 
-Each utterance is counted once. A number is made of sums over utterances, and its interval of the same sums over
-corpora of other speakers: `assessment` and `diagnosis` take how often each of N utterances is in each of R corpora.
+Each utterance is counted once: a row. A number is a function of the rows of a corpus, its interval comes from the same
+function of the rows of other speakers, see `bootstrap`.
 
 There are two F1s, because the paper's definition (4.3) and its figures (Table 3) do not describe the same number:
 
@@ -15,7 +15,7 @@ There are two F1s, because the paper's definition (4.3) and its figures (Table 3
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import math
 import re
 
@@ -32,17 +32,16 @@ KINDS = ("same", "substituted", "missing", "added")  # of an aligned pair
 RIGHT = ("true_accept", "correct_diagnosis", "diagnosis_error")  # detection decided well; diagnosis is another matter
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: float, denominator: float) -> float:
     """numerator / denominator, nan where the denominator is zero."""
-    numerator, denominator = np.broadcast_arrays(np.float64(numerator), np.float64(denominator))
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, math.nan), where=denominator != 0)
+    return float(numerator / denominator) if denominator else math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def correlation(predicted: list[float], human: list[float]) -> tuple[float, float, float, str | None]:
+def correlation(predicted: Sequence[float], human: Sequence[float]) -> tuple[float, float, float, str | None]:
     """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
 
     Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
@@ -50,63 +49,47 @@ def correlation(predicted: list[float], human: list[float]) -> tuple[float, floa
     """
     from scipy import stats  # takes a second
 
-    n, reason = len(human), None
-    numbers = score_numbers(np.array(predicted, float), np.array(human, float), np.ones((1, n)))
-    pcc, mae = numbers["pcc"].item(), numbers["mae"].item()
-    # how a correlation of independent normal scores is distributed
-    pvalue = 2 * stats.beta.sf(abs(pcc), n / 2 - 1, n / 2 - 1, loc=-1, scale=2)
-    if n < 3:
+    predicted, human, n = np.array(predicted, float), np.array(human, float), len(human)
+    numbers = score_numbers(predicted, human)
+    pcc, pvalue, reason = numbers["pcc"], math.nan, None
+    if not math.isnan(pcc):
+        pvalue = float(stats.pearsonr(predicted, human).pvalue)
+    elif n < 3:
         reason = f"only {n} utterances" if n else "no scores"
-    elif math.isnan(pcc):
-        name, values = ("predicted", predicted) if np.std(predicted) <= SAME else ("human", human)
+    else:
+        name, values = ("predicted", predicted) if predicted.std() <= SAME else ("human", human)
         reason = f"all {n} {name} scores are {values[0]:g}"
-    return pcc, float(pvalue), mae, reason
+    return pcc, pvalue, numbers["mae"], reason
 
 
-def score_numbers(predicted: np.ndarray, human: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers of (N,) predicted and (N,) human scores in R corpora, (R,) each. weights: (R, N), see `assessment`.
+def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
+    """Numbers of (N,) predicted and (N,) human scores.
 
     pcc and spearman, correlations of the scores and of their ranks; sd_ratio, the standard deviation of the predicted
     scores over that of the human ones; mae, the mean absolute difference. The first three are nan for less than three
     utterances, and where scores do not vary: either for a correlation, the human ones for the ratio.
     """
-    if not len(human):
-        return dict.fromkeys(("pcc", "spearman", "sd_ratio", "mae"), np.full(len(weights), math.nan))
-    n = weights.sum(axis=1)
-
-    def covariance(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # of deviations, (R, N) each
-        return _ratio(np.einsum("rn,rn,rn->r", weights, first, second), n)
-
-    scores = [values - _ratio(weights @ values, n)[:, None] for values in (predicted, human)]
-    ranks = [_ranks(values, weights) for values in (predicted, human)]
-    sd, human_sd = (np.sqrt(covariance(of, of)) for of in scores)
-    varies, human_varies = ((n >= 3) & (of > SAME) for of in (sd, human_sd))
-    pcc, spearman = (
-        _ratio(covariance(x, y), np.sqrt(covariance(x, x) * covariance(y, y))).clip(-1, 1) for x, y in (scores, ranks)
-    )
-    return {
-        "pcc": np.where(varies & human_varies, pcc, math.nan),
-        "spearman": np.where(varies & human_varies, spearman, math.nan),
-        "sd_ratio": np.where(human_varies, _ratio(sd, human_sd), math.nan),
-        "mae": _ratio(weights @ abs(predicted - human), n),
-    }
+    numbers = dict.fromkeys(("pcc", "spearman", "sd_ratio"), math.nan)
+    numbers["mae"] = ratio(abs(predicted - human).sum(), len(human))
+    if len(human) >= 3:
+        sd, human_sd = predicted.std(), human.std()
+        if human_sd > SAME:
+            numbers["sd_ratio"] = float(sd / human_sd)
+        if min(sd, human_sd) > SAME:
+            found = np.corrcoef([predicted, human, _ranks(predicted), _ranks(human)])
+            numbers |= {"pcc": float(found[0, 1]), "spearman": float(found[2, 3])}
+    return numbers
 
 
-def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ranks of (N,) values in R corpora, around their mean, (R, N); equal values share the mean of their ranks."""
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of (N,) values, from 1/2; equal ones share the mean of theirs. Faster than scipy's."""
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    held = np.add.reduceat(weights[:, np.argsort(group)], np.cumsum(sizes) - sizes, axis=1)  # (R, groups)
-    return (held.cumsum(axis=1) - (held + held.sum(axis=1, keepdims=True)) / 2)[:, group]
+    return (sizes.cumsum() - sizes / 2)[group]
 
 
 def expectation(probabilities: Sequence[float]) -> float:
     """The mean score of a distribution over the values 0, 1, 2, ..."""
     return sum(value * probability for value, probability in enumerate(probabilities))
-
-
-def likeliest(probabilities: Sequence[float]) -> int:
-    """The value with the highest probability, the lowest one of several."""
-    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +125,7 @@ def error_counts(references: list[list[str]], hypotheses: list[list[str]]) -> np
 def error_rate(references: list[list[str]], hypotheses: list[list[str]]) -> float:
     """(substitutions + deletions + insertions) / reference length (paper 4.3); nan when the references hold nothing."""
     *errors, length = error_counts(references, hypotheses).sum(axis=0)
-    return _ratio(sum(errors), length).item()
+    return ratio(sum(errors), length)
 
 
 def align(first: list[str], second: list[str]) -> list[tuple[str | None, str | None]]:
@@ -152,17 +135,8 @@ def align(first: list[str], second: list[str]) -> list[tuple[str | None, str | N
     it is no worse than both others, else a gap in `second` (a deletion) if no worse than a gap in `first`: the rule
     of Kaldi's `align-text`, on which published detection figures rest.
     """
-    return [(_item(first, i), _item(second, j)) for i, j in _alignment(first, second)]
-
-
-def _item(phones: list[str], index: int | None) -> str | None:
-    return None if index is None else phones[index]
-
-
-def _alignment(first: list[str], second: list[str]) -> list[tuple[int | None, int | None]]:
-    """`align`, as indices."""
     if first == second:  # most of what learners say, and an answer to it
-        return [(i, i) for i in range(len(first))]
+        return list(zip(first, second))
     cost = [list(range(len(second) + 1))]
     for i, phone in enumerate(first, 1):
         above, row = cost[-1], [i]
@@ -174,13 +148,13 @@ def _alignment(first: list[str], second: list[str]) -> list[tuple[int | None, in
     while i or j:
         if i and j and cost[i][j] == cost[i - 1][j - 1] + (first[i - 1] != second[j - 1]):
             i, j = i - 1, j - 1
-            pairs.append((i, j))
+            pairs.append((first[i], second[j]))
         elif i and cost[i][j] == cost[i - 1][j] + 1:
             i -= 1
-            pairs.append((i, None))
+            pairs.append((first[i], None))
         else:
             j -= 1
-            pairs.append((None, j))
+            pairs.append((None, second[j]))
     return pairs[::-1]
 
 
@@ -205,24 +179,21 @@ def phone_columns(canonical: list[str], heard: list[str], written: list[str]) ->
         written    D  AH G AE T    -> D: correct diagnosis; AH, AE: true accepts; G: a false reject; T: a false accept
 
     The columns with an event, and their order, depend on canonical and heard alone, so those of two systems can be
-    paired. Each written phone stands once; one under a heard phone may have decided about one left out beside it.
+    paired. Each written phone stands once, under a phone left out only where it comes next: the one that decided may
+    stand elsewhere.
     """
-    required, answered = dict(_alignment(canonical, written)), []  # the written phone of each canonical and heard one
-    extra = [[] for _ in range(len(heard) + 1)]  # written phones before each heard one, and behind the last
-    for j, k in _alignment(heard, written):
-        (extra[len(answered)] if j is None else answered).append(k)
-    columns, spoken = [], 0
-    for i, j in _alignment(canonical, heard):
-        k, waiting = required[i] if j is None else answered[j], extra[spoken]
-        phones = _item(canonical, i), _item(heard, j), _item(written, k)
-        if j is None and k not in waiting:  # left out, and nothing was written for it but what is under a heard phone
-            columns.append((*phones[:2], None, _event(*phones)))
-            continue
-        columns += [(None, None, written[other], None) for other in waiting if j is not None or other < k]
-        columns.append((*phones, _event(*phones)))
-        extra[spoken] = [other for other in waiting if j is None and other > k]
-        spoken += j is not None
-    return columns + [(None, None, written[other], None) for other in extra[spoken]]
+    required = [answer for phone, answer in align(canonical, written) if phone is not None]
+    columns, answers = [], align(heard, written)
+    for phone, perceived in align(canonical, heard):
+        answer = None if phone is None else required.pop(0)
+        if perceived is not None:
+            while answers[0][0] is None:
+                columns.append((None, *answers.pop(0), None))
+            answer = answers[0][1]
+        event = _event(phone, perceived, answer)
+        next_is_it = answers[:1] == [(perceived, answer)]  # always, where a phone was heard
+        columns.append((phone, perceived, answers.pop(0)[1] if next_is_it else None, event))
+    return columns + [(None, *pair, None) for pair in answers]
 
 
 def _event(canonical: str | None, heard: str | None, written: str | None) -> str:
@@ -234,11 +205,109 @@ def _event(canonical: str | None, heard: str | None, written: str | None) -> str
     return "false_accept" if written == canonical else "diagnosis_error"
 
 
-def phone_errors(columns: list[list[tuple]]) -> np.ndarray:
-    """Substitutions, deletions, insertions and reference length of each of N utterances' `phone_columns`, (N, 4)."""
+def detection_counts(canonical: list[list[str]], heard: list[list[str]], predicted: list[list[str]]) -> dict[str, int]:
+    """How often each of EVENTS is in the `phone_columns` of a corpus: lists with one list of phones per utterance."""
+    columns = map(phone_columns, canonical, heard, predicted)
+    found = Counter(event for utterance in columns for *_, event in utterance)
+    return {name: found[name] for name in EVENTS}
+
+
+def detection_scores(counts: dict[str, int]) -> dict[str, float]:
+    """Detection and diagnosis from pooled counts; nan where a denominator is zero.
+
+    With detected = correct_diagnosis + diagnosis_error:
+        precision = detected / (detected + false_reject)        recall = detected / (detected + false_accept)
+        far, false acceptance = false_accept / mispronounced = 1 - recall
+        frr, false rejection = false_reject / phones said right
+        der, diagnosis error = diagnosis_error / detected
+    """
+    detected = counts["correct_diagnosis"] + counts["diagnosis_error"]
+    wrong, missed = counts["false_reject"], counts["false_accept"]
+    return {
+        "precision": ratio(detected, detected + wrong),
+        "recall": ratio(detected, detected + missed),
+        "f1": ratio(2 * detected, 2 * detected + wrong + missed),
+        "far": ratio(missed, detected + missed),
+        "frr": ratio(wrong, wrong + counts["true_accept"]),
+        "der": ratio(counts["diagnosis_error"], detected),
+    }
+
+
+def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 of phones by position, weighted over phones by how often they were heard.
+
+    Position i of one string is compared with position i of the other, without alignment; one-vs-rest scores of each
+    phone are averaged with its frequency among the heard ones as weight (0 for a phone that is never written). Not
+    the field's convention: reported because the paper's Table 3 fits it.
+    heard, written, agreed: how often each of P phones was heard, written, and both in one position, (P,).
+    """
+    total = heard.sum()
+    return {
+        "precision": ratio((heard * agreed / np.maximum(written, 1)).sum(), total),
+        "recall": ratio(agreed.sum(), total),
+        "f1": ratio((heard * 2 * agreed / np.maximum(heard + written, 1)).sum(), total),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All numbers of an evaluation
+
+
+def answer_of(record: dict, scoring: str = "greedy") -> dict | None:
+    """What a line of a predictions file says, scores or transcripts by name; None for what cannot be parsed."""
+    if record["task"] == "APA" and scoring == "expected":
+        return {name: expectation(probabilities) for name, probabilities in record["scores"].items()}
+    return parse_output(record["task"], record["output"])
+
+
+def assessment_rows(records: list[dict], scoring: str = "greedy") -> np.ndarray:
+    """Predicted and human SCORES of each of N APA lines, (N, 2, 4); nan for predicted ones that cannot be parsed."""
+    unparsed = dict.fromkeys(SCORES, math.nan)
+    pairs = [(answer_of(line, scoring) or unparsed, line["reference"]) for line in records if line["task"] == "APA"]
+    rows = [[[scores[name] for name in SCORES] for scores in pair] for pair in pairs]
+    return np.array(rows, float).reshape(-1, 2, len(SCORES))
+
+
+def parsed(rows: np.ndarray) -> np.ndarray:
+    """Those of `assessment_rows` with predicted scores."""
+    return rows[~np.isnan(rows[:, 0, 0])]
+
+
+def assessment(rows: np.ndarray) -> dict[str, float]:
+    """The numbers of scores, by key; unparsed outputs leave them, and their share stands beside them."""
+    read = parsed(rows)
+    numbers = {"apa_unparsed": ratio(len(rows) - len(read), len(rows))}
+    for name, pair in zip(SCORES, read.T.copy()):  # faster than a view
+        numbers |= {f"{name}_{key}": value for key, value in score_numbers(*pair).items()}
+    return numbers
+
+
+def phones_of(records: list[dict]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Phones of each MDD line, three lists: what should be said, what raters heard, what the model wrote."""
+    mdd = [(line["reference"], answer_of(line)) for line in records if line["task"] == "MDD"]
+    canonical, heard = ([reference[key] for reference, _ in mdd] for key in ("canonical", "heard"))
+    return canonical, heard, [normalise_phones(said["phoneme_transcript"]) if said else [] for _, said in mdd]
+
+
+def diagnosis_rows(records: list[dict]) -> np.ndarray:
+    """Counts of each of N MDD lines, (N, 14 + 3 P); a transcript that cannot be parsed counts as empty.
+
+    Whether it cannot be parsed; substitutions, deletions, insertions and reference length of the words, then of the
+    phones; EVENTS; how often each of P phones was heard, then written, then both in one position. The P phones are
+    those that were heard in any of the lines.
+    """
+    mdd = [(line["reference"], answer_of(line)) for line in records if line["task"] == "MDD"]
+    spoken = [normalise_words(reference["word_transcript"]) for reference, _ in mdd]
+    words = [normalise_words(said["word_transcript"]) if said else [] for _, said in mdd]
+    canonical, heard, written = phones_of(records)
+    columns = list(map(phone_columns, canonical, heard, written))
     kinds = [[kind_of(*pair) for _, *pair, _ in utterance if pair != [None, None]] for utterance in columns]
-    same, substituted, missing, added = _counts(kinds, KINDS).T
-    return np.stack([substituted, missing, added, same + substituted + missing], axis=1)
+    events = [[event for *_, event in utterance] for utterance in columns]
+    agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
+    names = sorted({phone for phones in heard for phone in phones})
+    parts = [[said is None for _, said in mdd], error_counts(spoken, words)]
+    parts += [_counts(kinds, KINDS[1:]), list(map(len, heard)), _counts(events, EVENTS)]
+    return np.column_stack(parts + [_counts(phones, names) for phones in (heard, written, agreed)])
 
 
 def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
@@ -247,125 +316,36 @@ def _counts(items: list[list[str]], names: Sequence[str]) -> np.ndarray:
     return np.array(found, float).reshape(len(items), len(names))
 
 
-def detection_counts(canonical: list[list[str]], heard: list[list[str]], predicted: list[list[str]]) -> dict[str, int]:
-    """How often each of EVENTS is in the `phone_columns` of a corpus: lists with one list of phones per utterance."""
-    columns = map(phone_columns, canonical, heard, predicted)
-    found = Counter(event for utterance in columns for *_, event in utterance)
-    return {name: found[name] for name in EVENTS}
-
-
-def detection_scores(counts: dict) -> dict:
-    """Detection and diagnosis from pooled counts; nan where a denominator is zero.
-
-    With detected = correct_diagnosis + diagnosis_error:
-        precision = detected / (detected + false_reject)        recall = detected / (detected + false_accept)
-        far, false acceptance = false_accept / mispronounced = 1 - recall
-        frr, false rejection = false_reject / phones said right
-        der, diagnosis error = diagnosis_error / detected
-    counts: numbers, or arrays of them.
-    """
-    detected = counts["correct_diagnosis"] + counts["diagnosis_error"]
-    wrong, missed = counts["false_reject"], counts["false_accept"]
-    return {
-        "precision": _ratio(detected, detected + wrong),
-        "recall": _ratio(detected, detected + missed),
-        "f1": _ratio(2 * detected, 2 * detected + wrong + missed),
-        "far": _ratio(missed, detected + missed),
-        "frr": _ratio(wrong, wrong + counts["true_accept"]),
-        "der": _ratio(counts["diagnosis_error"], detected),
-    }
-
-
-def phone_agreement(heard: np.ndarray, written: np.ndarray, agreed: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of phones by position, weighted over phones by how often they were heard.
-
-    Position i of one string is compared with position i of the other, without alignment; one-vs-rest scores of each
-    phone are averaged with its frequency among the heard ones as weight (0 for a phone that is never written). Not
-    the field's convention: reported because the paper's Table 3 fits it.
-    heard, written, agreed: how often each of P phones was heard, written, and both in one position, (..., P).
-    """
-
-    def weighted(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-        return _ratio((heard * np.nan_to_num(_ratio(numerator, denominator))).sum(axis=-1), heard.sum(axis=-1))
-
-    return {
-        "precision": weighted(agreed, written),
-        "recall": weighted(agreed, heard),
-        "f1": weighted(2 * agreed, heard + written),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All numbers of an evaluation
-
-
-def assessment(apa: list, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of scores in R corpora, (R,) by key.
-
-    apa: (parsed scores or None, human scores) of each of N utterances; unparsed outputs leave the correlations, and
-    their share stands beside them. weights: (R, N), how often each utterance is in each corpus; ones for the one that
-    was evaluated, see `speaker_weights` for others.
-    """
-    parsed = np.array([scores is not None for scores, _ in apa], dtype=bool)  # (N,)
-    numbers = {"apa_unparsed": _ratio(weights @ ~parsed, weights.sum(axis=1))}
-    for name in SCORES:
-        predicted, human = (np.array(values) for values in _scores(apa, name))
-        found = score_numbers(predicted, human, weights[:, parsed])
-        numbers |= {f"{name}_{key}": values for key, values in found.items()}
-    return numbers
-
-
-def _scores(apa: list, name: str) -> tuple[list[float], list[float]]:
-    pairs = [(scores[name], human[name]) for scores, human in apa if scores is not None]
-    return [predicted for predicted, _ in pairs], [human for _, human in pairs]
-
-
-def diagnosis(mdd: list, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of words and phones in R corpora, (R,) by key.
-
-    mdd: (parsed transcripts or None, reference with word_transcript, canonical, heard) of each of N utterances; an
-    unparsed output counts as an empty transcript. weights: as in `assessment`.
-    """
-    canonical, heard, written = phones_of(mdd)
-    columns = list(map(phone_columns, canonical, heard, written))
-    spoken = [normalise_words(reference["word_transcript"]) for _, reference in mdd]
-    words = [normalise_words(output["word_transcript"]) if output else [] for output, _ in mdd]
-    numbers = {"mdd_unparsed": _ratio(weights @ [output is None for output, _ in mdd], weights.sum(axis=1))}
-    for name, counts in (("wer", error_counts(spoken, words)), ("per", phone_errors(columns))):
-        *errors, length = (weights @ counts).T
-        numbers[name] = _ratio(sum(errors), length)
-        numbers |= {f"{name}_{kind}": _ratio(n, length) for kind, n in zip(("sub", "del", "ins"), errors)}
-    events = [[event for *_, event in utterance] for utterance in columns]
-    counts = dict(zip(EVENTS, (weights @ _counts(events, EVENTS)).T))
-    numbers |= {f"detection_{key}": values for key, values in detection_scores(counts).items()} | counts
-    names = sorted({phone for phones in heard for phone in phones})
-    agreed = [[a for a, b in zip(*phones) if a == b] for phones in zip(heard, written)]
-    agreement = phone_agreement(*(weights @ _counts(phones, names) for phones in (heard, written, agreed)))
-    return numbers | {f"phone_agreement_{key}": values for key, values in agreement.items()}
-
-
-def phones_of(mdd: list) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Phones of each utterance, three lists: what should be said, what raters heard, what the model wrote."""
-    canonical, heard = ([reference[key] for _, reference in mdd] for key in ("canonical", "heard"))
-    return canonical, heard, [normalise_phones(output["phoneme_transcript"]) if output else [] for output, _ in mdd]
+def diagnosis(rows: np.ndarray) -> dict[str, float]:
+    """The numbers of words and phones, by key; those of EVENTS are whole."""
+    (unparsed,), words, phones, events, agreement = np.split(rows.sum(axis=0), [1, 5, 9, 14])
+    numbers = {"mdd_unparsed": ratio(unparsed, len(rows))}
+    for name, (*errors, length) in (("wer", words), ("per", phones)):
+        numbers[name] = ratio(sum(errors), length)
+        numbers |= {f"{name}_{kind}": ratio(n, length) for kind, n in zip(("sub", "del", "ins"), errors)}
+    counts = dict(zip(EVENTS, map(int, events)))
+    numbers |= {f"detection_{key}": value for key, value in detection_scores(counts).items()} | counts
+    agreement = phone_agreement(*agreement.reshape(3, -1))
+    return numbers | {f"phone_agreement_{key}": value for key, value in agreement.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Uncertainty: other speakers might have been recorded
 
 
-def speaker_weights(speakers: list[str], names: Iterable[str] | None = None, seed: int = 0) -> np.ndarray:
-    """How often each utterance is in each of RESAMPLES corpora of as many speakers, drawn with replacement, (R, N).
+def bootstrap(numbers_of: Callable, rows: np.ndarray, speakers: list[str], names: Iterable[str], seed: int = 0) -> dict:
+    """The numbers of RESAMPLES corpora of as many speakers, drawn with replacement, (RESAMPLES,) by key.
 
     Speakers, not utterances, are drawn: those of one speaker resemble each other, and counting them as independent
-    would make intervals too narrow. speakers: of each utterance; names: all that are drawn from, by default these.
-    The draws depend on the set of names and the seed alone, so two systems' numbers can be subtracted from each other.
+    would make intervals too narrow. The draws depend on the set of names and the seed alone, so two systems' numbers
+    can be subtracted from each other.
+    numbers_of: rows -> numbers by key. speakers: of each row. names: all that are drawn from.
     """
-    names = sorted(set(speakers if names is None else names))
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # (R, names)
-    column = {name: i for i, name in enumerate(names)}
-    return draws[:, [column[speaker] for speaker in speakers]].astype(np.float64)
+    place = {name: i for i, name in enumerate(sorted(set(names)))}
+    column, rng = [place[speaker] for speaker in speakers], np.random.default_rng(seed)
+    draws = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), size=RESAMPLES)  # (RESAMPLES, names)
+    found = [numbers_of(rows.repeat(times[column], axis=0)) for times in draws]
+    return {key: np.array([numbers[key] for numbers in found]) for key in found[0]}
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
@@ -414,34 +394,21 @@ def scorings(records: list[dict]) -> list[str]:
     return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
 
 
-def paired(records: list[dict], scoring: str = "greedy") -> tuple[list, list]:
-    """Outputs with their references, as `assessment` and `diagnosis` take them: apa, mdd."""
-    apa, mdd = [], []
-    for record in records:
-        if record["task"] == "APA" and scoring == "expected":
-            output = {name: expectation(probabilities) for name, probabilities in record["scores"].items()}
-        else:
-            output = parse_output(record["task"], record["output"])
-        (apa if record["task"] == "APA" else mdd).append((output, record["reference"]))
-    return apa, mdd
-
-
 def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
     """All numbers of a predictions file with flat keys, and by key the reason why a correlation is nan.
 
     Beside those of `assessment` and `diagnosis`: p-values, shares of outputs that were cut off, and `utterances`.
     """
-    apa, mdd = paired(records, scoring)
-    found = assessment(apa, np.ones((1, len(apa)))) | diagnosis(mdd, np.ones((1, len(mdd))))
-    numbers, reasons = {key: int(value[0]) if key in EVENTS else value.item() for key, value in found.items()}, {}
-    for name in SCORES:
-        predicted, human = _scores(apa, name)
-        _, numbers[f"{name}_pvalue"], _, reason = correlation(predicted, human)
+    apa, reasons = assessment_rows(records, scoring), {}
+    numbers, read = assessment(apa) | diagnosis(diagnosis_rows(records)), parsed(apa)
+    for name, pair in zip(SCORES, read.T):
+        _, numbers[f"{name}_pvalue"], _, reason = correlation(*pair)
         if reason:
-            reasons[f"{name}_pcc"] = reason if human or not apa else f"none of {len(apa)} outputs could be parsed"
+            missing = len(apa) and not len(read)
+            reasons[f"{name}_pcc"] = f"none of {len(apa)} outputs could be parsed" if missing else reason
     for task in TASKS:
         cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
-        numbers[f"{task.lower()}_truncated"] = sum(cut) / len(cut) if cut else math.nan
+        numbers[f"{task.lower()}_truncated"] = ratio(sum(cut), len(cut))
     numbers["utterances"] = len({record["id"] for record in records})
     return numbers, reasons
 
@@ -452,9 +419,8 @@ def resamples(records: list[dict], scoring: str = "greedy") -> dict[str, np.ndar
     named = {*speakers[0], *speakers[1]}
     if None in named or len(named) < 2:
         return {}
-    apa, mdd = paired(records, scoring)
-    of_apa, of_mdd = (speaker_weights(of, named) for of in speakers)
-    found = assessment(apa, of_apa) | diagnosis(mdd, of_mdd)
+    found = bootstrap(assessment, assessment_rows(records, scoring), speakers[0], named)
+    found |= bootstrap(diagnosis, diagnosis_rows(records), speakers[1], named)
     return {key: values for key, values in found.items() if key not in EVENTS}  # these grow with a corpus
 
 

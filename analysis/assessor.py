@@ -265,7 +265,7 @@ def result(question: Question, distributions: dict[str, Sequence[float]], output
     distributions: {score name: 11 probabilities, of the scores 0 to 10}; output: the model's MDD answer; truncated:
     whether that came to its length limit.
     """
-    scores = {name: Score(metrics.expectation(d), metrics.likeliest(d), list(d)) for name, d in distributions.items()}
+    scores = {name: Score(metrics.expectation(d), int(np.argmax(d)), list(d)) for name, d in distributions.items()}
     transcript = prompts.parse_output("MDD", output)
     phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
     if phones is not None and any(phone.removesuffix("*") not in HEARD for phone in phones):

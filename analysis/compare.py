@@ -147,7 +147,7 @@ def welch(ours: np.ndarray, theirs: np.ndarray) -> list[str]:
 
 def decided_well(records: list[dict]) -> list[bool]:
     """Of each phone whether its detection is right; in the same order for all systems."""
-    phones = zip(*metrics.phones_of(metrics.paired(records)[1]))
+    phones = zip(*metrics.phones_of(records))
     return [event in metrics.RIGHT for of in phones for *_, event in metrics.phone_columns(*of) if event]
 
 

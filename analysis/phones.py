@@ -71,7 +71,7 @@ def phone_report(heard: list[list[str]], written: list[list[str]]) -> list[dict]
 
 def phone_tables(records: list[dict]) -> list[tuple[str, list[str], cli.Rows]]:
     """Each phone with how well it is recognised, and the most frequent confusions of all: two tables."""
-    _, heard, written = metrics.phones_of(metrics.paired(records)[1])
+    _, heard, written = metrics.phones_of(records)
     report = phone_report(heard, written)
     phones, pairs = [], []
     for entry in report:

@@ -195,16 +195,15 @@ def draw_standings(found: list[Standing]) -> "figures.Figure":
     return figure
 
 
-def draw_scores(assessed: list) -> "figures.Figure":
-    """Predicted against human scores, four panels. assessed: of metrics.paired; unparsed answers are left out."""
+def draw_scores(rows: np.ndarray) -> "figures.Figure":
+    """Predicted against human scores, four panels. rows: of metrics.assessment_rows; unparsed answers are left out."""
     figure = figures.Figure(figsize=(5.2, 5.8), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)  # inches; or a title touches the label above
     ticks, limits = range(LOW, HIGH + 1, 2), (LOW - 0.7, HIGH + 0.7)
-    for axis, name in zip(figure.subplots(2, 2).flat, prompts.SCORES):
-        pairs = [(human[name], predicted[name]) for predicted, human in assessed if predicted]
-        pcc, _, mae, reason = metrics.correlation([p for _, p in pairs], [h for h, _ in pairs])
+    for axis, name, pair in zip(figure.subplots(2, 2).flat, prompts.SCORES, metrics.parsed(rows).T):
+        pcc, _, mae, reason = metrics.correlation(*pair)
         title = f"no PCC: {reason}" if reason else f"PCC {pcc:.3f}, mean error {mae:.2f}"
-        cells, counts = np.unique(np.floor(np.reshape(pairs, (-1, 2)) + 0.5), axis=0, return_counts=True)
+        cells, counts = np.unique(np.floor(pair[::-1].T + 0.5), axis=0, return_counts=True)
         axis.plot((LOW, HIGH), (LOW, HIGH), "--", color=GREY, linewidth=1)
         axis.scatter(*cells.T, s=LARGEST**2 * counts / max(counts, default=1), color=BLUE, linewidths=0)
         axis.set(title=f"{name}\n{title}", xlabel="human", ylabel="predicted", aspect="equal")
@@ -250,12 +249,13 @@ def _printable(name):
 
 def draw(records: list[dict], found: list[Standing]) -> dict[str, bytes]:
     """The pictures by file name, as PNG; what there is nothing for is left out."""
-    apa, mdd = metrics.paired(records, metrics.scorings(records)[0])
+    apa = metrics.assessment_rows(records, metrics.scorings(records)[0])
+    _, heard, written = metrics.phones_of(records)
     with matplotlib.rc_context(STYLE):
         drawn = [
             draw_standings(found),
-            draw_scores(apa) if apa else None,
-            draw_confusion(*metrics.phones_of(mdd)[1:]) if mdd else None,
+            draw_scores(apa) if len(apa) else None,
+            draw_confusion(heard, written) if heard else None,
         ]
         shown = {}
         for name, figure in zip(PICTURES, drawn):
@@ -299,10 +299,9 @@ def read_answers(records: list[dict], texts: dict[str, str]) -> list[Answers]:
     The error is the absolute error in total score plus the PER. An unparsed output is as wrong as it can be in score
     (10 points), and an empty transcript in phones; a line that is missing adds nothing.
     """
-    pairs = dict(zip(prompts.TASKS, map(iter, metrics.paired(records, metrics.scorings(records)[0]))))
-    found = {}
+    scoring, found = metrics.scorings(records)[0], {}
     for record in records:
-        said, human = next(pairs[record["task"]])
+        said, human = metrics.answer_of(record, scoring), record["reference"]
         entry = found.setdefault(record["id"], Answers(record["id"], texts.get(record["id"], record["id"])))
         if said is None:
             entry.unparsed.append(record)

@@ -218,10 +218,13 @@ def train(network, items: list, step_size: int, parts_of: Callable, settings: An
 
 
 def resampled_ratio(numerator: np.ndarray, denominator: np.ndarray, speakers: list[str], seed: int = 0) -> np.ndarray:
-    """sum(numerator) / sum(denominator), both (N,), for resampled speakers, (RESAMPLES,); nan where that is 0 / 0."""
-    weights = metrics.speaker_weights(speakers, seed=seed)  # (RESAMPLES, N)
-    with np.errstate(invalid="ignore"):
-        return weights @ numerator / (weights @ denominator)
+    """sum(numerator) / sum(denominator), both (N,), for resampled speakers, (RESAMPLES,); nan for x / 0."""
+    rows = np.column_stack([numerator, denominator])
+
+    def numbers_of(drawn: np.ndarray) -> dict[str, float]:
+        return {"ratio": metrics.ratio(*drawn.sum(axis=0))}
+
+    return metrics.bootstrap(numbers_of, rows, speakers, speakers, seed)["ratio"]
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from records import one_hot, records, write
 
-from analysis import ablation, compare, floors, phones, report
+from analysis import ablation, floors
 import data
 import prompts
 from support import answers, cli
@@ -43,21 +43,7 @@ def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path)
     )
     result = script("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        ".pronunciation-analysis.report.lock",
-        "confusion.png",
-        "predictions.jsonl",
-        "report.html",
-        "results.png",
-        "scores.png",
-    ]
-
-
-@pytest.mark.parametrize("command", [ablation, compare, floors, phones, report])
-def test_a_command_says_how_it_is_called(monkeypatch, capsys, command):
-    with pytest.raises(SystemExit) as end:
-        run(monkeypatch, command, "--help")
-    assert not end.value.code and f"python -m {command.__name__} " in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "a").iterdir()} > {"predictions.jsonl", "report.html", "scores.png"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,33 +71,17 @@ def distributed(total):
     [
         (b"", "is empty"),
         (b"\x89PNG\r\n", "is not UTF-8"),
-        (bytes(100), "line 1 of"),
-        (b"[]\n", "line 1 of"),
-        (b"[" * 100_000, "line 1 of"),
         (changed(0)[:-20], "line 12 of"),
         (changed(0).replace(b"\n", b"\n\n", 1), "line 2 of"),
-        (changed(1).replace(b'"id": "u0", ', b""), "line 1 of .*id is missing"),
         (changed(2, id=3), "line 3 of .*id 3"),
         (changed(0, task="ASR"), "line 1 of .*ASR"),
-        (changed(1, output=None), "line 2 of .*output None"),
-        (changed(0, speaker=7), "line 1 of .*speaker 7"),
-        (changed(0, truncated="yes"), "line 1 of .*truncated 'yes'"),
-        (changed(0, tokens=-1), "line 1 of .*tokens -1"),
-        (changed(1, output="\ud800"), "line 2 of"),
         (changed(0, reference={"accuracy": 1}), "line 1 of .*fluency is missing"),
         (relabelled(0, total=11), "line 1 of .*total 11"),
-        (relabelled(0, total=True), "line 1 of .*total True"),
         (relabelled(0, total=math.nan), "line 1 of .*total nan"),
-        (relabelled(1, heard="W"), "line 2 of .*heard 'W'"),
-        (relabelled(1, heard=["W", 3]), "line 2 of .*heard.1 3"),
         (relabelled(1, heard=["W IH"]), "line 2 of .*heard.0 'W IH'"),
-        (relabelled(1, canonical=["W", ""]), "line 2 of .*canonical.1 ''"),
         (relabelled(1, heard=["\udc00"]), "line 2 of"),
-        (distributed([1.0]), "line 1 of .*total"),
         (distributed([-5.0, 6.0] + [0.0] * 9), "line 1 of .*total.0 -5.0"),
-        (distributed([1e9] + [0.0] * 10), "line 1 of .*total"),
         (distributed([0.5] * 11), "line 1 of .*sum to 5.5"),
-        (distributed([math.nan] * 11), "line 1 of .*nan"),
         (changed(2, id="u0"), "line 3 of .*'u0' .APA., which line 1 does: remove one"),
     ],
 )
@@ -120,12 +90,6 @@ def test_a_file_that_holds_no_predictions_is_refused_with_its_line(tmp_path, con
     with pytest.raises(cli.InputError, match=message) as error:
         answers.read(tmp_path / "bad.jsonl")
     assert len(str(error.value).splitlines()) == 1
-
-
-def test_a_null_in_a_prediction_is_as_good_as_nothing(tmp_path):
-    (tmp_path / "p.jsonl").write_bytes(changed(0, scores=None, truncated=None, tokens=None, speaker=None))
-    first, *_ = answers.read(tmp_path / "p.jsonl")
-    assert not {"scores", "truncated", "tokens", "speaker"} & first.keys()
 
 
 def test_what_a_killed_writer_left_is_read_up_to_its_last_whole_line(tmp_path):
@@ -212,12 +176,6 @@ def test_a_linear_relation_is_recovered_on_utterances_whose_scores_are_not_seen(
     assert list(fitted) == [u.id for u in test]
     for i, u in enumerate(test):
         assert fitted[u.id] == pytest.approx(planted(spoken(100 + i)), abs=1e-4)
-
-
-def test_scores_stay_on_their_scale():
-    train = [utterance(f"a{i}", tone(i), dict.fromkeys(prompts.SCORES, i)) for i in range(1, 10)]
-    fitted = floors.pauses_and_energy(train, [utterance("b", tone(25), {})])
-    assert fitted == {"b": dict.fromkeys(prompts.SCORES, 10.0)}
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from bench import full_size, train_step, workload
 import data
 import model as models
 import prompts
-from support import cli
 
-STEP = 8  # examples, where a benchmark has 64
+STEP = 4  # examples, where a benchmark has 64
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +25,11 @@ def noise(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(noise):
-    """A step of 8 examples in micro-batches of 2, by each contestant."""
+    """A step of 4 examples in micro-batches of 2, by each contestant."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "STEP", STEP)
         patch.setattr(train_step, "MICRO_BATCH", 2)
-        names = [n for n in ("Trainer", "Trainer, audio unpadded", "ours") if not train_step.why_not(n)]
+        names = [n for n in ("Trainer, audio unpadded", "ours") if not train_step.why_not(n)]
         return {name: train_step.measure(name, noise, full=False)["steps"] for name in names}
 
 
@@ -42,11 +41,6 @@ def test_contestants_train_on_the_same_tokens_to_the_same_losses(measured):
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
     losses = [step["loss"] for step in measured["ours"]]
     assert losses[2] < losses[1]  # the same step again
-
-
-@pytest.mark.slow
-def test_transformers_padded_audio_is_why_the_plain_trainer_has_another_loss(measured):
-    assert 1e-6 < abs(measured["Trainer"][0]["loss"] / measured["ours"][0]["loss"] - 1) < 1e-3  # less than 0.1 %
 
 
 def test_the_scaled_models_proportions_are_the_real_models():
@@ -144,9 +138,3 @@ def test_a_script_is_measured_and_killed_once_its_file_is_there(tmp_path):
     script.write_text("import sys, time\nhalf = bytearray(b'1' * 500_000_000)\nopen(sys.argv[1], 'w')\ntime.sleep(60)")
     figures = full_size.run(script, [tmp_path / "step-1.pt"], stop_at=(tmp_path, "step-*.pt"))
     assert figures["seconds"] < 50 and 0.5 < figures["peak_own_gb"] <= figures["peak_gb"] < 5
-
-
-def test_a_script_that_fails_ends_the_benchmark(monkeypatch):
-    monkeypatch.setattr(full_size, "LAUNCHER", "raise SystemExit(3)")
-    with pytest.raises(cli.RunError, match="train.py --rank 7 ended with 3"):
-        full_size.run("train.py", ["--rank", 7])

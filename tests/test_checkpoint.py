@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 import sys
 
-from conftest import ROOT, copy_of, settings
+from conftest import copy_of, settings
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
@@ -33,10 +34,12 @@ def change_weights(path, change):
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory):
+def bare(checkpoint, tmp_path_factory):
     """The checkpoint of conftest with the names that transformers' converter writes."""
-    folder = tmp_path_factory.mktemp("bare")
-    tiny.write_model(folder, steps=30, seed=0, clips=64, bare_names=True)
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("bare") / "model")
+    path = folder / pretrained.SPEECH_ADAPTER / pretrained.ADAPTER_FILE
+    named = {name.removeprefix("base_model.model."): weight for name, weight in load_file(path).items()}
+    save_file(named, path, {"format": "pt"})
     return folder
 
 
@@ -44,14 +47,13 @@ def bare(tmp_path_factory):
 # The speech adapter
 
 
-def test_a_converters_names_lack_the_prefix_and_nothing_else(checkpoint, bare):
+def test_a_converters_names_lack_the_prefix_and_nothing_else(checkpoint, bare, tmp_path):
     config = json.loads((checkpoint / pretrained.SPEECH_ADAPTER / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]  # as Microsoft's
+    tiny.write_model(tmp_path, steps=1, seed=0, clips=8, bare_names=True)
     file = f"{pretrained.SPEECH_ADAPTER}/{pretrained.ADAPTER_FILE}"
-    ours, theirs = (load_file(folder / file) for folder in (checkpoint, bare))
-    assert {f"base_model.model.{name}" for name in theirs} == ours.keys()
-    assert all(name.startswith("model.layers.") for name in theirs)
-    assert (checkpoint / "model.safetensors").read_bytes() == (bare / "model.safetensors").read_bytes()
+    written, expected = load_file(tmp_path / file), load_file(bare / file)
+    assert written.keys() == expected.keys() and all(name.startswith("model.layers.") for name in written)
 
 
 @pytest.mark.parametrize("way", ["merge", "continue"])
@@ -61,7 +63,7 @@ def test_training_and_evaluation_are_the_same_from_both_forms_of_names(way, chec
         rank = ["--rank", 4, "--alpha", 8] if way == "merge" else []
         where = ["--model", folder, "--data", corpus, "--speech-adapter", way, "--output", name]
         train.train(settings(monkeypatch, *where, *SIZES, *rank))
-        monkeypatch.setattr(sys, "argv", f"evaluate.py --adapter {name} --limit 4 --max-new-tokens 30".split())
+        monkeypatch.setattr(sys, "argv", f"evaluate.py --adapter {name} --limit 2 --max-new-tokens 8".split())
         evaluate.main()
         log = [json.loads(line) for line in open(f"{name}/log.jsonl")]
         moved = [line["adapter_moved"] for line in log if "adapter_moved" in line]
@@ -118,11 +120,6 @@ def test_a_configuration_with_other_audio_than_the_code_computes_is_refused(chec
         load(path.parent)
 
 
-def test_the_table_of_assumptions_names_checks_that_exist():
-    named = re.findall(r"`pretrained\.(\w+)`", (ROOT / "docs" / "checkpoint.md").read_text())
-    assert len(named) > 5 and not [name for name in named if not hasattr(pretrained, name)]
-
-
 def test_the_features_that_are_checked_are_those_that_data_py_counts_on():
     expected = pretrained.ExtractorConfig()
     assert (expected.sampling_rate, expected.win_length, expected.hop_length) == (16_000, data.FRAME, data.HOP)
@@ -130,15 +127,14 @@ def test_the_features_that_are_checked_are_those_that_data_py_counts_on():
 
 
 def test_only_the_files_that_the_index_names_count_as_weights(checkpoint, tmp_path):
-    folder = copy_of(checkpoint, tmp_path)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert pretrained.weight_files(folder) == ["model.safetensors"]
-    index = folder / pretrained.WEIGHTS_INDEX
+    assert pretrained.weight_files(checkpoint) == ["model.safetensors"]
+    index = tmp_path / pretrained.WEIGHTS_INDEX
     index.write_text(json.dumps({"weight_map": {"a": names[1], "b": names[0], "c": names[1]}}))
-    assert pretrained.weight_files(folder) == names
+    assert pretrained.weight_files(tmp_path) == names
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(cli.InputError, match="elsewhere"):
-        pretrained.weight_files(folder)
+        pretrained.weight_files(tmp_path)
 
 
 def test_more_tokens_than_the_usual_positions_stop_training_and_evaluation(where, monkeypatch):
@@ -184,9 +180,7 @@ def test_a_real_tokenizer_that_cuts_text_in_another_way_is_refused(checkpoint, m
     "cuda, driver, message",
     [
         ("13.0", None, "this machine has none"),
-        (None, "535.183.01", "this machine has none"),
         ("13.0", "535.183.01", "the driver here, 535.183.01, is too old: torch .* needs 580 or newer"),
-        ("12.8", "535.183.01", "torch finds none, though driver 535.183.01 is here"),
         ("13.0", "580.65.06", "torch finds none, though driver 580.65.06 is here"),
     ],
 )

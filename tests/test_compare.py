@@ -30,8 +30,9 @@ def table(printed):
 
 
 @pytest.fixture
-def seeds(tmp_path):
+def seeds(tmp_path, monkeypatch):
     """Six runs: three of one system, three of a better one. Folders, as evaluate.py leaves them."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 250)  # for time
     folders = [tmp_path / f"{name}-{seed}" for name in ("a", "b") for seed in range(3)]
     for i, folder in enumerate(folders):
         folder.mkdir()
@@ -70,10 +71,8 @@ def test_two_groups_of_seeds_are_compared_by_their_means(monkeypatch, capsys, se
     row, welch = rows["per"], stats.ttest_ind(ours, theirs, equal_var=False).pvalue
     assert row["A-B"] == f"{statistics.fmean(ours) - statistics.fmean(theirs):+.3f}"
     assert (row["std A"], row["p, runs"]) == (f"{statistics.stdev(ours):.3f}", f"{welch:.3f}")
-    drawn = [
-        np.mean([metrics.resamples(lines)["per"] for lines in compare.read_runs(g)], axis=0)
-        for g in (seeds[:3], seeds[3:])
-    ]
+    groups = map(compare.read_runs, (seeds[:3], seeds[3:]))
+    drawn = [np.mean([metrics.resamples(lines)["per"] for lines in group], axis=0) for group in groups]
     assert float(row["from"]) == pytest.approx(metrics.interval(drawn[0] - drawn[1])[0], abs=6e-4)
     assert {"accuracy_spearman", "accuracy_sd_ratio"} <= rows.keys()
 
@@ -127,16 +126,11 @@ def test_runs_of_other_utterances_speakers_or_references_are_refused(monkeypatch
 @pytest.mark.parametrize(
     "speakers, arguments, message",
     [
-        (None, "a.jsonl --against b.jsonl", "name no speakers"),
         (1, "a.jsonl --against b.jsonl", "name no speakers, or one alone"),
-        (4, "a.jsonl", "two runs or more"),
-        (4, "--against a.jsonl b.jsonl", "two runs or more"),
-        (4, "a.jsonl ./a.jsonl", "a.jsonl is named more than once"),
         (4, "a.jsonl --against b.jsonl b.jsonl", "b.jsonl is named more than once"),
     ],
 )
 def test_groups_without_speakers_or_other_runs_are_refused(monkeypatch, capsys, tmp_path, speakers, arguments, message):
-    monkeypatch.chdir(tmp_path)
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", records(speakers=speakers))
     with pytest.raises(cli.InputError, match=message):
@@ -181,13 +175,3 @@ def test_phones_confusions_and_detection_are_printed(monkeypatch, capsys, tmp_pa
     rows = table(run(monkeypatch, capsys, phones, path, "--format", "csv"))
     assert list(rows["IY"].values()) == ["6", "-", "0.000", "-:6"]
     assert list(rows["W"].values()) == ["6", "1.000", "1.000", ""] and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_phone_with_control_characters_is_printed_as_text(monkeypatch, capsys, tmp_path):
-    lines = records()
-    lines[1]["output"] = r'{"word_transcript": "WE", "phoneme_transcript": "W \u0000 \u001b[31m \ud800"}'
-    lines[3]["output"] = r'{"word_transcript": "WE", "phoneme_transcript": "W \u0000 \u001b[31m"}'
-    path = write(tmp_path / "predictions.jsonl", lines)
-    for form in ("table", "csv", "latex"):
-        printed = run(monkeypatch, capsys, phones, path, "--format", form)
-        assert "x1b[M" in printed and not {"\0", "\x1b"} & {*printed}

@@ -4,7 +4,7 @@ import math
 import os
 import re
 
-from conftest import copy_of, fifo, sound, tone
+from conftest import copy_of, sound, tone
 import datasets
 import numpy as np
 import pytest
@@ -67,10 +67,9 @@ def test_a_folder_is_read_in_the_order_of_its_list_up_to_the_limit(corpus):
     records = files.read_json(corpus / "resource" / "scores.json", dict)
     for utterance in utterances:
         record = records[utterance.id]
-        assert utterance.text == record["text"]
+        assert utterance.text == record["text"] and utterance.speaker == utterance.id[:4]
         assert utterance.scores == {name: record[name] for name in prompts.SCORES}
         assert utterance.canonical == [phone for w in record["words"] for phone in w["phones"]]
-        assert utterance.speaker == utterance.id[:4]
         assert utterance.samples == len(read_audio(utterance.recording))
     assert not {u.speaker for u in utterances} & {u.speaker for u in data.read_corpus(corpus, "test")}
 
@@ -107,18 +106,16 @@ def test_the_real_test_split_has_its_published_counts():
 
 MISSING = object()
 LABEL = "words.0.mispronunciations.0"
-NO_TEXT = [MISSING, None, 7, [], "", "  ", "\ud800", "A" * 10**7, "A <|end|> B", "A \0 B", "A\nB"]
-NO_PHONE = [MISSING, None, 7, {}, "", "7", "\ud800", "AH B", " AH", "<|end|>"]
-NO_SCORE = [MISSING, None, True, -1, 11, 10**400, math.nan, math.inf, "high", "8", [], 7.5, 7.999999999999]
+NO_TEXT = [MISSING, None, "  ", "\ud800", "A" * 10**7, "A <|end|> B", "A \0 B", "A\nB"]
 BAD_FIELDS = {
     "text": NO_TEXT,
-    **dict.fromkeys(prompts.SCORES, NO_SCORE),
-    "words": [MISSING, None, 7, {}, [None], [], "BEAR"],
+    "total": [MISSING, None, True, -1, 11, 10**400, math.nan, "8", 7.5, 7.999999999999],
+    "words": [MISSING, None, [None], []],
     "words.0.text": NO_TEXT,
-    "words.0.phones": [MISSING, None, 7, {}, [None], [], "", "  ", ["AH", "B C"], ["AH", "0"], ["<|end|>"]],
-    "words.0.mispronunciations": [MISSING, None, 7, "AH", [[]]],
-    f"{LABEL}.index": [MISSING, None, True, -1, 3, 10**400, 0.0, math.nan, "0", []],
-    f"{LABEL}.pronounced-phone": NO_PHONE,
+    "words.0.phones": [MISSING, None, [], "  ", ["AH", "B C"], ["AH", "0"], ["<|end|>"]],
+    "words.0.mispronunciations": [MISSING, None, "AH", [[]]],
+    f"{LABEL}.index": [MISSING, None, True, -1, 3, 10**400, 0.0, "0"],
+    f"{LABEL}.pronounced-phone": [MISSING, None, 7, "", "7", "\ud800", "AH B", " AH", "<|end|>"],
 }
 
 
@@ -151,13 +148,9 @@ def written(content):
 
 def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, tmp_path):
     makes = {
-        "is not a regular file": fifo,
-        "Is a directory": lambda path: path.parent,
         "No such file": lambda path: path / "there",
         "cut off": written(SECOND[:-2]),
         "all its samples are 0": written(sound(np.zeros(16_000))),
-        "its samples reach 16,384": written(sound(32_768 * tone(1))),
-        "channels cancel each other": written(sound(np.stack([tone(1), -tone(1)], axis=1))),
     }
     root = copy_of(corpus, tmp_path)
     lines = (root / "test" / "wav.scp").read_text().splitlines()
@@ -166,15 +159,15 @@ def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, t
         lines[i] = f"{ids[i]} {make(tmp_path / f'{i}.wav')}"
     (root / "test" / "wav.scp").write_text("\n".join(lines))
     speakers = (root / "test" / "utt2spk").read_text().splitlines()
-    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[7])))
+    (root / "test" / "utt2spk").write_text("\n".join(line for line in speakers if not line.startswith(ids[3])))
     records = files.read_json(root / "resource" / "scores.json", dict)
-    del records[ids[8]]
-    records[ids[9]]["total"] = 12
+    del records[ids[4]]
+    records[ids[5]]["total"] = 12
     (root / "resource" / "scores.json").write_text(json.dumps(records))
     with pytest.raises(cli.InputError) as error:
         data.read_corpus(root, "test")
     first, *others = str(error.value).split("\n")
-    assert first.startswith("10 utterances of")
+    assert first.startswith("6 utterances of")
     for line, id, reason in zip(others, ids, (*makes, "no speaker", "no entry", "total 12")):
         assert line.startswith(f"  {id}: ") and reason in line
 
@@ -183,14 +176,9 @@ def test_every_utterance_that_cannot_be_used_is_listed_with_its_reason(corpus, t
     "name, damage, message",
     [
         ("scores.json", lambda text: text[:-40], "is not JSON: .* line"),
-        ("scores.json", lambda text: f"[{text}]", ": .*dict"),
-        ("scores.json", lambda text: '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not JSON: .*recursion"),
         ("scores.json", lambda text: text.replace('"000500002"', '"000500001"'), "'000500001' twice"),
-        ("scores.json", lambda text: text.replace('"fluency"', '"accuracy"', 1), "'accuracy' twice"),
         ("wav.scp", lambda text: text + "\udcff", "is not UTF-8"),
         ("wav.scp", lambda text: text + "u\n", "line 21 of .* is not a key and a value"),
-        ("wav.scp", lambda text: "u a.wav\nu a.wav\n", "'u' twice"),
-        ("utt2spk", lambda text: "", "line 1 of .* is not a key and a value"),
     ],
 )
 def test_a_damaged_file_of_a_corpus_is_named_in_one_line(corpus, tmp_path, name, damage, message):
@@ -213,21 +201,6 @@ def test_a_byte_order_mark_is_dropped_and_lines_end_at_newlines_alone(corpus, tm
     assert files.read_lines(tmp_path / "predictions.jsonl", dict) == [{"text": "a\u2028\x85b"}]
 
 
-@pytest.mark.parametrize(
-    "source, split, message",
-    [
-        ("no/such/corpus", "test", "no/such/corpus does not exist: give a folder or a hub id"),
-        ("a" * 5000, "test", "does not exist"),
-        (os.path.dirname(__file__), "test", "scores.json.*wav.scp.*missing"),
-        (None, "dev", "split 'dev'"),
-        ("nobody/nothing", "test", "nobody/nothing is not a folder here.*revision main.*network"),
-    ],
-)
-def test_a_corpus_that_is_not_there_says_what_to_give(corpus, source, split, message):
-    with pytest.raises(cli.InputError, match=message):
-        data.read_corpus(source or corpus, split, "main" if source == "nobody/nothing" else None)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Examples and batches
 
@@ -246,18 +219,6 @@ AUDIO = tiny.SPECIAL_TOKENS[2]
 def examples_of(tokenizer):
     """Makes the examples of an utterance, a list."""
     return lambda utterance: list(data.Examples([utterance], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)))
-
-
-def test_the_record_in_the_docstring_gives_the_answers_beside_it(tokenizer, examples_of):
-    label = {"canonical-phone": "IY", "index": 1, "pronounced-phone": "<unk>"}
-    words = [
-        {"text": "THEME", "phones": ["TH", "IY0", "M"], "accuracy": 2, "mispronunciations": [label]},
-        {"text": "PARK", "phones": ["P", "AA0", "R", "K"], "accuracy": 10, "mispronunciations": []},
-    ]
-    scores = {"accuracy": 6, "fluency": 9, "prosodic": 8, "total": 5}
-    for example in examples_of(checked(record(text="THEME PARK", words=words, **scores))):
-        answer = tokenizer.decode(example.answer_ids).removesuffix(prompts.END)
-        assert f"    {example.task}  {answer}\n" in data.__doc__
 
 
 @pytest.mark.parametrize(

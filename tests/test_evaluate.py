@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 import shutil
+from unittest.mock import Mock
 
 from conftest import ROOT, script
 import numpy as np
@@ -17,7 +18,7 @@ import evaluate
 import metrics
 import model as models
 import prompts
-from support import answers, cli, files
+from support import answers, cli
 from support import run as runs
 
 METRIC_KEYS = {
@@ -42,16 +43,6 @@ def outputs(records):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Table 3
-
-
-def test_each_row_of_the_papers_table_has_a_number_for_each_column():
-    """The numbers themselves: tests/test_readme.py."""
-    assert {len(row) for row in evaluate.PAPER.values()} == {len(evaluate.TABLE_3)}
-
-
-def test_the_floor_is_what_copying_the_canonical_phones_gives():
-    floor = evaluate.copying_floor(records()).numbers
-    assert floor["per"] == 1 / 4 and floor["detection_recall"] == 0 and floor["wer"] == 0
 
 
 def test_a_number_is_marked_when_within_005_of_the_papers():
@@ -111,37 +102,7 @@ def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved.keys() >= METRIC_KEYS and saved["prosodic_pcc"] is None and saved["per"] == 1 / 4
-    assert (tmp_path / "figure5.png").read_bytes().startswith(b"\x89PNG")
-    assert "no prosodic_pcc: all 6 predicted scores are 5" in result.stdout
-    assert "this run, predictions" in result.stdout and "paper, lora, epoch 3" in result.stdout
-    assert "it is compared with none of the paper's rows" in " ".join(result.stdout.split())
-    assert "*" not in result.stdout
-
-
-def test_figure_5_shows_every_utterance_beside_its_score_and_the_mean_of_each_score(monkeypatch, tmp_path):
-    saved, lines = [], records(30)
-    lines[1]["output"] = prompts.mdd_target("WE SEE", ["W"])  # of an utterance with the score 0
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: saved.append(self) or path.touch())
-    evaluate.draw_figure5(lines, tmp_path / "figure5.png")
-    human, predicted = saved[0].axes
-    assert human.get_xlabel() == "human accuracy score" and predicted.get_xlabel() == "predicted accuracy score"
-    assert human.get_title().startswith("PCC -0.") and human.get_title().endswith("paper -0.446)")
-    points = human.collections[0].get_offsets()  # (30, 2)
-    assert len({tuple(point) for point in points.tolist()}) == 30  # none hides another
-    assert np.abs(points[:, 0] - [i % 10 for i in range(30)]).max() < 0.5
-    assert points[:, 1].tolist() == [0.75] + [0.25] * 29
-    (means,) = human.get_lines()
-    assert means.get_xydata().tolist() == [[0, pytest.approx(1.25 / 3)], *([score, 0.25] for score in range(1, 10))]
-
-
-def test_characters_that_no_file_or_terminal_shows_do_not_end_the_evaluation(monkeypatch, tmp_path):
-    """Half a surrogate pair, which JSON can write, makes an answer unparsed; other control characters stay."""
-    lines = records()
-    lines[1]["output"] = r'{"word_transcript": "WE SEE", "phoneme_transcript": "W \ud800 S"}'
-    lines[3]["output"] = r'{"word_transcript": "WE \udfff", "phoneme_transcript": "W"}'
-    lines[5]["output"] = r'{"word_transcript": "W\u0000E", "phoneme_transcript": "W \u0000 \u001b[31m"}'
-    main(monkeypatch, "--predictions", write(tmp_path / "predictions.jsonl", lines))
-    assert json.loads((tmp_path / "metrics.json").read_text())["mdd_unparsed"] == 2 / 6
+    assert "no prosodic_pcc: all 6 predicted scores are 5" in result.stdout and "*" not in result.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,99 +113,45 @@ def test_characters_that_no_file_or_terminal_shows_do_not_end_the_evaluation(mon
     "arguments, message",
     [
         ([], "nothing to evaluate: give --adapter"),
-        (["--predictions", "missing.jsonl"], "missing.jsonl"),
         (["--predictions", "here.jsonl", "--adapter", "out", "--batch-size", "3"], "leave out --adapter --batch-size"),
-        (["--predictions", "here.jsonl", "--resume"], "leave out --resume"),
         (["--predictions", "here.jsonl", "--output", "file/out"], "file/out"),
-        (["--adapter", "nowhere"], "nowhere holds no adapter"),
         (["--base", "--epochs", "2"], "--epochs 2 .*give --adapter"),
-        (["--base", "--batch-size", "0"], "--batch-size 0"),
-        (["--base", "--scoring", "best"], "best"),
-        (["--base", "--model", "nowhere"], "nowhere is not a folder"),
         (["--base", "--model", "{checkpoint}", "--revision", "x"], "--revision x .* is a folder"),
-        (
-            ["--base", "--model", "{checkpoint}", "--data", "{corpus}", "--data-revision", "x"],
-            "--data-revision x .* is a",
-        ),
     ],
 )
-def test_a_users_mistake_is_named_before_anything_slow(monkeypatch, tmp_path, checkpoint, corpus, arguments, message):
+def test_a_users_mistake_is_named_before_anything_slow(monkeypatch, tmp_path, checkpoint, arguments, message):
     monkeypatch.setattr(models, "load_base", None)
     monkeypatch.setattr(data, "read_corpus", None)
     write(tmp_path / "here.jsonl", records())
     (tmp_path / "file").touch()
-    with pytest.raises(cli.InputError, match=message) as error:
-        main(monkeypatch, *(argument.format(checkpoint=checkpoint, corpus=corpus) for argument in arguments))
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_a_mistake_ends_the_script_with_2_and_one_line(tmp_path):
-    code, text = Process("evaluate", [], tmp_path).wait()
-    assert code == 2 and text.startswith("evaluate.py: error: ") and len(text.splitlines()) == 1
+    with pytest.raises(cli.InputError, match=message):
+        main(monkeypatch, *(argument.format(checkpoint=checkpoint) for argument in arguments))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is evaluated
 
 
-def test_every_epoch_and_the_base_give_a_row_and_files(monkeypatch, run, corpus, capsys):
-    monkeypatch.chdir(run[0])
-    arguments = ["--adapter", "out/", "--epochs", "all", "--base", "--limit", 5, "--batch-size", 2]
-    main(monkeypatch, *arguments, "--max-new-tokens", 30)
+def test_every_epoch_and_the_base_give_a_row_and_files_and_a_saved_file_the_same(
+    monkeypatch, run, corpus, tmp_path, capsys
+):
+    arguments = ["--adapter", run[0] / "out", "--epochs", "all", "--base", "--limit", 3, "--batch-size", 2]
+    main(monkeypatch, *arguments, "--max-new-tokens", 12, "--output", tmp_path / "out")
     text = capsys.readouterr().out
     for label in ("base", "epoch-1", "epoch-2"):
-        assert f"this run, {label}" in text
-        lines = answers.read(run[0] / "out" / label / "predictions.jsonl")
-        for utterance, apa, mdd in zip(data.read_corpus(corpus, "test", limit=5), lines[::2], lines[1::2], strict=True):
-            assert apa["id"] == mdd["id"] == utterance.id and apa["tokens"] <= 30
+        lines = answers.read(tmp_path / "out" / label / "predictions.jsonl")
+        for utterance, apa, mdd in zip(data.read_corpus(corpus, "test", limit=3), lines[::2], lines[1::2], strict=True):
+            assert apa["id"] == mdd["id"] == utterance.id and apa["tokens"] <= 12
             assert (apa["reference"], mdd["reference"]) == tuple(data.reference(utterance, t) for t in prompts.TASKS)
-        saved = json.loads((run[0] / "out" / label / "metrics.json").read_text())
-        again = metrics.score(lines)[0]
-        numbers = {key: value for key, value in saved.items() if not key.endswith(("_low", "_high"))}
-        assert numbers == {"written_by": "pronunciation/evaluate.py", "evaluated": label} | {
-            k: None if math.isnan(v) else v for k, v in again.items()
-        }
-
-
-class Parrot:
-    """Stands for a model: answers with the labels, one point off in accuracy for every second utterance."""
-
-    network = None  # has not moved
-
-    def answer(self, utterances, scoring, max_new_tokens, control_token):
-        return [
-            {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
-            for number, u in enumerate(utterances)
-            for task, output in (
-                ("APA", prompts.apa_target(u.scores | {"accuracy": (u.scores["accuracy"] + number % 2) % 11})),
-                ("MDD", prompts.mdd_target(u.text, u.canonical)),
-            )
-        ]
-
-
-@pytest.mark.parametrize("strategy, epochs", [("lora", (1, 3)), ("unfreeze", (2, 9))])
-def test_a_saved_file_gives_the_metrics_and_tables_that_its_evaluation_gave(
-    monkeypatch, run, tmp_path, capsys, strategy, epochs
-):
-    for epoch in epochs:
-        folder = shutil.copytree(run[0] / "out" / "epoch-1", tmp_path / "out" / f"epoch-{epoch}")
-        trained = json.loads((folder / "settings.json").read_text())
-        (folder / "settings.json").write_text(json.dumps(trained | {"strategy": strategy, "epoch": epoch}))
-    monkeypatch.setattr(evaluate, "load", lambda *_: Parrot())
-    monkeypatch.setattr(evaluate, "is_papers_corpus", lambda records: True)  # so that numbers are marked
-    for arguments, label in ((["--base"], "base"), *((["--epochs", epoch], f"epoch-{epoch}") for epoch in epochs)):
-        where = tmp_path / label
-        adapter = ["--data", trained["data"], "--model", trained["model"]] if label == "base" else ["--adapter", "out"]
-        capsys.readouterr()
-        main(monkeypatch, *adapter, *arguments, "--output", where)
-        generated = capsys.readouterr().out
-        main(monkeypatch, "--predictions", where / "predictions.jsonl", "--output", tmp_path / f"again-{label}")
-        again = capsys.readouterr().out
-
-        assert f"this run, {label}" in again and "*: within" in again
-        assert generated[generated.index("Table 3") :].split("written:")[0] == again.strip().split("written:")[0]
-        saved, first = ((folder / "metrics.json").read_text() for folder in (tmp_path / f"again-{label}", where))
-        assert saved == first and json.loads(saved)["evaluated"] == label
+        saved = json.loads((tmp_path / "out" / label / "metrics.json").read_text())
+        assert (saved["written_by"], saved["evaluated"]) == ("pronunciation/evaluate.py", label)
+        for key, value in metrics.score(lines)[0].items():
+            assert saved[key] == (None if math.isnan(value) else value)
+        saved_file = tmp_path / "out" / label / "predictions.jsonl"
+        main(monkeypatch, "--predictions", saved_file, "--output", tmp_path / f"again-{label}")
+        assert json.loads((tmp_path / f"again-{label}" / "metrics.json").read_text()) == saved
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if f"this run, {label}" in line]
+        assert row in text
 
 
 def test_what_wrote_a_saved_file_is_not_known_where_it_stands_alone(tmp_path):
@@ -256,47 +163,30 @@ def test_what_wrote_a_saved_file_is_not_known_where_it_stands_alone(tmp_path):
     assert evaluate.saved_evaluation(Path(renamed)).label == "predictions"
     (tmp_path / "predictions.jsonl.part").touch()  # of an evaluation that goes on, whose settings these are
     assert evaluate.saved_evaluation(path).label == "predictions"
-    (tmp_path / "predictions.jsonl.part").unlink()
-    (tmp_path / "predictions.settings.json").write_text('{"evaluated": "epoch-1", "strategy": "foo"}')
-    with pytest.raises(cli.InputError, match="predictions.settings.json: strategy 'foo'"):
-        evaluate.saved_evaluation(path)
 
 
 def test_an_adapter_folder_itself_and_a_single_epoch_can_be_named(run):
-    (run[0] / "out" / ".pronunciation-host-1-epoch-3").mkdir(
-        exist_ok=True
-    )  # what a run leaves that was killed while saving
-    (run[0] / "out" / ".pronunciation-host-1-epoch-3" / "adapter_config.json").touch()
+    unfinished = run[0] / "out" / ".pronunciation-host-1-epoch-3"  # of a run that was killed while saving
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "adapter_config.json").touch()
     ((folder, training),) = runs.adapters(run[0] / "out" / "epoch-1", None)
     assert folder.name == "epoch-1" and training.epoch == 1
-    assert [f.name for f, _ in runs.adapters(run[0] / "out", "last")] == ["epoch-2"]
-    assert [f.name for f, _ in runs.adapters(run[0] / "out", "1")] == ["epoch-1"]
-    assert [f.name for f, _ in runs.adapters(run[0] / "out", "all")] == ["epoch-1", "epoch-2"]
-    with pytest.raises(cli.InputError, match="leave out --epochs all"):
-        runs.adapters(run[0] / "out" / "epoch-1", "all")
+    for epochs, names in (("last", ["epoch-2"]), ("1", ["epoch-1"]), ("all", ["epoch-1", "epoch-2"])):
+        assert [f.name for f, _ in runs.adapters(run[0] / "out", epochs)] == names
     with pytest.raises(cli.InputError, match="'7': there are epoch-1, epoch-2"):
         runs.adapters(run[0] / "out", "7")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--strategy", "unfreeze", "--rank", 2],
-        ["--quantize", "nf4", "--rank", 2],
-        ["--quantize", "nf4", "--speech-adapter", "continue"],
-    ],
-)
-def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, arguments):
+@pytest.mark.parametrize("strategy, way, quantize", [("unfreeze", "merge", None), ("lora", "continue", "nf4")])
+def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, strategy, way, quantize):
     where = ["--model", checkpoint, "--data", corpus, "--limit", 4, "--epochs", 3, "--learning-rate", 1e-2]
-    code, text = Process("train", [*where, *arguments], tmp_path).wait()
+    where += ["--strategy", strategy, "--speech-adapter", way]
+    code, text = Process("train", [*where, *(["--quantize", quantize] if quantize else [])], tmp_path).wait()
     assert code == 0, text
     code, text = Process("evaluate", ["--adapter", "out", "--limit", 3, "--scoring", "expected"], tmp_path).wait()
-    chosen = dict(zip(arguments[::2], arguments[1::2]))
-    strategy = chosen.get("--strategy", "lora")
-    assert code == 0 and f"paper, {'unfreeze' if strategy == 'unfreeze' else 'lora'}, epoch 3" in text, text
-    written = answers.read(tmp_path / "out" / "predictions.jsonl")
-    way, quantize = chosen.get("--speech-adapter", "merge"), chosen.get("--quantize")
+    assert code == 0 and f"paper, {strategy}, epoch 3" in text, text
+    written = [line for line in answers.read(tmp_path / "out" / "predictions.jsonl") if line["task"] == "APA"]
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", way, quantize)
     asked = data.read_corpus(corpus, "test", limit=3)
     untrained = model.eval().answer(asked, ("expected",), tasks=["APA"])
@@ -306,31 +196,19 @@ def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, arg
     near = 1e-3 if quantize else 1e-6
     found = [
         np.array([list(line["scores"].values()) for line in sorted(lines, key=lambda line: line["id"])])
-        for lines in ([line for line in written if line["task"] == "APA"], expected, untrained)
+        for lines in (written, expected, untrained)
     ]
     assert np.abs(found[0] - found[1]).max() < near < 0.05 < np.abs(found[2] - found[1]).max()
-    folder = tmp_path / "out" / "epoch-3"
-    assert [path for path, _ in runs.adapters(folder, None)] == [folder]
 
 
-@pytest.mark.parametrize("trained, quantize", [("merge", "nf4"), ("continue", None), ("none", None)])
-@pytest.mark.parametrize("base", [True, False])
-def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(
-    monkeypatch, run, tmp_path, base, trained, quantize
-):
-    ((folder, training),) = runs.adapters(run[0] / "out", "last")
-    training = training.model_copy(update={"speech_adapter": trained, "quantize": quantize})
-    evaluation = evaluate.Evaluation("x", tmp_path, None if base else folder, training)
-    asked, load_base = [], inspect.signature(models.load_base)
-
-    class Loaded:
-        eval = dict
-
-    monkeypatch.setattr(models, "load_base", lambda *args: asked.append(load_base.bind(*args).arguments) or Loaded())
-    monkeypatch.setattr(models, "load_trained", lambda *args: None)
+@pytest.mark.parametrize("trained, quantize", [("merge", "nf4"), ("continue", None)])
+def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(monkeypatch, evaluation, trained, quantize):
+    evaluation.adapter = None
+    evaluation.training = evaluation.training.model_copy(update={"speech_adapter": trained, "quantize": quantize})
+    loaded, load_base = [], inspect.signature(models.load_base)
+    monkeypatch.setattr(models, "load_base", lambda *args: loaded.append(load_base.bind(*args).arguments) or Mock())
     evaluate.load(evaluation, settings(evaluation))
-    expected = ("merge", None) if base else (trained, quantize)
-    assert [(a["speech_adapter"], a.get("quantize")) for a in asked] == [expected]
+    assert (loaded[0]["speech_adapter"], loaded[0].get("quantize")) == ("merge", None)
 
 
 @pytest.mark.parametrize("base", [True, False])
@@ -349,39 +227,16 @@ def test_the_unmodified_model_is_asked_without_control_token(monkeypatch, evalua
     assert [bool(found) for found in controls] == [not base] * 2
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "marks 0 epochs.*--validation"),
-        ('{"epoch": 1, "best": false, "step": 1, "loss": 1.0}\n', "marks 0 epochs"),
-        (
-            '{"epoch": 1, "best": true, "step": 1, "loss": 1.0}\n{"epoch": 2, "best": true, "step": 1, "loss": 1.0}\n',
-            "marks 2 epochs",
-        ),
-        ('{"epoch": 1, "best": tr', "line 1 of .*validation.jsonl"),
-        (
-            '{"epoch": 2, "best": true, "step": 1, "loss": 1.0}\n{"epoch": 1, "best": false, "step": 1, "loss": 1.0}\n',
-            None,
-        ),
-    ],
-)
-def test_the_best_epoch_is_read_from_what_validation_wrote_or_refused(run, tmp_path, content, message):
+def test_the_best_epoch_is_read_from_what_validation_wrote_or_refused(run, tmp_path):
     shutil.copytree(run[0] / "out", tmp_path / "out")
-    if content is not None:
-        (tmp_path / "out" / "validation.jsonl").write_text(content)
-    if message is None:
-        assert [folder.name for folder, _ in runs.adapters(tmp_path / "out", "best")] == ["epoch-2"]
-        return
-    with pytest.raises(cli.InputError, match=message):
-        runs.adapters(tmp_path / "out", "best")
-
-
-def test_a_corpus_without_a_train_part_is_evaluated(monkeypatch, run, corpus, tmp_path, capsys):
-    shutil.copytree(corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("train"))
-    where = ["--adapter", run[0] / "out", "--output", tmp_path / "out", "--data", tmp_path / "corpus"]
-    main(monkeypatch, *where, "--limit", 2, "--max-new-tokens", 2)
-    assert "says everything right" in capsys.readouterr().out
-    assert (tmp_path / "out" / "metrics.json").exists()
+    for best, message in (((2,), None), ((), "marks 0 epochs"), ((1, 2), "marks 2 epochs")):
+        lines = [{"epoch": epoch, "best": epoch in best, "step": 1, "loss": 1.0} for epoch in (2, 1)]
+        write(tmp_path / "out" / "validation.jsonl", lines)
+        if message is None:
+            assert [folder.name for folder, _ in runs.adapters(tmp_path / "out", "best")] == ["epoch-2"]
+        else:
+            with pytest.raises(cli.InputError, match=message):
+                runs.adapters(tmp_path / "out", "best")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,29 +265,20 @@ def answered(monkeypatch):
     return batches
 
 
-def test_outputs_are_in_the_corpus_order_whatever_the_batches_are(evaluation, corpus):
-    utterances = data.read_corpus(corpus, "test", limit=9)
+def test_outputs_are_in_the_corpus_order_whatever_the_batches_are(evaluation, corpus, answered):
+    utterances = data.read_corpus(corpus, "test", limit=5)
     texts = []
-    for size in (1, 2, 9):
+    for size in (1, 2, 5):
+        answered.clear()
         lines = generate(evaluation, utterances, batch_size=size, max_new_tokens=12)
         assert [(line["id"], line["task"]) for line in lines] == [(u.id, t) for u in utterances for t in prompts.TASKS]
         assert [line["speaker"] for line in lines[::2]] == [u.speaker for u in utterances]
+        assert [u.samples for batch in answered for u in batch] == sorted(u.samples for u in utterances)
         texts.append(outputs(lines))
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_batches_hold_utterances_of_similar_length_and_audio_is_embedded_once(
-    evaluation, corpus, answered, monkeypatch
-):
-    utterances, embedded = data.read_corpus(corpus, "test", limit=8), []
-    encode = models.SpeechModel.encode_audio
-    monkeypatch.setattr(models.SpeechModel, "encode_audio", lambda m, f: embedded.append(len(f)) or encode(m, f))
-    generate(evaluation, utterances, scoring=("greedy", "expected"))
-    assert [len(batch) for batch in answered] == [2] * 4 and embedded == [1] * 8
-    assert [u.samples for batch in answered for u in batch] == sorted(u.samples for u in utterances)
-
-
-@pytest.mark.parametrize("lines, cut", [(8, 0), (9, 0), (9, 1), (9, 30), (0, 0)])
+@pytest.mark.parametrize("lines, cut", [(9, 0), (9, 30), (0, 0)])
 def test_a_stopped_evaluation_goes_on_to_the_same_file(evaluation, corpus, answered, lines, cut):
     """The part file ends after some lines, with a line that was cut off, or with an utterance that lacks a task."""
     utterances = data.read_corpus(corpus, "test", limit=6)
@@ -486,24 +332,17 @@ def test_outputs_of_other_settings_are_not_gone_on_with(evaluation, corpus):
             generate(evaluation, chosen, resume=True, **changes)
 
 
-def test_expected_scoring_gives_every_utterance_a_distribution_and_no_unparsed_output(evaluation, corpus):
-    lines = generate(evaluation, data.read_corpus(corpus, "test", limit=5), scoring=("expected",))
-    assert metrics.scorings(lines) == ["expected"] and metrics.score(lines, "expected")[0]["apa_unparsed"] == 0
+def test_expected_scores_are_a_second_row_of_distributions_without_unparsed_outputs(evaluation, corpus):
+    lines = generate(evaluation, data.read_corpus(corpus, "test", limit=5), scoring=("greedy", "expected"))
+    assert metrics.scorings(lines) == ["greedy", "expected"]
+    assert metrics.score(lines, "expected")[0]["apa_unparsed"] == 0
     for line in lines[::2]:
-        assert list(line["scores"]) == list(prompts.SCORES) and "tokens" not in line
+        assert list(line["scores"]) == list(prompts.SCORES)
         for distribution in line["scores"].values():
             assert len(distribution) == 11 and sum(distribution) == pytest.approx(1, abs=1e-5)
-        likeliest = {name: metrics.likeliest(p) for name, p in line["scores"].items()}
-        assert prompts.parse_output("APA", line["output"]) == likeliest
-
-
-def test_both_scorings_give_two_rows_and_the_second_ones_numbers_are_named(evaluation, corpus):
-    lines = generate(evaluation, data.read_corpus(corpus, "test", limit=5), scoring=("greedy", "expected"))
     rows = evaluate.score(lines, "epoch-2", ("lora", 2), evaluation.output)
     assert [row.label for row in rows] == ["this run, epoch-2", "this run, epoch-2, expected"]
     saved = json.loads((evaluation.output / "metrics.json").read_text())
-    greedy_mae = rows[0].numbers["total_mae"]
-    assert saved["total_mae"] == (None if math.isnan(greedy_mae) else greedy_mae)
     assert saved["expected_total_mae"] == rows[1].numbers["total_mae"] and "expected_per" not in saved
 
 
@@ -529,13 +368,3 @@ def test_a_saved_file_is_scored_twice_beside_it_and_never_overwritten(monkeypatc
     (tmp_path / "metrics.json").write_text('{"utterances": 3, "accuracy": 0.5}')  # of something else
     with pytest.raises(cli.InputError, match="is there already"):
         main(monkeypatch, "--predictions", tmp_path / "predictions.jsonl")
-
-
-@pytest.mark.slow
-def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_running(run, tmp_path):
-    arguments = ["--adapter", run[0] / "out", "--limit", 1, "--max-new-tokens", 1, "--output", tmp_path / "out"]
-    with files.own(tmp_path / "out", "evaluate.py", answers.SETTINGS, ()):
-        code, text = Process("evaluate", arguments, tmp_path).wait()
-    assert code == 2 and len(text.splitlines()) == 1 and "in use by another evaluate.py" in text
-    code, text = Process("evaluate", arguments, tmp_path).wait()
-    assert code == 0, text

@@ -1,12 +1,11 @@
-"""What all scripts share: errors in one line, files written whole, locks."""
+"""What all scripts share: errors in one line, files written whole, folders owned by one command at a time."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import time
 
-from conftest import fifo
-import psutil
 import pytest
 from safetensors import SafetensorError
 import torch
@@ -31,14 +30,6 @@ def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code,
     assert stop.value.code == code and capsys.readouterr().err == line + "\n"
 
 
-def test_an_error_of_the_program_keeps_its_traceback():
-    def main():
-        raise ValueError("no such key")
-
-    with pytest.raises(ValueError):
-        cli.run_script("x.py", main)
-
-
 @pytest.mark.parametrize(
     "error, raised, reason",
     [
@@ -52,44 +43,80 @@ def test_what_cannot_be_written_leaves_the_old_file_and_the_reason(tmp_path, err
     with pytest.raises(raised, match=reason), files.whole(tmp_path / "file") as temporary:
         temporary.write_text("ne")
         raise error
-    assert (tmp_path / "file").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_killed_run_holds_no_lock_even_where_its_workers_live_on(tmp_path):
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path):
+    for foreign in (False, True):
+        if foreign:
+            (tmp_path / "epoch-1" / "notes.txt").write_text("mine")
+            with pytest.raises(cli.RunError, match="it holds notes.txt"), files.whole(tmp_path / "epoch-1") as folder:
+                folder.mkdir()
+        else:
+            with files.whole(tmp_path / "epoch-1") as folder:
+                folder.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["epoch-1", "notes.txt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ownership
+
+
+def own(folder, command="train.py"):
+    return files.own(folder, command, "settings.json", ["log.jsonl", "epoch-*"])
+
+
+def test_what_the_folders_mark_does_not_say_is_ours_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()  # of a name that train.py does not write
+    with own(tmp_path):
+        (tmp_path / "epoch-1").mkdir()
+    for mark in (None, "{}", '{"written_by": "pronunciation/evaluate.py"}'):
+        if mark:
+            (tmp_path / "settings.json").write_text(mark)
+        with pytest.raises(cli.InputError, match="epoch-1 is there already, and no settings.json .*another --output"):
+            with own(tmp_path):
+                raise AssertionError("owned")
+    (tmp_path / "settings.json").write_text('{"written_by": "pronunciation/train.py"}')
+    with own(tmp_path):
+        pass
+
+
+def test_a_running_command_keeps_another_out_and_a_killed_one_does_not(tmp_path):
     def hold():
-        with files.lock(tmp_path, "train", "--output"):
-            multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,)).start()
-            (tmp_path / "locked").touch()
+        with own(tmp_path), files.whole(tmp_path / "epoch-1") as folder:
+            folder.mkdir()
             time.sleep(30)
 
     holder = multiprocessing.get_context("fork").Process(target=hold)
     holder.start()
-    while not (tmp_path / "locked").exists():
+    half = tmp_path / f".pronunciation-{files.HOST}-{holder.pid}-epoch-1"
+    while not half.exists():
         time.sleep(0.01)
-    with pytest.raises(cli.InputError, match=f"in use by process {holder.pid} on .*--output"):
-        with files.lock(tmp_path, "train", "--output"):
-            raise AssertionError("locked twice")
-    left = psutil.Process(holder.pid).children()
+    with pytest.raises(cli.InputError, match="in use by another train.py.*another --output"), own(tmp_path):
+        raise AssertionError("owned twice")
+    with own(tmp_path, "evaluate.py"):
+        assert half.exists()  # what a living process writes stays
     holder.kill()
     holder.join()
-    with files.lock(tmp_path, "train", "--output"):
-        assert len(left) == 1 and left[0].is_running()
-    left[0].kill()
+    others = [tmp_path / name for name in (".pronunciation-elsewhere-1-epoch-1", "theirs.unfinished")]
+    for path in others:
+        path.touch()
+    with own(tmp_path):
+        assert not half.exists() and all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("elsewhere"), lambda path: path.mkdir()])
+def test_a_lock_that_is_a_link_or_a_folder_is_refused_and_followed_nowhere(tmp_path, make):
+    make(tmp_path / ".pronunciation-train.py.lock")
+    with pytest.raises(cli.InputError, match="cannot write into .*another --output"), own(tmp_path):
+        raise AssertionError("owned")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_where_the_file_system_has_no_locks_a_run_goes_on_and_says_so(monkeypatch, tmp_path, capsys):
-    def lockf(file, how):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(files.fcntl, "lockf", lockf)
-    with files.lock(tmp_path, "train", "--output"):
-        assert f"{tmp_path} cannot be locked (Function not implemented)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("make", [fifo, os.mkdir])
-def test_a_lock_that_is_no_regular_file_is_refused(tmp_path, make):
-    make(tmp_path / ".train.lock")
-    with pytest.raises(cli.InputError, match="train.lock is not a regular file: .*--output"):
-        with files.lock(tmp_path, "train", "--output"):
-            raise AssertionError("locked")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with own(tmp_path):
+        assert f"{tmp_path} cannot be locked" in capsys.readouterr().err

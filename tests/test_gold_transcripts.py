@@ -6,25 +6,21 @@ import json
 import shutil
 import sys
 
-from conftest import fifo, read_lines, script
+from conftest import fifo, read_lines
 import numpy as np
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 import pytest
 from safetensors.torch import load_file, save_file
 import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import data
 from recipes import common
 from recipes import gold_transcripts as recipe
 from support import cli
-
-SCHOOL, CAT = "HE WENT TOO SKOOL WITH HIS BROTHER", "A KAT"  # of different lengths: one of them is padded
-GOLD_FILES = ("gold", "held_out")
-ANSWERS = {SCHOOL: 'Corrected sentence: "He went to school with his brother."', CAT: "A cat."}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +61,6 @@ def test_a_transcript_joins_runs_and_keeps_letters_that_a_blank_parts(recogniser
     ids = [recipe.SYMBOLS.index(symbol) for symbol in symbols]
     assert recogniser.decode(F.one_hot(torch.tensor(ids), 32).float()) == "HELLO A"
     assert recogniser.processor.tokenizer.decode(ids[1:-1]) == "HELLO A"  # the library's own, without special symbols
-    assert recogniser.decode(F.one_hot(torch.tensor([0, 0]), 32).float()) == ""
 
 
 @pytest.mark.parametrize(
@@ -74,7 +69,6 @@ def test_a_transcript_joins_runs_and_keeps_letters_that_a_blank_parts(recogniser
         ("He's here, isn't he?", "HE'S HERE ISN'T HE", {}),
         ("don’t — “stop”", "DON'T STOP", {}),
         ("Room 12, déjà vu", "ROOM DJ VU", {"1": 1, "2": 1, "É": 1, "À": 1}),
-        ("...", "", {}),
     ],
 )
 def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recogniser, text, kept, lost):
@@ -91,16 +85,9 @@ def test_targets_are_the_real_tokenizers_and_small_letters_where_it_has_small_on
     assert recogniser.normalise("It's ME") == ("it's me", Counter())
 
 
-@torch.no_grad()
-def test_padding_would_change_the_logits_of_a_clip_so_each_goes_alone(recogniser):
-    short, long = sound(0.8), sound(2.0, seed=1)
-    alone = recogniser.logits(short)
-    batch = recogniser.processor(audio=[short, long], sampling_rate=16000, return_tensors="pt", padding=True)
-    padded = recogniser.network(batch.input_values).logits[0, : len(alone)]
-    assert (padded - alone).abs().max() > 1e-3  # why
+def test_a_clips_transcript_does_not_depend_on_those_beside_it(recogniser):
     samples = [sample("short", 0.8), sample("long", 2.0, seed=1)]
-    together = recogniser.transcribe(samples, "")
-    assert together == [recogniser.transcribe([one], "")[0] for one in samples]
+    assert recogniser.transcribe(samples, "") == [recogniser.transcribe([one], "")[0] for one in samples]
 
 
 def update_once(recogniser, batch, rate=0.0, clip=1.0):
@@ -206,69 +193,35 @@ def test_gold_is_rejected_with_its_reason_and_nothing_empty_is_sent(recogniser, 
     "answer, sentence",
     [
         ("He went home.", "He went home."),
-        ('"He went home."', "He went home."),
         ("Corrected sentence: “He went home.”", "He went home."),
         ("Sure! Here is the corrected transcript:\nHe went home.\nI changed one word.", "He went home."),
-        ("**He went home.**", "He went home."),
-        ("\n  Output: He went home", "He went home"),
         ("The answer is no", "The answer is no"),
-        ("Text me later", "Text me later"),
-        ("", ""),
     ],
 )
 def test_an_answer_is_its_first_sentence_without_label_and_quotes(answer, sentence):
     assert recipe.clean_answer(answer) == sentence
 
 
-@pytest.fixture(scope="module")
-def llm_folder(tmp_path_factory):
-    """A tiny Mistral with a chat template that has memorised ANSWERS, as a checkpoint folder."""
-    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    options = {"special_tokens": ["<s>", "</s>", "[INST]", "[/INST]"], "initial_alphabet": level.alphabet()}
-    texts = [recipe.PROMPT, *ANSWERS, *ANSWERS.values()] * 3
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, **options))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = "<s>{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+def test_the_llm_answers_a_padded_row_as_it_answers_it_alone(tmp_path):
+    """A tiny random Mistral with a chat template, as a checkpoint folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["</s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
-    rest = {"num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": None}
-    network = MistralForCausalLM(MistralConfig(**sizes, **ids, **rest))
-    optimiser, rows, loss = torch.optim.AdamW(network.parameters(), lr=5e-3), [], 1.0
-    for transcript, answer in ANSWERS.items():
-        chat = [{"role": "user", "content": recipe.PROMPT.format(transcript=transcript)}]
-        texts = tokenizer.apply_chat_template(chat, tokenize=False), answer + "</s>"
-        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
-        rows.append((torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])))
-    while loss > 0.02:
-        optimiser.zero_grad()
-        loss = sum(network(ids, labels=labels).loss for ids, labels in rows)
-        loss.backward()
-        optimiser.step()
-    folder = tmp_path_factory.mktemp("llm")
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_the_llm_answers_a_padded_row_as_it_answers_it_alone(llm_folder):
-    llm, masks = recipe.Llm(str(llm_folder), None, 64), []
+    options = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
+    MistralForCausalLM(MistralConfig(**sizes, **options)).save_pretrained(tmp_path)
+    llm, masks = recipe.Llm(str(tmp_path), None, 12), []
+    llm.ends = set(range(len(tokenizer)))  # whatever it writes is an answer
     generate = llm.network.generate
     llm.network.generate = lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs)
-    assert llm.rewrite([SCHOOL, CAT]) == list(ANSWERS.values())
+    long, short = llm.rewrite(["HE WENT TOO SKOOL WITH HIS BROTHER", "A KAT"])
     assert masks[0][:, -1].all() and not masks[0][1, 0]  # padded on the left: the answer continues the prompt
-    assert llm.rewrite([CAT]) == [ANSWERS[CAT]]
-    assert recipe.clean_answer(ANSWERS[SCHOOL]) == "He went to school with his brother."
-
-
-def test_lora_on_the_real_size_trains_the_published_number_of_weights():
-    with torch.device("meta"):
-        plain = get_peft_model(Wav2Vec2ForCTC(Wav2Vec2Config()), LoraConfig(r=8, target_modules=recipe.ATTENTION))
-        given = settings("--data", "x", "--oracle")
-        ours = common.add_lora(Wav2Vec2ForCTC(Wav2Vec2Config()), given, recipe.ATTENTION, modules_to_save=[recipe.HEAD])
-    assert plain.get_nb_trainable_parameters()[0] == 589_824
-    assert ours.get_nb_trainable_parameters()[0] == 614_432
+    assert llm.rewrite(["A KAT"]) == [short] != [long]
 
 
 @torch.no_grad()
@@ -300,30 +253,19 @@ def test_an_adapter_reloaded_and_merged_computes_what_was_trained_head_included(
     assert all("lora_" in name and ".attention." in name or "lm_head" in name for name in names)
 
 
-@pytest.fixture
-def recordings(tmp_path):
-    for i in range(5):
-        for name in ("clean", "noisy"):
-            path = tmp_path / "recordings" / name / f"{i}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, sound(2.5, seed=i), 16000)
-    return tmp_path / "recordings"
-
-
-def test_a_clean_recording_and_its_noisy_copy_are_held_out_together(recordings):
-    samples = recipe.read_samples(settings("--audio-dir", recordings))
+def test_a_clean_recording_and_its_noisy_copy_are_held_out_together(tmp_path):
+    for path in (tmp_path / name / f"{i}.wav" for i in range(5) for name in ("clean", "noisy")):
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, sound(0.5, seed=1), 16000)
+    samples = recipe.read_samples(settings("--audio-dir", tmp_path))
     training, held_out = data.hold_out_speakers(samples, 0.4, seed=0)
-    assert Counter(one.condition for one in samples) == {"clean": 5, "noisy": 5}
-    assert Counter(one.condition for one in held_out) == {"clean": 2, "noisy": 2}
-    groups = [{one.speaker for one in samples if one.condition == name} for name in ("clean", "noisy")]
-    assert groups[0] == groups[1] and not {one.speaker for one in training} & {one.speaker for one in held_out}
-    assert len(recipe.read_samples(settings("--audio-dir", recordings, "--limit", 2))) == 4
-    assert {one.condition for one in recipe.read_samples(settings("--audio-dir", recordings / "clean"))} == {"all"}
+    assert Counter(one.condition for one in held_out) == {"clean": 2, "noisy": 2} and len(training) == 6
+    assert not {one.speaker for one in training} & {one.speaker for one in held_out}
 
 
-def line(speaker, human, baseline, tuned, gold=None, condition="all"):
-    texts = {"human": human, "baseline": baseline, "tuned": tuned, "gold": gold}
-    return {"speaker": speaker, "condition": condition, **texts}
+def line(speaker, human, baseline, tuned):
+    texts = {"human": human, "baseline": baseline, "tuned": tuned}
+    return {"speaker": speaker, "condition": "all", **texts}
 
 
 def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
@@ -337,41 +279,35 @@ def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
     assert recipe.compare(lines[2:], "human", "baseline", "tuned") is None
 
 
-@pytest.mark.slow
-def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, llm_folder, tmp_path, capsys):
-    out, models = tmp_path / "out", ["--recogniser", folder, "--llm", llm_folder]
-    arguments = ["--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--epochs", 1, "--output", out]
-    with pytest.raises(cli.RunError, match="0 samples to train on"):  # what it memorised is far from any transcript
-        recipe.run(settings(*arguments))
-    recipe.run(settings(*arguments, "--max-distance", 100))
+def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, tmp_path, monkeypatch, capsys):
+    class Echo:
+        def __init__(self, *_):
+            self.rewrite = lambda transcripts: [f"{transcript} A" for transcript in transcripts]
+
+    monkeypatch.setattr(recipe, "Llm", Echo)
+    out, models = tmp_path / "out", ["--recogniser", folder, "--llm", "echo", "--max-distance", 100, "--epochs", 1]
+    recipe.run(settings("--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--output", out))
     results = json.loads((out / "evaluation_results.json").read_text())
-    gold, held_out = ({line["id"]: line["gold"] for line in read_lines(out / f"{name}.jsonl")} for name in GOLD_FILES)
+    gold, held_out = (
+        {line["id"]: line["gold"] for line in read_lines(out / f"{n}.jsonl")} for n in ("gold", "held_out")
+    )
     assert len(gold) == 20 and len(held_out) == results["counts"]["held_out"] == 10
     assert held_out.items() <= gold.items()
-    with pytest.raises(cli.InputError, match="evaluation_results.json is there already"):
-        recipe.run(settings(*arguments))
     assert set(results["held_out"]["all"]) == {"gold", "human"} and results["gold_quality"]["training"]["samples"]
     assert "hears nothing" in results["gold"] and "how good the gold is" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_run_as_a_user_starts_it_says_oracle_everywhere(corpus, folder, tmp_path):
-    models = ["--oracle", "--recogniser", folder, "--epochs", 1, "--learning-rate", 1e-2]
-    result = script("-m", "recipes.gold_transcripts", "--data", corpus, *models, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "out-gold" / "evaluation_results.json").read_text())
-    assert results["gold"] == recipe.ORACLE and recipe.ORACLE in result.stdout
-    assert results["counts"]["training"] + results["counts"]["held_out"] == 40
+def test_a_run_without_an_llm_says_oracle_everywhere(corpus, folder, tmp_path, capsys):
+    out, models = tmp_path / "out", ["--oracle", "--recogniser", folder, "--epochs", 1]
+    recipe.run(settings("--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--output", out))
+    results = json.loads((out / "evaluation_results.json").read_text())
+    assert results["gold"] == recipe.ORACLE and recipe.ORACLE in capsys.readouterr().out
+    assert results["counts"]["training"] + results["counts"]["held_out"] == 20
 
 
-def vocabulary(**ids):
-    """Gives a checkpoint's symbols other ids."""
-
-    def change(copy):
-        path = copy / "vocab.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | ids))
-
-    return change
+def large_id(copy):
+    path = copy / "vocab.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"E": 5000}))
 
 
 def not_a_number(copy):
@@ -380,23 +316,12 @@ def not_a_number(copy):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
 
 
-def headless(copy):
-    weights = load_file(copy / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "lm_head" not in k}, copy / "model.safetensors", {"format": "pt"})
-
-
 REFUSED = [  # what becomes of the recogniser's folder, the command line, and what is said
-    (vocabulary(E=5000), "--data CORPUS --oracle --recogniser COPY", "has the id 5,000, its weights end with 31"),
+    (large_id, "--data CORPUS --oracle --recogniser COPY", "has the id 5,000, its weights end with 31"),
     (not_a_number, "--data CORPUS --oracle --recogniser COPY", "lm_head.weight holds values that are not finite"),
-    (headless, "--data CORPUS --oracle --recogniser COPY", "lacks 2 weights, such as lm_head.bias"),
     (lambda f: fifo(f / "model.safetensors"), "--data CORPUS --oracle --recogniser COPY", "is not a regular file"),
-    (lambda f: (f / "vocab.json").unlink(), "--data CORPUS --oracle --recogniser COPY", "copy cannot be loaded"),
-    (None, "--data CORPUS --recogniser COPY --llm none", "model none is not a folder here"),
     (None, "--data CORPUS --oracle --output COPY", "says that recipes.gold_transcripts wrote it"),
-    (None, "--audio-dir COPY", "has no recordings"),
     (None, "--audio-dir x --oracle", "--audio-dir has none"),
-    (None, "--audio-dir x --data y", "one of the two"),
-    (None, "--write-tiny x --epochs 2", "--write-tiny does not use --epochs"),
 ]
 
 

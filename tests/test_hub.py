@@ -7,7 +7,6 @@ from pathlib import Path
 import re
 import shutil
 import threading
-import time
 from urllib.parse import unquote, urlsplit
 
 from conftest import ROOT, script, write_large_model
@@ -110,7 +109,7 @@ def server(checkpoint, corpus, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One life of a machine: online, then with a moved revision, then offline
+# One life of a machine: online, then with a moved revision
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +117,9 @@ def life(server, tmp_path_factory):
     """The machine's folder, and {what was run: (exit code, output, requests)} with the default ids."""
     folder, happened = tmp_path_factory.mktemp("machine"), {}
 
-    def run(what, *arguments, offline=False):
+    def run(what, *arguments):
         environment = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), str(int(offline)))
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
         environment |= {"HTTPS_PROXY": server.url, "NO_PROXY": "127.0.0.1"}  # so that the hub sees whatever is asked
         server.seen.clear()
         result = script(*arguments, cwd=folder, environment=environment)
@@ -132,7 +131,6 @@ def life(server, tmp_path_factory):
     server.revisions[MODEL, REVISION] = SECOND
     shutil.rmtree(folder / "cache" / "datasets", ignore_errors=True)  # made of the Parquet files
     run("evaluate, moved", ROOT / "evaluate.py", "--adapter", "online", "--limit", 4, "--max-new-tokens", 20)
-    run("train, offline", *train, "offline", offline=True)
     server.revisions[MODEL, REVISION] = FIRST
     return folder, happened
 
@@ -159,14 +157,9 @@ def test_the_commit_is_recorded_and_the_name_stays_the_users(life):
 
 
 @pytest.mark.slow
-def test_evaluation_and_a_run_offline_ask_nothing_and_give_the_same(life):
-    folder, happened = life
-    for what in ("evaluate, moved", "train, offline"):
-        code, text, requests = happened[what]
-        assert code == 0 and not requests, (text, requests)
-    for file in ("settings.json", "epoch-1/adapter_config.json", "epoch-1/adapter_model.safetensors"):
-        online, offline = ((folder / run / file).read_bytes() for run in ("online", "offline"))
-        assert online.replace(b'"online"', b'"offline"') == offline
+def test_an_evaluation_asks_nothing_though_the_revision_has_moved(life):
+    code, text, requests = life[1]["evaluate, moved"]
+    assert code == 0 and not requests, (text, requests)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,23 +192,11 @@ def test_without_a_gpu_a_large_model_is_refused_before_it_is_fetched(reach):
         assert bool(seen) != offline and not [request for request in seen if "safetensors" in request]
 
 
-@pytest.mark.parametrize(
-    "name, revision, how, reason",
-    [
-        (MODEL, REVISION, {"offline": True}, "HF_HUB_OFFLINE"),
-        (MODEL, FIRST, {"url": NOBODY}, "refused"),
-        (MODEL, "refs/pr/71", {}, "no such revision"),
-        ("nobody/nothing", "main", {}, "none of this name"),
-    ],
-)
-def test_what_cannot_be_had_is_one_line_with_id_reason_and_remedy(reach, name, revision, how, reason):
-    reach(**how)
-    started = time.monotonic()
-    with pytest.raises(
-        cli.InputError, match=f"^(?=.*{name} )(?=.*revision {revision} )(?=.*{reason}).*give a folder.*$"
-    ):
-        files.fetch(name, revision, "model", ["config.json"])
-    assert time.monotonic() - started < 5
+def test_what_cannot_be_had_is_one_line_with_id_reason_and_remedy(reach):
+    for how, reason in (({"offline": True}, "HF_HUB_OFFLINE"), ({"url": NOBODY}, "refused")):
+        reach(**how)
+        with pytest.raises(cli.InputError, match=f"^(?=.*{MODEL} )(?=.*{REVISION} )(?=.*{reason}).*give a folder.*$"):
+            files.fetch(MODEL, REVISION, "model", ["config.json"])
 
 
 def test_without_a_network_the_cache_serves_a_revision_that_moves(reach):
@@ -227,23 +208,9 @@ def test_without_a_network_the_cache_serves_a_revision_that_moves(reach):
         assert files.fetch(MODEL, REVISION, "model", ["config.json"]) == fetched
 
 
-def test_a_download_cut_short_is_refused_offline_and_completed_online(reach):
-    reach()
-    files.fetch(MODEL, FIRST, "model", ["config.json"])
-    reach(offline=True)
-    with pytest.raises(cli.InputError, match=f"{MODEL}.*not whole in the cache"):
-        files.fetch(MODEL, FIRST, "model", ["*.json"])
-    reach()
-    folder, _ = files.fetch(MODEL, FIRST, "model", ["*.json"])
-    reach(offline=True)
-    assert files.fetch(MODEL, FIRST, "model", ["*.json"]) == (folder, FIRST) and (folder / "tokenizer.json").is_file()
-
-
-def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint, new_model):
-    server, model = reach(), new_model()
+def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint):
+    server = reach()
     shutil.copytree(checkpoint, "model", ignore=lambda *_: [pretrained.SPEECH_ADAPTER])  # a name like a hub id's
     with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be read"):
         models.load_base("model", None, "float32", "sdpa", "merge")
-    with pytest.raises(cli.InputError, match="out/epoch-1/adapter_config.json cannot be read"):
-        models.load_trained(model, Path("out/epoch-1"), "lora")
     assert not server.seen

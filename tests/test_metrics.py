@@ -71,20 +71,6 @@ def test_phones_are_aligned_by_kaldis_rule_on_random_strings():
 # Error rates
 
 
-@pytest.mark.parametrize(
-    "references, hypotheses, rate",
-    [
-        (["A", "ABC"], ["X", "ABC"], 1 / 4),  # pooled over the corpus, not averaged
-        (["AB", "C"], ["", "C"], 2 / 3),  # an empty transcript: each reference phone is an error
-        ([""], ["A"], math.nan),
-        ([], [], math.nan),
-    ],
-)
-def test_error_rates_of_worked_cases(references, hypotheses, rate):
-    phones = [list(map(list, side)) for side in (references, hypotheses)]
-    assert metrics.error_rate(*phones) == pytest.approx(rate, nan_ok=True)
-
-
 def test_the_parts_of_the_per_are_those_of_the_confusions_on_random_strings():
     heard, predicted, canonical = strings(3, 100), strings(4, 100), strings(8, 100)
     kinds = Counter(metrics.kind_of(*pair) for phones in zip(heard, predicted) for pair in metrics.align(*phones))
@@ -92,6 +78,7 @@ def test_the_parts_of_the_per_are_those_of_the_confusions_on_random_strings():
     parts = dict(zip(("per_sub", "per_del", "per_ins"), metrics.KINDS[1:]))
     assert {key: numbers[key] for key in parts} == {k: kinds[v] / sum(map(len, heard)) for k, v in parts.items()}
     assert numbers["per"] == pytest.approx(metrics.error_rate(heard, predicted))  # by jiwer
+    assert math.isnan(metrics.error_rate([[]], [["A"]]))  # no reference
 
 
 def test_word_errors_are_jiwers():
@@ -106,17 +93,9 @@ def test_word_errors_are_jiwers():
     assert (numbers["wer_del"], numbers["wer_ins"]) == (found.deletions / length, found.insertions / length)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("That's an interesting observation.", ["THAT'S", "AN", "INTERESTING", "OBSERVATION"]),
-        ("  'Hello,' she said -- well-known ", ["HELLO", "SHE", "SAID", "WELL", "KNOWN"]),
-        ("that’s", ["THAT'S"]),
-        ("?!", []),
-    ],
-)
-def test_words_are_compared_in_upper_case_without_punctuation(text, words):
-    assert metrics.normalise_words(text) == words
+def test_words_are_compared_in_upper_case_without_punctuation():
+    assert metrics.normalise_words("  'Hello,' that's -- well-known ?! ") == ["HELLO", "THAT'S", "WELL", "KNOWN"]
+    assert metrics.normalise_words("that’s") == ["THAT'S"]
 
 
 def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
@@ -160,11 +139,8 @@ def test_detection_follows_the_published_rules_on_random_strings():
     [
         ("A B C", "A X C", "A Y C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A B C", "A X C", "A B C", {"true_accept": 2, "false_accept": 1}),
-        ("A B C", "A X C", "A C", {"true_accept": 2, "diagnosis_error": 1}),
         ("A B C", "A B C", "A C", {"true_accept": 2, "false_reject": 1}),
         ("A B C", "A C", "A B C", {"true_accept": 2, "false_accept": 1}),
-        ("A B C", "A C", "A X C", {"true_accept": 2, "diagnosis_error": 1}),
-        ("A C", "A B C", "A C", {"true_accept": 2, "false_accept": 1}),
         ("A C", "A C", "A B C", {"true_accept": 2}),  # what only the model has counts nowhere
         ("A <unk>", "A <unk>", "A B", {"true_accept": 1, "false_reject": 1}),  # <unk> equals no phone but itself
         ("R", "R*", "R", {"false_accept": 1}),  # nor does a starred phone equal its plain one
@@ -200,6 +176,12 @@ def test_columns_hold_each_phone_once_and_the_events_that_are_counted():
         assert said[0] == said[1]  # so the decisions of two systems can be paired
 
 
+def test_a_written_phone_stands_under_the_one_that_was_left_out():
+    columns = metrics.phone_columns("DH AH K AE T".split(), "D AH K AE".split(), "D AH G AE T".split())
+    events = "correct_diagnosis true_accept false_reject true_accept false_accept".split()
+    assert columns == list(zip("DH AH K AE T".split(), ["D", "AH", "K", "AE", None], "D AH G AE T".split(), events))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Phone agreement
 
@@ -226,9 +208,9 @@ def test_numbers_of_scores_equal_scipy_and_numpy(scale):
     pcc, pvalue, mae, reason = metrics.correlation(predicted, human)
     assert (pcc, pvalue) == pytest.approx(tuple(stats.pearsonr(predicted, human)), rel=1e-10)
     assert mae == pytest.approx(np.mean(np.abs(np.subtract(predicted, human)))) and reason is None
-    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, 50)))
-    assert numbers["spearman"].item() == pytest.approx(stats.spearmanr(predicted, human).statistic)
-    assert numbers["sd_ratio"].item() == pytest.approx(np.std(predicted) / np.std(human))
+    numbers = metrics.score_numbers(np.array(predicted), np.array(human))
+    assert numbers["spearman"] == pytest.approx(stats.spearmanr(predicted, human).statistic)
+    assert numbers["sd_ratio"] == pytest.approx(np.std(predicted) / np.std(human))
 
 
 @pytest.mark.parametrize(
@@ -237,31 +219,14 @@ def test_numbers_of_scores_equal_scipy_and_numpy(scale):
         ([5.3] * 7, [7, 8, 9] * 2 + [1], "all 7 predicted scores are 5.3"),
         ([5.3 + 1e-15 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
         ([5.3 + 1e-7 * i for i in (0, 1, 2, 4, 5)], [7, 8, 9, 9, 10], "all 5 predicted scores are 5.3"),
-        ([7, 8, 9], [8, 8, 8], "all 3 human scores are 8"),
         ([7, 8], [8, 9], "only 2 utterances"),
-        ([], [], "no scores"),
     ],
 )
 def test_a_correlation_that_does_not_exist_is_nan_with_its_reason(predicted, human, reason):
     pcc, pvalue, mae, why = metrics.correlation(predicted, human)
     assert math.isnan(pcc) and math.isnan(pvalue) and why == reason
     assert math.isnan(mae) == (not predicted)
-    numbers = metrics.score_numbers(np.array(predicted), np.array(human), np.ones((1, len(human))))
-    assert math.isnan(numbers["spearman"].item())
-
-
-def test_the_reason_tells_no_outputs_from_none_that_could_be_parsed():
-    assert metrics.score(lines([["A"]], [["A"]]))[1]["total_pcc"] == "no scores"
-    unread = [record | {"output": "?"} for record in records() if record["task"] == "APA"]
-    assert metrics.score(unread)[1]["total_pcc"] == "none of 6 outputs could be parsed"
-
-
-def test_an_unparsed_transcript_counts_as_empty():
-    answers = lines([["W", "IY"]] * 2, [["W", "IY"]] * 2)
-    answers[1]["output"] = "?"
-    numbers, _ = metrics.score(answers)
-    assert numbers["wer"] == numbers["per"] == numbers["mdd_unparsed"] == 1 / 2
-    assert numbers["true_accept"] == numbers["false_reject"] == 2
+    assert math.isnan(metrics.score_numbers(np.array(predicted), np.array(human))["spearman"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,9 +253,8 @@ def test_a_file_tells_which_scorings_it_holds_and_expected_scores_are_means():
     written = [line | {"tokens": 5} for line in probable]
     found = [metrics.scorings(answers) for answers in (records(), probable, written)]
     assert found == [["greedy"], ["expected"], ["greedy", "expected"]]
-    apa, _ = metrics.paired(written, "expected")
-    assert apa[0] == (dict.fromkeys(metrics.SCORES, 6.5), written[0]["reference"])
-    assert metrics.likeliest(probable[0]["scores"]["total"]) == 5
+    predicted, human = metrics.assessment_rows(written, "expected")[0].tolist()
+    assert predicted == [6.5] * 4 and human == [written[0]["reference"][name] for name in metrics.SCORES]
 
 
 def test_intervals_hold_the_number_and_need_speakers():

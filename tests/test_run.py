@@ -255,6 +255,12 @@ def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypa
         settings(monkeypatch, "--resume", *arguments)
 
 
+def test_a_run_is_not_gone_on_with_under_other_prompts(begun, monkeypatch):
+    monkeypatch.setitem(prompts.PROMPTS, "MDD", prompts.MDD_PROMPT + " ")
+    with pytest.raises(cli.InputError, match="run in out was begun with other prompts"):
+        settings(monkeypatch, "--resume")
+
+
 def test_a_run_that_is_there_is_not_begun_again(begun, monkeypatch):
     with pytest.raises(cli.InputError, match="out/settings.json is there already: --resume .*--output"):
         settings(monkeypatch)

@@ -1,22 +1,14 @@
 """What is printed fits the screen, and nothing in it from outside moves the cursor or begins a line of its own."""
 
-import re
-
-from conftest import ROOT, script
+from conftest import script
 import pytest
 from records import one_hot, records
 
 import evaluate
-from support import cli, run
+from support import cli
 
 OUTSIDE = "id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
 SHOWN = r"id\x1b[2J\x07\x9b1m\rx\ny\u202ez\udc80"
-
-
-@pytest.fixture(params=[80, 100])
-def columns(monkeypatch, request):
-    monkeypatch.setattr(cli, "width", lambda stream=None: request.param)
-    return request.param
 
 
 def test_control_characters_from_outside_are_printed_as_text(capsys):
@@ -36,7 +28,9 @@ def test_control_characters_from_outside_are_printed_as_text(capsys):
     assert err == f"x.py: error: {SHOWN} is wrong\n"
 
 
-def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, capsys):
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "width", lambda stream=None: columns)
     lines = records(12, speakers=4)
     for line in lines[::2]:
         line |= {"scores": one_hot(3, low=4), "tokens": 9}
@@ -53,22 +47,9 @@ def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, cap
     assert any(f"±{(high - low) / 2:.3f}" in line for line in printed)
 
 
-def test_the_line_of_progress_shows_tokens_per_second_of_a_long_run(columns):
-    line = {"loss": 12.3456, "learning_rate": 2e-5, "gradient_norm": 123.4, "tokens_per_second": 12345.6}
-    numbers = {"n": 1234, "total": 9999, "elapsed": 30_000, "ncols": columns, "postfix": run._progress(line)}
-    shown = run.tqdm.format_meter(**numbers, bar_format=run.PROGRESS)
-    assert len(shown) <= columns and "12,346 tokens/s" in shown and "loss 12.346" in shown
-
-
 def test_what_goes_to_a_file_has_no_colours_and_a_width_of_its_own(tmp_path):
     table = {"columns": ["t" * 9] * 9, "rows": [("name " * 9, ["0.123\n±0.045"] * 9)], "own": 1}
-    code = f"from support import cli, screen; cli.run_script('x', lambda: cli.show_table('c', **{table}))"
+    code = f"from support import cli; cli.run_script('x', lambda: cli.show_table('c', **{table}))"
     result = script("-c", code, cwd=tmp_path, environment={"COLUMNS": "300", "PYTHONIOENCODING": "ascii"})
     assert result.stdout.count("?0.045") == 9 and "\x1b" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= cli.WIDEST
-
-
-def test_nothing_but_the_screen_prints_tables_and_above_a_progress_bar():
-    own = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and path.name != "test_screen.py"]
-    found = [path.name for path in own if re.search(r"^from rich|tqdm\.write", path.read_text(), re.MULTILINE)]
-    assert sorted(found) == ["screen.py"]

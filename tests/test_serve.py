@@ -9,20 +9,20 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+from urllib.request import urlopen
 
 from conftest import sound, tone
 import numpy as np
+from processes import Process
 from pydantic import TypeAdapter
 import pytest
 
 from analysis import assessor, serve
 import data
 import prompts
-from support import cli
 from support.sound import read_audio
 
 SENTENCE = "we see it"
@@ -33,7 +33,7 @@ def assess(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("assess"))
         patch.setattr(assessor, "find_speech", lambda audio: [(0, len(audio))])  # tones are none
-        yield assessor.Assessor(run[0] / "out", max_new_tokens=20)
+        yield assessor.Assessor(run[0] / "out", max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -84,71 +84,36 @@ def post(port, body, path="/assess", method="POST", **headers):
     return answer.status, json.loads(answer.read()), answer.headers
 
 
-def alike(first, second):
-    """Whether two results are the same, numbers to 1e-5: so far sums depend on the shape of a batch."""
-    if isinstance(first, float):
-        return first == pytest.approx(second, abs=1e-5)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(alike(value, second[key]) for key, value in first.items())
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(alike, first, second))
-    return first == second
-
-
-def lasted(client):
-    """Seconds until the service ends a connection that sends a letter of a head now and then."""
-    began = time.monotonic()
-    client.settimeout(0.1)
-    while time.monotonic() < began + 10:
-        try:
-            client.sendall(b"G")
-            if not client.recv(1):
-                break
-        except TimeoutError:
-            pass
-        except OSError:
-            break
-    return time.monotonic() - began
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers
 
 
-def test_many_requests_at_once_get_the_answers_of_single_ones(ask, assess, recordings, monkeypatch):
-    sizes, answer = [], assess.answer
-    monkeypatch.setattr(assess, "answer", lambda questions: sizes.append(len(questions)) or answer(questions))
-    asked = [(b"no sound", None) if i % 7 == 3 else (recordings[i % 4], [SENTENCE, None][i % 2]) for i in range(24)]
-    with ThreadPoolExecutor(len(asked)) as threads:
-        answers = list(threads.map(lambda pair: ask(*pair), asked))
-    single = {pair: answer([assessor.ask(*pair, assess.lexicons)])[0] for pair in set(asked) if pair[0] != b"no sound"}
-    for pair, (status, answered, _) in zip(asked, answers):
-        assert status == 422 and "not a readable" in answered["error"] if pair not in single else status == 200
-        assert pair not in single or alike(answered, json.loads(json.dumps(asdict(single[pair]))))
-    assert max(sizes) > 1 and max(sizes) <= assessor.BATCH and sum(sizes) == sum(pair in single for pair in asked)
-
-
-def test_a_recording_that_the_model_fails_on_loses_no_other(running, ask, assess, recordings, monkeypatch):
-    started, go_on, answer = threading.Event(), threading.Event(), assess.answer
+def test_many_requests_at_once_get_the_answers_of_single_ones_whatever_fails(ask, assess, recordings, monkeypatch):
+    batches, answer = [], assess.answer
 
     def failing(questions):
-        started.set()
-        go_on.wait(60)
-        if any(question.text == "it" for question in questions):
+        batches.append([question.text for question in questions])
+        if "it" in batches[-1]:
             raise RuntimeError("no memory")
         return answer(questions)
 
     monkeypatch.setattr(assess, "answer", failing)
-    with ThreadPoolExecutor(5) as threads:
-        answers = [threads.submit(ask, recordings[0])]
-        assert started.wait(60)
-        answers += [threads.submit(ask, recordings[0], text) for text in ("it", SENTENCE, SENTENCE, SENTENCE)]
-        while running[1].asked.qsize() < 4:  # they go to the model together
-            time.sleep(0.01)
-        go_on.set()
-        answers = [future.result() for future in answers]
-    assert [status for status, _, _ in answers] == [200, 500, 200, 200, 200]
-    assert answers[1][1]["error"] == "the service failed: its log says why" and running[1].requests == 0
+    expected = {(recordings[i], text): 200 for i in range(4) for text in (SENTENCE, None)}
+    single = {pair: answer([assessor.ask(*pair, assess.lexicons)])[0] for pair in expected}
+    expected |= {(b"no sound", None): 422, (recordings[0], "it"): 500}
+    asked = 2 * [*expected]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        answers = list(threads.map(lambda pair: ask(*pair), asked))
+    for pair, (status, answered, _) in zip(asked, answers):
+        assert status == expected[pair]
+        if status == 200:
+            alone = json.loads(json.dumps(asdict(single[pair])))
+            scores, expected_scores = answered.pop("scores") or {}, alone.pop("scores") or {}
+            assert answered == alone and scores.keys() == expected_scores.keys()
+            for name, score in scores.items():  # so far sums depend on the shape of a batch
+                assert score["distribution"] == pytest.approx(expected_scores[name]["distribution"], abs=1e-5)
+    assert 1 < max(map(len, batches)) <= assessor.BATCH
+    assert any("it" in batch and SENTENCE in batch for batch in batches)  # what it was asked with is asked again
 
 
 def test_a_decoder_that_is_killed_costs_its_own_request_alone(ask, recordings, monkeypatch, tmp_path):
@@ -162,9 +127,7 @@ def test_a_decoder_that_is_killed_costs_its_own_request_alone(ask, recordings, m
 
 
 def test_the_description_for_programs_is_that_of_the_typed_result(running):
-    connection = http.client.HTTPConnection("127.0.0.1", running[0])
-    connection.request("GET", "/openapi.json")
-    described = json.loads(connection.getresponse().read())
+    _, described, _ = post(running[0], None, "/openapi.json", "GET")
     schemas = {}
     for kind in (assessor.Result, assessor.Refusal):
         schema = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}")
@@ -186,17 +149,11 @@ def test_the_description_for_programs_is_that_of_the_typed_result(running):
 @pytest.mark.parametrize(
     "arguments, how, status, message",
     [
-        ({"recording": b"RIFF but no more"}, {}, 422, "recording: not a readable sound file"),
         ({"recording": sound(tone(31.0))}, {}, 422, "longer than 30 s"),
-        ({"recording": sound(tone(1.0)), "text": "xqzzt"}, {}, 422, "XQZZT"),
         ({"recording": sound(tone(1.0)), "text": "a" * 9_000}, {}, 400, "Part exceeded"),
         ({"recording": bytes(3 * serve.LARGEST)}, {}, 413, "more than 9,000,000"),
         ({"recording": "text"}, {}, 400, "the form's fields are"),
-        ({"recording": b"x", "text": b"a file"}, {}, 400, "Too many files"),
-        ({"recording": b"x", "name": "me"}, {}, 400, "the form's fields are"),
         ({}, {"Content-Type": "application/json"}, 400, "not a form"),
-        ({}, {"method": "GET"}, 405, "Not Allowed"),
-        ({}, {"path": "/none"}, 404, "Not Found"),
         ({}, {"Origin": "http://evil.example"}, 403, "only a page of"),
         ({}, {"Origin": "null"}, 403, "only a page of"),
     ],
@@ -246,7 +203,12 @@ def test_a_head_without_an_end_and_connections_without_one_are_cut_off(running, 
     with socket.create_connection(address, timeout=5) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
-        assert 0.4 < lasted(client) < 5  # of its second head, too
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < began + 5:
+                client.sendall(b"G")  # of its second head, which never ends
+                time.sleep(0.05)
+        assert time.monotonic() > began + 0.4
     monkeypatch.setattr(serve, "CONNECTIONS", 2)
     clients = [socket.create_connection(address, timeout=5) for _ in range(4)]
     assert [client.recv(100)[:12] for client in clients[2:]] == [b"HTTP/1.1 503"] * 2
@@ -267,36 +229,20 @@ def test_nothing_is_written_to_the_disk_or_the_log(ask, tmp_path, capfd, monkeyp
 # The command
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [(["--port", "{taken}"], "{taken}: Address already in use"), (["--origin", "a.example"], "--origin.*a.example")],
-)
-def test_a_users_mistake_is_named_before_a_model_is_loaded(monkeypatch, arguments, message):
-    monkeypatch.setattr(assessor, "Assessor", None)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        monkeypatch.setattr("sys.argv", ["serve", "--base", *(text.format(taken=port) for text in arguments)])
-        with pytest.raises(cli.InputError, match=message.format(taken=port)):
-            serve.main()
-
-
 @pytest.mark.slow
 def test_it_says_its_address_answers_and_ends_with_ctrl_c(run, recordings, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
     arguments = ["--adapter", run[0] / "out", "--port", 0, "--max-new-tokens", 5]
-    command = [sys.executable, "-m", "analysis.serve", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell has its background jobs ignore it
-    process = subprocess.Popen(command, cwd=tmp_path, **pipes, preexec_fn=default)
-    try:
-        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/ ", process.stdout.readline())[1])
-        assert post(port, form(recordings[0]))[0] == 200
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("GET", "/")
-        assert "synthetic words, and no human voice" in connection.getresponse().read().decode()
-    finally:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and (out, err) == ("", "") and list(tmp_path.iterdir()) == []
+    by_default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # not ignored, as by a fork server
+    process = Process("analysis.serve", arguments, folder, prepare=by_default)
+    process.wait_for_lines(process.output, 1)
+    address, port = re.match(r"(http://127\.0\.0\.1:(\d+)/) ", process.text()).groups()
+    assert post(int(port), form(recordings[0]))[0] == 200
+    assert b"synthetic words, and no human voice" in urlopen(address).read()
+    process.signal(signal.SIGINT)
+    code, text = process.wait()
+    assert code == 130 and text.count("\n") == 1 and not list(folder.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,65 +258,44 @@ def marked(questions):
     return [assessor.result(question, scores, output, False) for question in asked]
 
 
-@pytest.fixture
-def browser(chromium, tmp_path):
-    """Chromium whose microphone plays a file."""
-    (tmp_path / "microphone.wav").write_bytes(sound(tone(3.0, 48_000), 48_000, subtype="PCM_16"))
-    return chromium(
-        "use-fake-device-for-media-stream",
-        "use-fake-ui-for-media-stream",
-        f"use-file-for-fake-audio-capture={tmp_path / 'microphone.wav'}",
-    )
-
-
 def test_the_page_runs_its_own_script_alone_and_says_what_the_model_knows(running, utterances):
-    connection = http.client.HTTPConnection("127.0.0.1", running[0])
-    connection.request("GET", "/")
-    answer = connection.getresponse()
-    page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
-    assert answer.status == 200 and "default-src 'none'" in policy and policy.count("'sha256-") == 2
+    with urlopen(f"http://127.0.0.1:{running[0]}/") as answer:
+        page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and policy.count("'sha256-") == 2
     assert not re.search(r'https?://|innerHTML|style="|\bon\w+="', page) and "1000 * 30" in page
     assert "It knows &lt;few&gt; words." in page and f'data-text="{utterances[0].text}"' in page
 
 
 @pytest.mark.slow
-def test_a_browser_records_shows_the_words_and_plays(running, assess, browser, monkeypatch):
+def test_a_browser_records_shows_the_words_and_plays(running, assess, chromium, monkeypatch, tmp_path):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    asked = []
+    asked, file = [], tmp_path / "microphone.wav"
     monkeypatch.setattr(assess, "answer", lambda questions: asked.extend(questions) or marked(questions))
+    file.write_bytes(sound(tone(3.0, 48_000), 48_000, subtype="PCM_16"))
+    microphone = "use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"
+    browser = chromium(*microphone, f"use-file-for-fake-audio-capture={file}")
 
-    def text(*selectors):
-        return [element.text for selector in selectors for element in browser.find_elements("css selector", selector)]
+    def text(selector):
+        return [element.text for element in browser.find_elements("css selector", selector)]
 
     def wait(condition):
         WebDriverWait(browser, 30).until(lambda _: condition())
 
-    phone = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     browser.get(f"http://127.0.0.1:{running[0]}/")
     browser.find_element("id", "record").click()
     wait(lambda: text("#record") == ["Stop"])
     time.sleep(1.5)
     browser.find_element("id", "record").click()
     wait(lambda: text("#words b"))
-    assert asked[0].text == "We call it bear" and 1.0 < asked[0].utterance.samples / data.SAMPLE_RATE < 5
     heard = read_audio(asked[0].utterance.recording)
-    spectrum = np.abs(np.fft.rfft(heard))
-    assert spectrum.argmax() * data.SAMPLE_RATE / len(heard) == pytest.approx(440, abs=2)  # the file's tone
+    assert asked[0].text == "We call it bear" and 1.0 < len(heard) / data.SAMPLE_RATE < 5
+    tones = np.abs(np.fft.rfft(heard))
+    assert tones.argmax() * data.SAMPLE_RATE / len(heard) == pytest.approx(440, abs=2)  # the file's
     assert text("#words ol li") == ["W", "IY", "K", "AO>AA", "L", "IH>AH", "-T"]
     assert text("#words b") == ["WE", "CALL\nMispronunciation", "IT\nMispronunciation"]
     assert text("#scores figure b") == ["6.8"] * 4 and text("#heard")[0].startswith("WE <b>")
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 400
-    played = "const a = document.querySelector('audio'); return [a.src.slice(0, 5), a.duration]"
-    source, seconds = browser.execute_script(played)
-    assert source == "blob:" and seconds == pytest.approx(len(heard) / data.SAMPLE_RATE, abs=0.01)
-
-    monkeypatch.setattr(serve, "WAITING", 0)
-    browser.find_element("id", "record").click()
-    wait(lambda: text("#record") == ["Stop"])
-    browser.find_element("id", "record").click()
-    wait(lambda: "try again" in text("#state")[0])
-    assert not browser.find_element("id", "result").is_displayed()
+    seconds = browser.execute_script("return document.querySelector('audio').duration")
+    assert seconds == pytest.approx(len(heard) / data.SAMPLE_RATE, abs=0.01)
     logged = [entry["message"] for entry in browser.get_log("browser")]
-    assert [line for line in logged if "503" not in line and "deprecated" not in line] == []
+    assert [line for line in logged if "deprecated" not in line] == []

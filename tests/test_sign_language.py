@@ -92,14 +92,6 @@ def padded(rows):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
-def batch_of(glosses, vocabulary):
-    """A Batch of random features of 20 frames."""
-    samples = [sign.Sample(f"id{i}", "A", tuple(words), None, 20) for i, words in enumerate(glosses)]
-    ids = [vocabulary.encode(words) for words in glosses]
-    features, lengths = torch.randn(len(glosses), 20, WIDTH), torch.full((len(glosses),), 20)
-    return sign.Batch(samples, features, lengths, torch.tensor(sum(ids, [])), torch.tensor(list(map(len, ids))))
-
-
 def rewrite(path, annotations):
     """Give the first sequences of a corpus file other annotations."""
     head, *lines = path.read_text().splitlines()
@@ -118,15 +110,6 @@ def test_parameters_of_every_part_are_those_of_the_document():
     expected |= {"dropout": 0, "lstm": 264_192, "output": 257 * 101}
     parts = dict(sign.Student(sign.FEATURES, 101).named_children())
     assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} == expected
-    assert sum(expected.values()) == 14_180_464
-
-
-@pytest.mark.parametrize("frames", [5, 97, 98, 99, 100, 101])
-def test_time_keeps_its_length(frames):
-    model = sign.Student(GROUPS, 10).eval()
-    log_probs = model(torch.randn(2, frames, WIDTH), torch.tensor([frames, 5]))
-    assert log_probs.shape == (frames, 2, 10)
-    assert torch.allclose(log_probs.exp().sum(dim=2), torch.ones(frames, 2), atol=1e-5)
 
 
 def locality(model):
@@ -152,11 +135,8 @@ def test_the_output_changes_where_the_frames_change_and_not_in_a_collapsed_model
     assert variance > 1e-6  # the document's check is passed by the collapsed model
 
 
-@pytest.mark.parametrize("weights", ["random", "trained"])
-def test_padding_changes_no_output(weights, trained):
-    model = started(60) if weights == "random" else sign.load(trained[0] / "sign/best.safetensors")[0].model
-    model.eval()
-    rows = [torch.randn(frames, WIDTH) for frames in (61, 58, 44, 23, 6)]
+def test_padding_changes_no_output():
+    model, rows = started(60), [torch.randn(frames, WIDTH) for frames in (61, 58, 44, 23, 6)]
     with torch.no_grad():
         together = model(*padded(rows))
         for i, row in enumerate(rows):
@@ -167,25 +147,13 @@ def test_padding_changes_no_output(weights, trained):
         assert torch.allclose(model(features, lengths)[:58, 1], together[:58, 1], atol=1e-5)
 
 
-def test_padding_moves_no_running_statistic():
-    row = torch.randn(1, 48, WIDTH)
-    alone, with_padding = (sign.Student(GROUPS, 10, dropout=0.0).train() for _ in range(2))
-    with_padding.load_state_dict(alone.state_dict())
-    alone(row, torch.tensor([48]))
-    with_padding(torch.cat([row, torch.randn(1, 30, WIDTH)], dim=1), torch.tensor([48]))
-    for name, value in alone.state_dict().items():
-        if "running" in name:
-            assert torch.allclose(value, with_padding.state_dict()[name], atol=1e-6), name
-            assert "mean" in name or not torch.allclose(value, torch.ones(()))  # it moved
-
-
-def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank():
-    glosses = ["REGEN", "WIND", "REGEN", "NORD"]
-    vocabulary = sign.Vocabulary(glosses)
-    assert vocabulary.words[2:] == ["REGEN", "WIND", "NORD"]
-    assert vocabulary.decode(vocabulary.encode(glosses)) == glosses
-    assert sign.BLANK not in vocabulary.encode([*glosses, "SONNE", "", "<blanc>"])
-    assert vocabulary.decode(vocabulary.encode(["SONNE"])) == ["<unk>"]
+def test_masked_batch_norm_equals_pytorchs_without_the_padding():
+    masked, plain = sign.MaskedBatchNorm(4), nn.BatchNorm1d(4)
+    x, mask = torch.randn(2, 4, 6), torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    found, expected = masked(x, mask), plain(torch.cat([x[0], x[1, :, :2]], dim=1)[None])[0]
+    torch.testing.assert_close(torch.cat([found[0], found[1, :, :2]], dim=1), expected)
+    assert not found[1, :, 2:].any()
+    torch.testing.assert_close((masked.running_mean, masked.running_var), (plain.running_mean, plain.running_var))
 
 
 @pytest.mark.parametrize(
@@ -194,20 +162,16 @@ def test_glosses_come_back_from_their_ids_and_unknown_ones_are_never_the_blank()
 )
 def test_possible_is_what_ctc_gives_a_finite_loss(glosses, frames, possible):
     sample = sign.Sample("id", "A", tuple(glosses.split()), None, frames)
-    ids = torch.tensor([sign.Vocabulary("ABC").encode(sample.glosses)])
-    loss = nn.CTCLoss()(
-        torch.zeros(frames, 1, 5).log_softmax(2), ids, torch.tensor([frames]), torch.tensor([len(ids[0])])
-    )
+    ids = torch.tensor(sign.Vocabulary("ABC").encode(sample.glosses))
+    loss = nn.CTCLoss()(torch.zeros(frames, 5).log_softmax(1), ids, torch.tensor(frames), torch.tensor(len(ids)))
     assert sample.possible == possible == math.isfinite(loss)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples():
-    model, batch = sign.Student(GROUPS, 5), batch_of(["AB", "C"], sign.Vocabulary("ABC"))
-    batch.features[1, 3, 7] = math.nan
-    before = [p.detach().clone() for p in model.parameters()]
+    weight = nn.Parameter(torch.ones(1))
     with pytest.raises(cli.RunError, match="step 7.*id0, id1.*--learning-rate"):
-        common.update(torch.optim.SGD(model.parameters()), sign.mean_loss(model, batch), 1.0, 1.0, 7)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
+        common.update(torch.optim.SGD([weight]), [(["id0", "id1"], (math.nan * weight).sum())], 1.0, 1.0, 7)
+    assert weight.item() == 1
 
 
 def spellings(log_probs):
@@ -220,7 +184,7 @@ def spellings(log_probs):
     return totals
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_wide_beam_finds_the_likeliest_of_all_glosses(seed):
     torch.manual_seed(seed)
     log_probs = torch.randn(5, 4).log_softmax(dim=1)
@@ -243,17 +207,6 @@ def test_an_error_rate_above_one_stays_above_one():
     result = sign.wer_with_interval([["X"]] * 3, [["Y", "Z", "Y"], ["X"], ["Y", "Y"]], samples, 0)
     assert result["wer"] == pytest.approx(5 / 3) and result["ins"] == pytest.approx(1) and result["high"] > 1.5
     assert result["resampled"] == "sequences"  # of a single signer
-
-
-def test_what_is_written_is_what_is_read(folder, capsys):
-    samples = sign.read_split(folder, "train", GROUPS, "filtered")
-    assert len(samples) == 12 and {s.signer for s in samples} == {"Signer01", "Signer02"}
-    assert {gloss for s in samples for gloss in s.glosses} <= set(sign.SYNTHETIC_GLOSSES)
-    assert "(24 left out by the filter)" in capsys.readouterr().out
-    everything = sign.read_split(folder, "train", GROUPS, "all")
-    assert everything[0].glosses == ("__ON__", *samples[0].glosses, "__OFF__")
-    with np.load(samples[0].path) as file:
-        assert np.array_equal(sign.read_features(samples[0].path, WIDTH), file["features"])
 
 
 def test_statistics_are_those_of_all_train_frames(samples):
@@ -305,12 +258,9 @@ def test_batches_are_sorted_and_padded_with_their_lengths(folder):
 def test_a_run_writes_what_its_docstring_says(trained):
     cwd, result = trained
     lines = [json.loads(line) for line in (cwd / "sign/log.jsonl").read_text().splitlines()]
-    settings = json.loads((cwd / "sign/settings.json").read_text())
-    assert [line["epoch"] for line in lines] == [1, 2] and all(math.isfinite(line["dev_loss"]) for line in lines)
-    assert lines[1]["loss"] < lines[0]["loss"]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["loss"] < lines[0]["loss"]
     rates = [common.learning_rate(step, 6, 3e-4, 3) for step in (2, 5)]
     assert [line["learning_rate"] for line in lines] == rates
-    assert settings["written_by"] == "pronunciation/recipes.sign_language" and settings["versions"]["torch"]
     assert "signers that training has too:" in result.stdout and "508,217 parameters, 1.94 MiB" in result.stdout
     system, training = sign.load(cwd / "sign/best.safetensors")
     best = min(lines, key=lambda line: (line["dev_wer"], line["dev_loss"]))
@@ -332,28 +282,6 @@ def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start)
     assert results[0]["beam"]["wer"] == pytest.approx(metrics.error_rate(references, read))
 
 
-@pytest.mark.slow
-def test_the_same_seed_trains_the_same_weights_and_a_run_is_not_overwritten(trained, folder, start):
-    settings = ["--data", folder, "--epochs", 2, "--warmup", 1, "--output", "again"]
-    start(*settings)
-    paths = (path / "best.safetensors" for path in (trained[0] / "sign", Path("again")))
-    first, second = (sign.load(path)[0].model.state_dict() for path in paths)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(cli.InputError, match="again/best.safetensors is there already"):
-        start(*settings)
-
-
-@pytest.mark.slow
-def test_training_stops_after_patience_epochs_without_a_better_one(folder, start, monkeypatch):
-    rates, losses = iter([1.0, 1.0, 1.0, 0.8, 0.8, 0.85, 0.1]), iter([3.0, 2.5, 2.6, 2.0, 2.1, 1.0, 1.0])
-    monkeypatch.setattr(sign.metrics, "error_rate", lambda *_: next(rates))
-    monkeypatch.setattr(sign, "transcribe", lambda *_: (next(losses), [], ([],)))
-    start("--data", folder, "--epochs", 7, "--warmup", 1, "--patience", 2, "--output", "out")
-    lines = [json.loads(line) for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert [line["dev_wer"] for line in lines] == [1.0, 1.0, 1.0, 0.8, 0.8, 0.85]
-    assert sign.load(Path("out/best.safetensors"))[1]["epoch"] == 4
-
-
 def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
     """Extracted as pose, face, hands; declared as pose, hands, face."""
     for path in own_copy.glob("*/*.npz"):
@@ -373,13 +301,12 @@ def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start)
     start("--data", own_copy, "--evaluate", trained[0] / "sign/best.safetensors", "--output", "out")
     results = results_in("out")
     assert results["impossible"] == ["test-0001"] and results["unknown_glosses"] == 1
+    assert sign.BLANK not in sign.Vocabulary(["REGEN"]).encode(["GEWITTER", "", "<blanc>"])
     assert results["predictions"][0]["reference"] == ["GEWITTER", "REGEN"] and math.isfinite(results["loss"])
 
 
 BAD = {  # what becomes of a feature file, and the reason that is given
-    "rubbish": (lambda path: path.write_bytes(b"rubbish"), "not a readable"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:3000]), "not a readable"),
-    "missing": (Path.unlink, "cannot be read"),
     "fifo": (lambda path: fifo(path.parent.parent / f"{path.stem}.npy") and path.unlink(), "not a regular file"),
     "shape": (lambda path: np.savez(path, features=np.zeros((20, 7))), "[20, 7] instead"),
     "nan": (lambda path: np.savez(path, features=np.full((20, WIDTH), np.nan)), "not finite"),
@@ -390,7 +317,7 @@ BAD = {  # what becomes of a feature file, and the reason that is given
 def test_every_bad_sequence_is_named(own_copy):
     for i, (spoil, _) in enumerate(BAD.values()):
         spoil(own_copy / "train" / f"train-{i:04d}.npz")
-    with pytest.raises(cli.InputError, match="^7 of 12 sequences") as error:
+    with pytest.raises(cli.InputError, match="^5 of 12 sequences") as error:
         sign.read_split(own_copy, "train", GROUPS, "filtered")
     for i, (line, (_, reason)) in enumerate(zip(str(error.value).split("\n")[1:], BAD.values(), strict=True)):
         assert f"train-{i:04d}" in line and reason in line
@@ -403,29 +330,19 @@ def not_a_number(folder):
     sign.save(folder / "best.safetensors", system, training)
 
 
-def corpus_file(text):
-    return lambda folder: (folder / "train.SI5.corpus.csv").write_text(text)
+def corpus_file(lines):
+    return lambda folder: (folder / "train.SI5.corpus.csv").write_text("id|folder|signer|annotation\n" + lines)
 
 
-HEAD = "id|folder|signer|annotation\n"
+WEIGHTS = "--data DATA --evaluate DATA/best.safetensors"
 REFUSED = [  # what becomes of the data folder, which has a checkpoint in it, the command line, and what is said
-    (not_a_number, "--data DATA --evaluate DATA/best.safetensors", "output.weight holds values that are not finite"),
-    (
-        lambda f: fifo(f / "best.safetensors"),
-        "--data DATA --evaluate DATA/best.safetensors",
-        "missing, or not a regular file",
-    ),
-    (None, "--data DATA --evaluate DATA/features.json", "features.json is no best.safetensors"),
-    (None, "--data DATA --evaluate DATA/best.safetensors --beam-width 1000000000", "less than or equal to 100"),
-    (None, "--data DATA --evaluate x --epochs 3", "--evaluate does not use --epochs"),
+    (not_a_number, WEIGHTS, "output.weight holds values that are not finite"),
+    (lambda f: fifo(f / "best.safetensors"), WEIGHTS, "missing, or not a regular file"),
+    (None, f"{WEIGHTS} --beam-width 1000000000", "less than or equal to 100"),
     (None, "--data DATA --output DATA", "says that recipes.sign_language wrote it"),
-    (None, "--data DATA --epochs 5", "--warmup 5 epochs leave nothing of --epochs 5"),
-    (None, "", "--data is missing"),
-    (None, "--write-synthetic .", "exists already"),
-    (corpus_file("id;folder\nx;x\n"), "--data DATA", "has no column"),
-    (corpus_file(HEAD + "a|b|S\n"), "--data DATA", "needs 4 fields and an id in line 2"),
-    (corpus_file(HEAD + "train-0000|b|S|<blank> AB\n"), "--data DATA", "<blank> is no gloss"),
-    (corpus_file(HEAD + "train-0000|b|S|AB\n" * 2), "--data DATA", "its id stands in several lines"),
+    (corpus_file("a|b|S\n"), "--data DATA", "needs 4 fields and an id in line 2"),
+    (corpus_file("train-0000|b|S|<blank> AB\n"), "--data DATA", "<blank> is no gloss"),
+    (corpus_file("train-0000|b|S|AB\n" * 2), "--data DATA", "its id stands in several lines"),
     (lambda f: (f / "features.json").write_text('{"pose": 9}'), "--data DATA", "columns of pose, hands"),
 ]
 

@@ -19,13 +19,10 @@ def imported(result):
     return {line.split("|")[-1].strip().split(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("argument, code", [("--help", 0), ("--eport", 2)])
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: getattr(command[-1], "name", command[-1]))
-def test_help_and_a_mistyped_flag_wait_for_no_heavy_library(command, argument, code, tmp_path):
-    result = script("-X", "importtime", *command, argument, cwd=tmp_path)
-
-    assert result.returncode == code, result.stderr
-    assert "--help" in result.stdout if code == 0 else ": error: " in result.stderr
+def test_help_waits_for_no_heavy_library(command, tmp_path):
+    result = script("-X", "importtime", *command, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and "--help" in result.stdout, result.stderr
     assert not imported(result) & HEAVY
 
 

@@ -119,18 +119,9 @@ def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer)
             assert not torch.allclose(split(ids).logits, pretrained, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--per-speaker", "100000"], "--per-speaker 100000: "),
-        (["--train-speakers", "5000"], "--train-speakers 5000: "),
-        (["--output", "/dev/null/x"], "/dev/null/x: .*another --output"),
-        (["--output", "there"], "there/corpus exists already"),
-    ],
-)
-def test_a_setting_that_cannot_be_met_stops_before_anything_is_written(monkeypatch, tmp_path, arguments, message):
+def test_what_is_there_already_is_not_replaced(monkeypatch, tmp_path):
     (tmp_path / "there" / "corpus").mkdir(parents=True)
-    monkeypatch.setattr("sys.argv", ["tiny.py", *arguments])
-    with pytest.raises(cli.InputError, match=message):
+    monkeypatch.setattr("sys.argv", ["tiny.py", "--output", "there"])
+    with pytest.raises(cli.InputError, match="there/corpus exists already"):
         tiny.main()
     assert len([*tmp_path.rglob("*")]) == 2
