@@ -4,7 +4,7 @@
     python -m recipes.speech_detection --data speechocean762/ --model tiny --train all --learning-rate 1e-3 \\
         --epochs 10 --batch-size 16 --accumulation 1 --train-clips 1920 --test-clips 480           # offline, two cores
     python -m recipes.speech_detection --compare out-a/seed-0 out-b/seed-0                         # two runs
-    python -m recipes.speech_detection --trained out/seed-0 --audio my.wav                         # a clip of one's own
+    python -m recipes.speech_detection --trained out-speech/seed-0 --audio my.wav                  # a clip of one's own
 
 Clips of 200-1,000 ms are cut from recordings, noise is added to both classes alike, and the model is asked which class
 a clip is. What it answers on speakers and sources that training did not have stands beside one threshold on one number

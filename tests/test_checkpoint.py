@@ -65,13 +65,11 @@ def test_training_and_evaluation_are_the_same_from_both_forms_of_names(way, chec
         train.train(settings(monkeypatch, *where, *SIZES, *rank))
         monkeypatch.setattr(sys, "argv", f"evaluate.py --adapter {name} --limit 2 --max-new-tokens 8".split())
         evaluate.main()
-        log = [json.loads(line) for line in open(f"{name}/log.jsonl")]
-        moved = [line["adapter_moved"] for line in log if "adapter_moved" in line]
         weights = load_file(f"{name}/epoch-1/adapter_model.safetensors")
-        results.append((weights, moved, open(f"{name}/predictions.jsonl").read()))
-    (ours, our_distances, our_answers), (theirs, their_distances, their_answers) = results
+        results.append((weights, open(f"{name}/predictions.jsonl").read()))
+    (ours, our_answers), (theirs, their_answers) = results
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
-    assert our_distances == their_distances and our_answers == their_answers
+    assert our_answers == their_answers
 
 
 def test_a_speech_adapter_that_changes_no_layer_is_refused(checkpoint, tmp_path):
