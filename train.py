@@ -94,9 +94,9 @@ def resumed(settings: Settings) -> Settings:
         return settings
     if not settings.resume:
         raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it be")
+    saved = files.read_json(path, Settings)
     if files.read_json(path, dict).get("prompts") != prompts.digest():
         raise cli.InputError(f"the run in {settings.output} was begun with other prompts: choose another --output")
-    saved = files.read_json(path, Settings)
     for name in (field.name for field in fields(Method) if cli.given(field.name)):
         given, was = getattr(settings, name), getattr(saved, name)
         if given != was:
