@@ -403,10 +403,10 @@ def check_hearing(model: torch.nn.Module, utterances: Sequence) -> float | None:
     """
     if not is_real(model.tokenizer):
         return None
-    heard = [
-        write(model, prompts.USER, audio, f"{TRANSCRIBE}{prompts.END}{prompts.ASSISTANT}", max_new_tokens=100)
-        for audio in model.hear(utterances[:RECORDINGS])
-    ]
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=model.device.type == "cuda"):  # as training hears them
+        audio = model.hear(utterances[:RECORDINGS])
+    asked = f"{TRANSCRIBE}{prompts.END}{prompts.ASSISTANT}"
+    heard = [write(model, prompts.USER, embeddings, asked, max_new_tokens=100) for embeddings in audio]
     spoken = [utterance.text for utterance in utterances[:RECORDINGS]]
     wer = jiwer.wer(*([" ".join(re.findall(r"[\w']+", text.upper())) for text in texts] for texts in (spoken, heard)))
     cli.say(f"hearing: WER {wer:.2f} on {len(spoken)} recordings of the corpus, before training")
