@@ -1,25 +1,23 @@
-"""Does a model listen? Its numbers on its own recordings less those on silence, or on another speaker's recordings.
+"""Does a model listen? Its answers to silence, or to another speaker's recordings, instead of its own.
 
     python -m analysis.ablation silence --adapter out/
     python -m analysis.ablation swap --adapter out/ --epochs all --limit 500
+    python -m analysis.compare out/ --against out/silence/      # how far the numbers drop, with intervals
 
-A drop near zero means that it does not: it answers what is likely in the corpus. The table is that of analysis.compare.
-What evaluate.py has written of the own audio is read again; answers to the other audio go to a folder in that one,
-silence/ or swap/.
+A drop near zero means that it does not: it answers what is likely in the corpus. The answers go to a folder in that of
+the evaluation, silence/ or swap/, as evaluate.py writes them.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 import io
-import json
 from typing import Literal
 
 import numpy as np
 import soundfile
 from tyro.conf import Fixed, Positional, Suppress
 
-from analysis import compare
 import data
 import evaluate
 from support import answers, cli, files, sound
@@ -28,13 +26,11 @@ from support.later import when_used
 with when_used():
     from support import processes
 
-MARK = "ablation.json"
-
 
 @dataclass(kw_only=True)
 class Settings(evaluate.Settings):
     how: Positional[Literal["silence", "swap"]]  # silence of the same length, or the recording of another speaker
-    predictions: Suppress[Fixed[None]] = None  # not a flag here: evaluate.py's are found beside the adapter
+    predictions: Suppress[Fixed[None]] = None  # not a flag here: answers are generated
 
 
 def other_audio(utterances: list[data.Utterance], how: str) -> list[data.Utterance]:
@@ -57,40 +53,25 @@ def silence(samples: int) -> bytes:
     return file.getvalue()
 
 
-def find_own(evaluation: evaluate.Evaluation, utterances: list[data.Utterance], settings: Settings) -> list[dict]:
-    """The records of the own audio, made by the same model and settings. Raises InputError where there are none."""
-    made_with = evaluate.made_with(evaluation, utterances, settings)
-    found = answers.find(evaluation.output, evaluate.asked_of(utterances), made_with)
-    if found is None:
-        raise cli.InputError(
-            f"{evaluation.output} holds no answers of {evaluation.label} to the own audio with these settings: "
-            "run evaluate.py with them first"
-        )
-    return found
-
-
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     others = [replace(e, label=f"{e.label}, {settings.how}", output=e.output / settings.how) for e in chosen]
     with ExitStack() as owned:
         for other in others:
-            written = [MARK, *answers.GENERATED, *answers.SCORED]
-            owned.enter_context(files.own(other.output, "analysis.ablation", MARK, written))
-            with files.whole(other.output / MARK) as temporary:
-                mark = {"written_by": files.signature("analysis.ablation"), "audio": settings.how}
-                temporary.write_text(json.dumps(mark) + "\n")
+            written = answers.GENERATED + answers.SCORED
+            owned.enter_context(files.own(other.output, "evaluate.py", answers.SETTINGS, written))
         processes.start()
         settings = evaluate.choose_model(chosen[-1], settings)
-        utterances = evaluate.read_corpus(chosen[-1], settings)
-        changed = other_audio(utterances, settings.how)
-        own = [find_own(evaluation, utterances, settings) for evaluation in chosen]
-        for mine, evaluation, other in zip(own, chosen, others):
+        changed, rows = other_audio(evaluate.read_corpus(chosen[-1], settings), settings.how), []
+        for other in others:
             records = evaluate.generate(other, changed, settings)
             if cli.process_rank() == 0:
-                evaluate.score(records, other.label, other.paper_row, other.output)
-                caption = f"{evaluation.label} on its own audio (A) and on {settings.how} (B), {other.output}"
-                cli.show_table(caption, *compare.differences([[mine], [records]]))
+                rows += evaluate.score(records, other.label, None, other.output)
+        if rows:
+            evaluate.show(rows, [])
+            for own, other in zip(chosen, others):
+                cli.say(f"how far it drops: python -m analysis.compare {own.output} --against {other.output}")
         processes.end()
 
 

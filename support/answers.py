@@ -219,20 +219,6 @@ def _resumed(folder, asked, how):
         raise cli.InputError(f"--resume: {error}; leave out --resume to start again") from error
 
 
-def find(folder: Path, asked: Asked, how: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The records of an evaluation that answer what is asked, perhaps among others; None where one is missing.
-
-    how: as for `Answers`; only the corpus may be another.
-    """
-    try:
-        written_with = files.read_json(folder / SETTINGS, dict)
-        lines = _answers(folder / WHOLE, asked)
-    except cli.InputError:
-        return None
-    same = {key: written_with.get(key) for key in how} | {"corpus": None} == how | {"corpus": None}
-    return [json.loads(lines[key]) for key in asked] if same and lines.keys() == asked.keys() else None
-
-
 def _answers(path, asked):
     """{key: JSON text} of a file's answers to what is asked."""
     texts = files.read_text(path).split("\n")
