@@ -478,7 +478,7 @@ def main() -> None:
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
     cli.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)
-    print(f"{model}: written")
+    cli.say(f"{model}: written")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from support.cli import InputError, RunError, first_line, process_rank, reason, width
+from support.cli import InputError, RunError, first_line, process_rank, reason, visible, width
 from support.later import when_used
 
 with when_used():
@@ -143,7 +143,7 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
         if error.errno not in NO_LOCKS:
             reason = f"{error.strerror} ({error.filename})"
             raise InputError(f"cannot write into {folder}: {reason}; choose another {setting}") from error
-        print(f"{folder} cannot be locked: see to it that no other run writes into it", file=sys.stderr)
+        print(visible(f"{folder} cannot be locked: see to it that no other run writes into it"), file=sys.stderr)
     try:
         _check_ours(folder, command, mark, writes, setting)
         for left in [*folder.glob(f".{OURS}-*"), *folder.glob(f"*/.{OURS}-*")]:

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 import importlib
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -78,18 +77,3 @@ def free_ports(count):
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [str(one.getsockname()[1]) for one in sockets]
-
-
-# What a sound file may do to the process that decodes it: analysis/serve.py
-
-
-def hang(*_):
-    time.sleep(60)
-
-
-def crash(*_):
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def hoard(*_):
-    return bytearray(2**30)
