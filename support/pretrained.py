@@ -323,7 +323,8 @@ def spare_rows(matrix: torch.Tensor, tokens: dict[str, int]) -> tuple[list[str],
     matrix: the embedding, (V, D); tokens: {control token: its row}. A row that is far above the others would rule the
     norm of every step; InputError, since then the rows beyond the tokenizer's are not what they are taken for.
     """
-    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)  # (V,)
+    parts = matrix.split(4096)  # the whole matrix in float32 is 2.5 GB
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])  # (V,)
     usual, own = norms.median().item(), {token: norms[row].item() for token, row in tokens.items()}
     line = "norms of spare rows: " + ", ".join(f"{token} {norm:.3g}" for token, norm in own.items())
     line += f"; median of all rows {usual:.3g}"
