@@ -235,8 +235,7 @@ def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], setti
         model = load(evaluation, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
-        distances = models.moved(model)
-        shift = f"; {models.describe_moved(distances)}" if distances else ""
+        shift = f"; {models.describe_moved(model)}" if evaluation.adapter else ""
         cli.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
@@ -247,7 +246,7 @@ def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], setti
             batches = missing[first : first + together]
             own = batches[rank * size : (rank + 1) * size]
             arguments = settings.scoring, settings.max_new_tokens, evaluation.adapter is not None
-            written.add(model.answer(own, *arguments) if own else [])
+            written.add(models.answer(model, own, *arguments) if own else [])
             bar.update(len(batches))
     return written.finish()
 

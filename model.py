@@ -74,11 +74,11 @@ class SpeechModel(nn.Module):
         self.control_ids = tokenizer.convert_tokens_to_ids([prompts.CONTROL_TOKENS[task] for task in prompts.TASKS])
         self.audio_id, self.pad_id = network.config.audio_config.audio_token_id, network.config.pad_token_id
         # Put in like audio, so that the matrix stays as it is, whole and frozen
-        self.control = nn.Parameter(self.control_start()[0])  # (2, D)
+        self.control = nn.Parameter(control_start(self)[0])  # (2, D)
         self.folder = self.commit = None  # of the checkpoint
         self.started_from = None  # folder of the shipped adapter, where that is what trains
         self.keep_audio = False  # whether what is heard is kept in memory, for the epochs to come
-        self._kept = {}  # utterance id -> embeddings (A, D), or features (F, 80) where the audio encoder trains
+        self.kept = {}  # utterance id -> embeddings (A, D), or features (F, 80) where the audio encoder trains
 
     @property
     def core(self) -> Phi4MultimodalForCausalLM:
@@ -94,103 +94,45 @@ class SpeechModel(nn.Module):
     def device(self) -> torch.device:
         return self.core.device
 
-    @torch.no_grad()
-    def control_start(self) -> tuple[torch.Tensor, str]:
-        """Where the control tokens' vectors start (2, D), and a line about it: at spare rows of the embedding matrix,
-        or where one is next to nothing, at <|user|>'s.
-
-        The model normalises a vector before it is read, so the gradient of one with a thousandth of the usual norm is
-        a thousand times the usual one: it would rule the clipped norm of every step. Raises InputError where the matrix
-        has no spare rows.
-        """
-        matrix = self.core.get_input_embeddings().weight  # (V, D)
-        if max(self.control_ids) >= len(matrix):
-            raise cli.InputError(f"the model has {len(matrix)} embedding rows, none to spare for the control tokens")
-        small, line = pretrained.spare_rows(matrix, dict(zip(prompts.CONTROL_TOKENS.values(), self.control_ids)))
-        user = self.tokenizer.convert_tokens_to_ids(prompts.USER)
-        starts = [
-            user if token in small else row for token, row in zip(prompts.CONTROL_TOKENS.values(), self.control_ids)
-        ]
-        return matrix[starts].float(), line + "".join(f"; {token} starts from {prompts.USER}'s" for token in small)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Hearing (paper 3.2)
-
     def hear(self, utterances: Sequence[data.Utterance]) -> list[torch.Tensor]:
         """Embeddings of each utterance's recording, a list of (A, D).
 
         While the audio encoder is frozen each is computed alone: sums in a batch are rounded by the batch's shape, and
-        an evaluation with another batch size, or a resumed run, would differ in the last bits.
+        an evaluation with another batch size, or a resumed run, would differ in the last bits. Where it trains, only
+        features are kept. What is beyond KEPT_AUDIO is made again each time.
         """
-        if self.audio.up_proj_for_speech.weight.requires_grad:
-            return list(self.encode_audio([self._once(utterance, self._features) for utterance in utterances]))
-        return [self._once(utterance, self._embeddings) for utterance in utterances]
-
-    def _features(self, utterance):
-        return torch.as_tensor(data.log_mel(utterance, self.extractor))  # (F, 80)
-
-    @torch.no_grad()
-    def _embeddings(self, utterance):
-        (embeddings,) = self.encode_audio([self._features(utterance)])
-        if len(embeddings) != utterance.audio_tokens:
-            raise ValueError(f"{utterance.id}: {utterance.audio_tokens} placeholders for {len(embeddings)} embeddings")
-        return embeddings  # (A, D)
-
-    def _once(self, utterance, make):
-        """What `make` gives for an utterance, from memory where it was kept; beyond KEPT_AUDIO it is made again."""
-        if utterance.id in self._kept:
-            return self._kept[utterance.id].to(self.device)
-        made = make(utterance)
-        if self.keep_audio and sum(kept.nbytes for kept in self._kept.values()) + made.nbytes <= KEPT_AUDIO:
-            self._kept[utterance.id] = made.cpu()
-        return made
-
-    def encode_audio(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Audio encoder and projector: embeddings (A, D), A = ceil(F / 8), of each of the log-mel features (F, 80).
-
-        A recording's embeddings do not depend on what it is batched with. transformers' own padded path does not give
-        that: it adds a boolean mask to the attention bias, so padding is attended to, and the subsampling convolutions
-        look past a recording's end. Here the convolutions run on each recording alone, and the conformer blocks, whose
-        own convolutions are causal, on the padded batch with a 0 / -inf mask.
-        """
-        audio, encoder = self.audio, self.audio.encoder
-        weight = audio.up_proj_for_speech.weight
-        features = [feature.to(weight.device, weight.dtype)[None] for feature in features]  # each (1, F, 80)
-        parts = [encoder.embed(encoder.encoder_embedding(feature), None)[0][0] for feature in features]  # (A, H)
-        chunks = [chunk for part in parts for chunk in part.split(MAX_ENCODER_TOKENS)]
-        hidden = pad_sequence(chunks, batch_first=True)  # (B, longest A, H)
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=hidden.device)
-        padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, A)
-        mask = hidden.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]  # (B, 1, 1, A)
-        attention_mask = mask + encoder.relative_attention_bias_layer(hidden)  # (B, heads, A, A)
-        for block in encoder.encoders:
-            if self.core.is_activation_checkpointing:  # transformers' own does not reach these blocks
-                hidden = checkpoint(block, hidden, attention_mask, use_reentrant=False)
+        trains, found = self.audio.up_proj_for_speech.weight.requires_grad, []
+        for utterance in utterances:
+            if utterance.id not in self.kept:
+                made = torch.as_tensor(data.log_mel(utterance, self.extractor))  # (F, 80)
+                if not trains:
+                    with torch.no_grad():
+                        (made,) = encode_audio(self.audio, [made])  # (A, D)
+                if self.keep_audio and sum(kept.nbytes for kept in self.kept.values()) + made.nbytes <= KEPT_AUDIO:
+                    self.kept[utterance.id] = made.cpu()
             else:
-                hidden = block(hidden, attention_mask)
-        hidden = audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden[~padding])))  # (sum of A, D)
-        return hidden.split([len(part) for part in parts])
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Learning (paper 4.2)
+                made = self.kept[utterance.id]
+            found.append(made.to(self.device))
+        return list(encode_audio(self.audio, found)) if trains else found
 
     def embed(self, input_ids: torch.Tensor, audio: Sequence[torch.Tensor]) -> torch.Tensor:
         """Token embeddings (B, T, D) with audio and control tokens in their places.
 
-        input_ids: (B, T); audio: list of (A, D), of the rows in order. Raises ValueError where their numbers differ.
+        input_ids: (B, T); audio: list of (A, D), of the rows that have a recording, in order.
         """
         embeds = self.core.get_input_embeddings()(input_ids)
-        places = (input_ids == self.audio_id).flatten().nonzero()[:, 0]  # in the rows laid end to end
-        if len(places) != sum(map(len, audio)):
-            raise ValueError(f"{len(places)} audio placeholders for {sum(map(len, audio))} audio embeddings")
-        if len(places):
-            embeds = embeds.flatten(0, 1).index_copy(0, places, torch.cat(list(audio)).to(embeds.dtype)).view_as(embeds)
+        places = input_ids == self.audio_id  # (B, T)
+        counts, lengths = [count for count in places.sum(dim=1).tolist() if count], [*map(len, audio)]
+        if counts != lengths:
+            raise ValueError(f"rows with {counts} audio placeholders for {lengths} audio embeddings")
+        if lengths:
+            embeds = embeds.masked_scatter(places[..., None], torch.cat([*audio]).to(embeds.dtype))
         for token, vector in zip(self.control_ids, self.control.to(embeds.dtype)):
             embeds = torch.where((input_ids == token)[..., None], vector, embeds)
         return embeds
 
     def loss(self, batch: data.MicroBatch, audio: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy summed over the supervised tokens of a micro-batch.
+        """Cross-entropy summed over the supervised tokens of a micro-batch (paper 4.2).
 
         The caller divides by the supervised tokens of the whole step, so that every token counts alike however the
         step is cut. Logits exist at supervised positions only: with a vocabulary of 200,064 they are the largest
@@ -207,126 +149,166 @@ class SpeechModel(nn.Module):
         logits = self.core.lm_head(hidden[rows, positions])  # (N, V)
         return F.cross_entropy(logits.float(), following[supervised].to(self.device), reduction="sum")
 
-    def compile_layers(self) -> None:
-        """Compile each layer of the language model, for micro-batches of any length."""
-        for layer in self.core.model.layers:
-            layer.compile(dynamic=True)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Answering
+@torch.no_grad()
+def control_start(model: SpeechModel) -> tuple[torch.Tensor, str]:
+    """Where the control tokens' vectors start (2, D), and a line about it: at spare rows of the embedding matrix,
+    or where one is next to nothing, at <|user|>'s.
 
-    def question(self, utterance: data.Utterance, task: str, control_token: bool = True) -> data.Example:
-        """An example without an answer."""
-        prompt = data.encode_prompt(utterance, task, self.tokenizer, self.audio_id, control_token)
-        return data.Example(utterance, task, prompt, [])
-
-    def answer(
-        self,
-        utterances: Sequence[data.Utterance],
-        scoring: Sequence[str] = ("greedy",),
-        max_new_tokens: int = data.MAX_NEW_TOKENS,
-        control_token: bool = True,
-        tasks: Sequence[str] | None = None,
-    ) -> list[dict[str, Any]]:
-        """The lines of predictions.jsonl for some utterances, as dicts.
-
-        scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
-        without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
-        tasks: where they are not those that an utterance has labels for.
-        """
-        lines = {}
-        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            heard = self.hear(utterances)
-            for task in prompts.TASKS:  # each by itself: APA's prompts are three times as long as MDD's
-                chosen = [i for i, u in enumerate(utterances) if task in (tasks or u.tasks)]
-                questions = [self.question(utterances[i], task, control_token) for i in chosen]
-                audio = [heard[i] for i in chosen]
-                lines |= {(i, task): _line(question) for i, question in zip(chosen, questions)}
-                own = [lines[i, task] for i in chosen]
-                if own and (task != "APA" or "greedy" in scoring):
-                    for line, (text, tokens, cut) in zip(own, self.generate(questions, audio, max_new_tokens)):
-                        line |= {"output": text, "tokens": tokens, "truncated": cut}
-                if own and task == "APA" and "expected" in scoring:
-                    for line, values in zip(own, self.score_distributions(questions, audio).tolist()):
-                        line["scores"] = dict(zip(prompts.SCORES, values))
-                        likeliest = {name: value.index(max(value)) for name, value in line["scores"].items()}
-                        line["output"] = line["output"] or prompts.apa_target(likeliest)
-        return [lines[key] for key in sorted(lines)]
-
-    def _padded_left(self, questions, audio):
-        """Embedded prompts (B, T, D), and the mask (B, T) of what is no padding; all rows end together."""
-        rows = [
-            self.embed(torch.tensor([question.prompt_ids], device=self.device), [heard])[0]
-            for question, heard in zip(questions, audio)
-        ]  # (T, D)
-        ones = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
-        return (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, ones))
-
-    @torch.no_grad()
-    def generate(
-        self, questions: Sequence[data.Example], audio: Sequence[torch.Tensor], max_new_tokens: int
-    ) -> list[tuple[str, int, bool]]:
-        """Greedy answers to a batch of questions, as (text, number of tokens, truncated).
-
-        audio: list of (A, D), one for each question. truncated: the limit came before <|end|>.
-        """
-        stop = [self.tokenizer.convert_tokens_to_ids(prompts.END), self.tokenizer.eos_token_id]
-        embeds, mask = self._padded_left(questions, audio)
-        written = self.core.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=self.pad_id,
-        )  # (B, new tokens)
-        answers = []
-        for ids in written.tolist():
-            end = next((i for i, token in enumerate(ids) if token in stop), None)
-            answers.append((self.tokenizer.decode(ids[:end]), len(ids) if end is None else end + 1, end is None))
-        return answers
-
-    @torch.no_grad()
-    def score_distributions(self, questions: Sequence[data.Example], audio: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Probabilities of the values 0-10 for each score of an answer, (B, 4, 11). questions: APA's.
-
-        The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
-        normalised over them, and the likeliest value is given as the model's own before the next score is read: four
-        short passes with one cache, and no output that could be malformed. audio: list of (A, D), one a question.
-        """
-        before, values = data.encode_score_slots(self.tokenizer)
-        values = torch.tensor(values, device=self.device)  # (11,)
-        head = self.core.lm_head.weight[values].float()  # (11, D); in bfloat16 the likeliest two are often equal
-        embeds, mask = self._padded_left(questions, audio)
-        found, cache = [], None
-        for text in before:
-            tokens = torch.tensor(text, device=self.device).expand(len(questions), -1)  # (B, n)
-            if found:
-                tokens = torch.cat([values[found[-1].argmax(dim=-1)][:, None], tokens], dim=1)
-            following = self.core.get_input_embeddings()(tokens)
-            embeds = following if found else torch.cat([embeds, following], dim=1)
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -embeds.shape[1] :]  # padding counts nowhere
-            output = self.core.model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
-            # no product of matrices: autocast would round it
-            scores = (output.last_hidden_state[:, -1:].float() * head).sum(dim=-1)  # (B, 11)
-            found.append(scores.softmax(dim=-1))
-        return torch.stack(found, dim=1)
+    The model normalises a vector before it is read, so the gradient of one with a thousandth of the usual norm is
+    a thousand times the usual one: it would rule the clipped norm of every step. Raises InputError where the matrix
+    has no spare rows.
+    """
+    matrix = model.core.get_input_embeddings().weight  # (V, D)
+    if max(model.control_ids) >= len(matrix):
+        raise cli.InputError(f"the model has {len(matrix)} embedding rows, none to spare for the control tokens")
+    tokens = dict(zip(prompts.CONTROL_TOKENS.values(), model.control_ids))
+    small, line = pretrained.spare_rows(matrix, tokens)
+    tokens |= dict.fromkeys(small, model.tokenizer.convert_tokens_to_ids(prompts.USER))
+    return matrix[[*tokens.values()]].float(), line + "".join(
+        f"; {token} starts from {prompts.USER}'s" for token in small
+    )
 
 
-def _line(question):
-    """A line of predictions.jsonl that has no answer yet."""
-    utterance, task = question.utterance, question.task
-    return {
-        "id": utterance.id,
-        "task": task,
-        "speaker": utterance.speaker,
-        "output": None,
-        "reference": data.reference(utterance, task),
-    }
+def encode_audio(audio: nn.Module, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Audio encoder and projector: embeddings (A, D), A = ceil(F / 8), of each of the log-mel features (F, 80).
+
+    A recording's embeddings do not depend on what it is batched with. transformers' own padded path does not give
+    that: it adds a boolean mask to the attention bias, so padding is attended to, and the subsampling convolutions
+    look past a recording's end. Here the convolutions run on each recording alone, and the conformer blocks, whose
+    own convolutions are causal, on the padded batch with a 0 / -inf mask.
+    """
+    encoder, weight = audio.encoder, audio.up_proj_for_speech.weight
+    features = [feature.to(weight.device, weight.dtype)[None] for feature in features]  # each (1, F, 80)
+    parts = [encoder.embed(encoder.encoder_embedding(feature), None)[0][0] for feature in features]  # (A, H)
+    chunks = [chunk for part in parts for chunk in part.split(MAX_ENCODER_TOKENS)]
+    hidden = pad_sequence(chunks, batch_first=True)  # (B, longest A, H)
+    lengths = torch.tensor([len(chunk) for chunk in chunks], device=hidden.device)
+    padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]  # (B, A)
+    mask = hidden.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]  # (B, 1, 1, A)
+    attention_mask = mask + encoder.relative_attention_bias_layer(hidden)  # (B, heads, A, A)
+    for block in encoder.encoders:
+        if encoder.gradient_checkpointing:  # transformers' own does not reach these blocks
+            hidden = checkpoint(block, hidden, attention_mask, use_reentrant=False)
+        else:
+            hidden = block(hidden, attention_mask)
+    hidden = audio.down_proj_for_speech(F.gelu(audio.up_proj_for_speech(hidden[~padding])))  # (sum of A, D)
+    return hidden.split([len(part) for part in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answering
+
+
+def question(model: SpeechModel, utterance: data.Utterance, task: str, control_token: bool = True) -> data.Example:
+    """An example without an answer."""
+    prompt = data.encode_prompt(utterance, task, model.tokenizer, model.audio_id, control_token)
+    return data.Example(utterance, task, prompt, [])
+
+
+@torch.no_grad()
+def answer(
+    model: SpeechModel,
+    utterances: Sequence[data.Utterance],
+    scoring: Sequence[str] = ("greedy",),
+    max_new_tokens: int = data.MAX_NEW_TOKENS,
+    control_token: bool = True,
+    tasks: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl for some utterances, as dicts.
+
+    scoring: of APA, "greedy" for the answer that the model writes, "expected" for the probability of each score;
+    without "greedy" the output is made of the likeliest scores, and there are no "tokens" and "truncated".
+    tasks: where they are not those that an utterance has labels for.
+    """
+    lines = {}
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
+        heard = model.hear(utterances)
+        for task in prompts.TASKS:  # each by itself: APA's prompts are three times as long as MDD's
+            chosen = [i for i, u in enumerate(utterances) if task in (tasks or u.tasks)]
+            asked = [question(model, utterances[i], task, control_token) for i in chosen]
+            audio = [heard[i] for i in chosen]
+            for i in chosen:
+                own = {"id": utterances[i].id, "task": task, "speaker": utterances[i].speaker, "output": None}
+                lines[i, task] = own | {"reference": data.reference(utterances[i], task)}
+            own = [lines[i, task] for i in chosen]
+            if own and (task != "APA" or "greedy" in scoring):
+                for line, (text, tokens, cut) in zip(own, generate(model, asked, audio, max_new_tokens)):
+                    line |= {"output": text, "tokens": tokens, "truncated": cut}
+            if own and task == "APA" and "expected" in scoring:
+                for line, values in zip(own, score_distributions(model, asked, audio).tolist()):
+                    line["scores"] = dict(zip(prompts.SCORES, values))
+                    likeliest = {name: value.index(max(value)) for name, value in line["scores"].items()}
+                    line["output"] = line["output"] or prompts.apa_target(likeliest)
+    return [lines[key] for key in sorted(lines)]
+
+
+def _padded_left(model, questions, audio):
+    """Embedded prompts (B, T, D), and the mask (B, T) of what is no padding; all rows end together."""
+    rows = [
+        model.embed(torch.tensor([question.prompt_ids], device=model.device), [heard])[0]
+        for question, heard in zip(questions, audio)
+    ]  # (T, D)
+    ones = [torch.ones(len(row), dtype=torch.long, device=model.device) for row in rows]
+    return (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, ones))
+
+
+@torch.no_grad()
+def generate(
+    model: SpeechModel, questions: Sequence[data.Example], audio: Sequence[torch.Tensor], max_new_tokens: int
+) -> list[tuple[str, int, bool]]:
+    """Greedy answers to a batch of questions, as (text, number of tokens, truncated).
+
+    audio: list of (A, D), one for each question. truncated: the limit came before <|end|>.
+    """
+    stop = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]
+    embeds, mask = _padded_left(model, questions, audio)
+    written = model.core.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=model.pad_id,
+    )  # (B, new tokens)
+    answers = []
+    for ids in written.tolist():
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        answers.append((model.tokenizer.decode(ids[:end]), len(ids) if end is None else end + 1, end is None))
+    return answers
+
+
+@torch.no_grad()
+def score_distributions(
+    model: SpeechModel, questions: Sequence[data.Example], audio: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Probabilities of the values 0-10 for each score of an answer, (B, 4, 11). questions: APA's.
+
+    The answer's text is given up to a score, the distribution of the next token is read at the eleven values and
+    normalised over them, and the likeliest value is given as the model's own before the next score is read: four
+    short passes with one cache, and no output that could be malformed. audio: list of (A, D), one a question.
+    """
+    before, values = data.encode_score_slots(model.tokenizer)
+    values = torch.tensor(values, device=model.device)  # (11,)
+    head = model.core.lm_head.weight[values].float()  # (11, D); in bfloat16 the likeliest two are often equal
+    embeds, mask = _padded_left(model, questions, audio)
+    found, cache = [], None
+    for text in before:
+        tokens = torch.tensor(text, device=model.device).expand(len(questions), -1)  # (B, n)
+        if found:
+            tokens = torch.cat([values[found[-1].argmax(dim=-1)][:, None], tokens], dim=1)
+        following = model.core.get_input_embeddings()(tokens)
+        embeds = following if found else torch.cat([embeds, following], dim=1)
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -embeds.shape[1] :]  # padding counts nowhere
+        output = model.core.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        # no product of matrices: autocast would round it
+        scores = (output.last_hidden_state[:, -1:].float() * head).sum(dim=-1)  # (B, 11)
+        found.append(scores.softmax(dim=-1))
+    return torch.stack(found, dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,13 +335,16 @@ def load_base(
     tokenizer, extractor = pretrained.load_reading(folder, what)
     network = pretrained.load_network(folder, what, dtype, attention, LORA_TARGETS if quantize else None)
     network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
-    if speech_adapter == "merge" and quantize:
-        network = _with_speech_adapter(network, folder, FROZEN_SPEECH, lora_dropout=0.0)
-        for key, parameter in network.named_parameters():
-            if ".lora_" in key:
-                parameter.data = parameter.data.to(getattr(torch, dtype))
-    elif speech_adapter == "merge":
-        network = pretrained.fold(_with_speech_adapter(network, folder))
+    if speech_adapter == "merge":
+        config = pretrained.read_config(folder / pretrained.SPEECH_ADAPTER)
+        config.lora_dropout = 0.0
+        network = _add_lora(network, config, folder / pretrained.SPEECH_ADAPTER, FROZEN_SPEECH)
+        if quantize:
+            for key, parameter in network.named_parameters():
+                if ".lora_" in key:
+                    parameter.data = parameter.data.to(getattr(torch, dtype))
+        else:
+            network = pretrained.fold(network)
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.folder, model.commit = folder, commit
@@ -367,25 +352,17 @@ def load_base(
     return model
 
 
-def _with_speech_adapter(network, folder, adapter_name="default", **changes):
-    """The network with the shipped speech adapter; `changes` replace values of its configuration."""
-    folder = folder / pretrained.SPEECH_ADAPTER
-    config = pretrained.read_config(folder)
+def _add_lora(network, config, folder=None, name="default"):
+    """The network with a LoRA, fresh or with the weights in `folder`; a frozen speech adapter stays active."""
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
-    for key, value in changes.items():
-        setattr(config, key, value)
-    network = get_peft_model(network, config, adapter_name=adapter_name)
-    with pretrained.loading(f"speech adapter {folder}"):
-        pretrained.load_exactly(network, pretrained.read_adapter(folder), adapter_name)
-    return network
-
-
-def _attach(network, config):
-    """Add the adapter that trains, or was trained. A frozen speech adapter stays active beside it."""
-    if not isinstance(network, PeftModel):
-        return get_peft_model(network, config)
-    network.add_adapter("default", config)
-    network.base_model.set_adapter([FROZEN_SPEECH, "default"])
+    if isinstance(network, PeftModel):
+        network.add_adapter(name, config)
+        network.base_model.set_adapter([FROZEN_SPEECH, name])
+    else:
+        network = get_peft_model(network, config, adapter_name=name)
+    if folder:
+        with pretrained.loading(f"adapter {folder}"):
+            pretrained.load_exactly(network, pretrained.read_adapter(folder), name)
     return network
 
 
@@ -395,18 +372,27 @@ def add_adapter(model: SpeechModel, rank: int, alpha: int, dropout: float) -> Lo
     rank, alpha and dropout are the fresh one's. Returns the configuration of the adapter.
     """
     if model.started_from:
-        model.network = _with_speech_adapter(model.network, model.folder, inference_mode=False, revision=model.commit)
+        config = pretrained.read_config(model.started_from)
+        config.inference_mode = False
     else:
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=LORA_TARGETS,
-            task_type="CAUSAL_LM",
-            revision=model.commit,
-        )
-        model.network = _attach(model.network, config)
-    return model.network.peft_config["default"]
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM")
+    config.revision = model.commit
+    model.network = _add_lora(model.network, config, model.started_from)
+    return config
+
+
+def load_trained(model: SpeechModel, folder: Path, strategy: str) -> None:
+    """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
+    config = pretrained.read_config(folder)
+    config.inference_mode = True
+    model.network = _add_lora(model.network, config, folder)
+    own = _outside_adapter(model, strategy)
+    with pretrained.loading(f"adapter {folder}"):
+        weights = pretrained.read_weights(folder / TRAINED_FILE)
+        pretrained.check_fit(weights, own)
+    for name, parameter in own.items():
+        parameter.data = weights[name].to(parameter.device)
+    model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,43 +431,36 @@ def _outside_adapter(model, strategy):
 
 
 @torch.no_grad()
-def moved(model: SpeechModel) -> dict[str, float]:
+def moved(model: SpeechModel) -> tuple[float, float]:
     """How far training has moved what trains: an adapter that changes nothing is the most frequent complaint.
 
-    Returns {"adapter_moved": median over LoRA's layers of |alpha/r (BA - B0 A0)| / |W|, "control_tokens_moved": mean
-    over the tokens of |v - v0| / |v0|}; B0 A0 is the shipped adapter where that is trained on, else 0.
-    {} without an adapter.
+    Returns the median over LoRA's layers of |alpha/r (BA - B0 A0)| / |W|, and the mean over the control tokens of
+    |v - v0| / |v0|; B0 A0 is the shipped adapter where that is trained on, else 0.
     """
-    if not isinstance(model.network, PeftModel):
-        return {}
     started = pretrained.read_adapter(model.started_from) if model.started_from else {}
     changes = []
     for name, layer in model.core.named_modules():
         if isinstance(layer, LoraLayer):
-            a, b = (side["default"].weight.double() for side in (layer.lora_A, layer.lora_B))  # (r, in), (out, r)
+            change = layer.get_delta_weight("default").float()  # (out, in)
             if started:
-                a0, b0 = (started[f"base_model.model.{name}.lora_{side}.weight"].to(a) for side in "AB")
-                a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-            change = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()  # |BA| without BA, which is as large as W
+                a, b = (started[f"base_model.model.{name}.lora_{side}.weight"].to(change) for side in "AB")
+                change -= layer.scaling["default"] * (b @ a)
             weight = dequantize_module_weight(layer.get_base_layer())
-            changes.append(layer.scaling["default"] * change / torch.linalg.vector_norm(weight, dtype=torch.float32))
-    start, _ = model.control_start()
-    return {
-        "adapter_moved": torch.stack(changes).median().item(),
-        "control_tokens_moved": ((model.control - start).norm(dim=1) / start.norm(dim=1)).mean().item(),
-    }
+            changes.append(change.norm() / torch.linalg.vector_norm(weight, dtype=torch.float32))
+    start, _ = control_start(model)
+    vectors = (model.control - start).norm(dim=1) / start.norm(dim=1)  # (2,)
+    return torch.stack(changes).median().item(), vectors.mean().item()
 
 
-def describe_moved(moved: dict[str, float]) -> str:
-    """The dict of `moved` as a sentence."""
-    layers, rows = moved["adapter_moved"], moved["control_tokens_moved"]
+def describe_moved(model: SpeechModel) -> str:
+    """`moved` as a sentence."""
+    layers, vectors = moved(model)
     warning = ": next to nothing, so it is still the model it started from" if layers < UNMOVED else ""
-    return f"the adapter has moved its layers by {layers:.2%} (median), the control tokens by {rows:.2%}{warning}"
+    return f"the adapter has moved its layers by {layers:.2%} (median), the control tokens by {vectors:.2%}{warning}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
-
 
 CARD = """\
 ---
@@ -490,54 +469,18 @@ license: mit
 {front}---
 
 LoRA for English pronunciation evaluation after arXiv 2509.02915: epoch {epoch} on {data}, strategy `{strategy}`. It
-fits `{model}`{way}, and no other base. settings.json has all settings.
+fits `{model}` loaded in the way below, and no other base. settings.json has all settings. In a copy of the project:
 
     python evaluate.py --adapter FOLDER                      # scores it
     python -m analysis.export NEW_FOLDER --adapter FOLDER    # a checkpoint that transformers loads alone
-{lines}"""
-LOADING = """
-With transformers and PEFT alone, `base` and `adapter` being the two folders:
 
 ```python
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import Phi4MultimodalForCausalLM, PreTrainedTokenizerFast
+import model as models
 
-tokens = {tokens}
-tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-tokenizer.add_tokens(tokens, special_tokens=True)
-model = Phi4MultimodalForCausalLM.from_pretrained(base, dtype="auto")
-{merge}trained = load_file(f"{{adapter}}/trained.safetensors")
-rows = model.get_input_embeddings().weight.data
-rows[tokenizer.convert_tokens_to_ids(tokens)] = trained.pop("control").to(rows)
-if wrong := model.load_state_dict(trained, strict=False).unexpected_keys:
-    raise ValueError(wrong)
-model = PeftModel.from_pretrained(model, adapter)
+model = models.load_base({model!r}, {revision!r}, {dtype!r}, {attention!r}, {speech_adapter!r}, {quantize!r})
+models.load_trained(model, FOLDER, {strategy!r})
 ```
 """
-MERGING = """\
-config = LoraConfig.from_pretrained(f"{{base}}/speech-lora")
-config.target_modules = {targets!r}
-model = get_peft_model(model, config)
-prefix = "base_model.model."  # some copies leave it out, and PEFT would find nothing and say nothing
-speech = load_file(f"{{base}}/speech-lora/adapter_model.safetensors").items()
-speech = {{prefix + name.removeprefix(prefix): weight for name, weight in speech}}
-if wrong := set_peft_model_state_dict(model, speech).unexpected_keys:
-    raise ValueError(wrong)
-model = model.merge_and_unload()
-"""
-
-
-def adapter_card(settings: dict[str, Any]) -> str:
-    """README.md of an adapter: what it fits, and the lines that load it. settings: train.py's, with the epoch."""
-    ways = {"merge": " with its speech adapter folded in", "none": " without its speech adapter", "continue": ""}
-    merge = MERGING.format(targets=LORA_TARGETS) if settings["speech_adapter"] == "merge" else ""
-    return CARD.format(
-        **settings,
-        front=f"base_model: {settings['model']}\n" if settings["revision"] else "",  # a folder is no id of the hub
-        way=" in 4 bits, as evaluate.py loads it" if settings["quantize"] else ways[settings["speech_adapter"]],
-        lines="" if settings["quantize"] else LOADING.format(tokens=[*prompts.CONTROL_TOKENS.values()], merge=merge),
-    )
 
 
 def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> None:
@@ -557,19 +500,6 @@ def save_trained(model: SpeechModel, folder: Path, settings: dict[str, Any]) -> 
         )
         asked = {task: prompts.build_prompt(task) for task in prompts.TASKS}
         (temporary / "prompts.json").write_text(json.dumps(asked, indent=2) + "\n")
-        (temporary / "README.md").write_text(adapter_card(settings))
+        front = f"base_model: {settings['model']}\n" if settings["revision"] else ""  # a folder is no id of the hub
+        (temporary / "README.md").write_text(CARD.format(**settings, front=front))
         (temporary / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def load_trained(model: SpeechModel, folder: Path, strategy: str) -> None:
-    """Put trained weights into a base model loaded with the same settings. Raises InputError when they do not fit."""
-    config = pretrained.read_config(folder)
-    config.inference_mode = True
-    model.network = _attach(model.network, config)
-    with pretrained.loading(f"adapter {folder}"):
-        pretrained.load_exactly(model.network, pretrained.read_adapter(folder))
-        weights, own = pretrained.read_weights(folder / TRAINED_FILE), _outside_adapter(model, strategy)
-        pretrained.check_fit(weights, own)
-    for name, parameter in own.items():
-        parameter.data = weights[name].to(parameter.device)
-    model.eval()

@@ -356,7 +356,7 @@ class Pretraining:
         with torch.no_grad():
             for first in range(0, len(self.clips), self.BATCH):
                 clips = self.clips[first : first + self.BATCH]
-                for clip, audio in zip(clips, self.model.encode_audio([clip.features for clip in clips])):
+                for clip, audio in zip(clips, models.encode_audio(self.model.audio, [clip.features for clip in clips])):
                     clip.audio = audio
         self.model.audio.requires_grad_(False)
         self._train("writing", steps - hearing, self._writing_loss, self.model)
@@ -378,7 +378,7 @@ class Pretraining:
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
     def _hearing_loss(self, clips):
-        audio = self.model.encode_audio([clip.features for clip in clips])
+        audio = models.encode_audio(self.model.audio, [clip.features for clip in clips])
         labels = torch.as_tensor(np.concatenate([clip.labels for clip in clips])).view(-1, 2)  # (2 x sum of A, 2)
         logits = self.frame_head(torch.cat(audio)).view(len(labels), -1)  # (2 x sum of A, silence + phones + breathy)
         phones, breathy = labels[:, 0], labels[:, 1].float()

@@ -249,7 +249,7 @@ def train(settings: Settings) -> None:
                 numbers = train_step(model, weights, optimiser, own, settings.micro_batch, settings.clip)
                 run.record({"learning_rate": rate, **numbers})  # saves when due; ends here when to stop
 
-            run.say(f"epoch {epoch}: {models.describe_moved(models.moved(model))}")
+            run.say(f"epoch {epoch}: {models.describe_moved(model)}")
             models.save_trained(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
             if held_out and epoch not in run.validated:
                 run.record_validation(validate(model, held_out, settings.micro_batch))
@@ -316,10 +316,11 @@ def build_model(settings: Settings) -> "models.SpeechModel":
     counts = models.set_trainable(model, s.strategy)
     model.keep_audio = True
     if s.compile:
-        model.compile_layers()
+        for layer in model.core.model.layers:
+            layer.compile(dynamic=True)  # for micro-batches of any length
     if s.gradient_checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
-    cli.say(f"model: {model.control_start()[1]}")
+    cli.say(f"model: {models.control_start(model)[1]}")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = ", ".join(f"{group} {count:,}" for group, count in counts.items())
     cli.say(f"model: {total:,} parameters on {model.device}, attention {s.attention}; trained: {trained}")

@@ -27,6 +27,10 @@ import evaluate
 import metrics
 import prompts
 from support import cli, files, sound
+from support.later import when_used
+
+with when_used():
+    import model as models
 
 VERSION = 1  # of the result; another one means that a field has another name or meaning
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
@@ -153,8 +157,8 @@ class Assessor:
         for first in range(0, len(places), BATCH):
             part = places[first : first + BATCH]
             utterances = [replace(questions[i].utterance, id=str(i)) for i in part]
-            lines = self.model.answer(
-                utterances, ("expected",), self.max_new_tokens, self.control_token, tasks=prompts.TASKS
+            lines = models.answer(
+                self.model, utterances, ("expected",), self.max_new_tokens, self.control_token, tasks=prompts.TASKS
             )
             for i, scored, written in zip(part, lines[::2], lines[1::2], strict=True):  # in the order of prompts.TASKS
                 results[i] = result(questions[i], scored["scores"], written["output"], written["truncated"])

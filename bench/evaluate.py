@@ -73,13 +73,15 @@ def batches(utterances, size):
 
 def batched(model, utterances, task, limit, size):
     for batch in batches(utterances, size):
-        questions = [model.question(utterance, task) for utterance in batch]
-        model.generate(questions, model.hear(batch), limit(batch, task))
+        questions = [models.question(model, utterance, task) for utterance in batch]
+        models.generate(model, questions, model.hear(batch), limit(batch, task))
 
 
 def expected(model, utterances, task, limit, size):
     for batch in batches(utterances, size):
-        model.score_distributions([model.question(utterance, task) for utterance in batch], model.hear(batch))
+        models.score_distributions(
+            model, [models.question(model, utterance, task) for utterance in batch], model.hear(batch)
+        )
 
 
 WAYS = {

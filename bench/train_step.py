@@ -48,7 +48,8 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
     if checkpointing:
         model.core.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        model.compile_layers()
+        for layer in model.core.model.layers:
+            layer.compile(dynamic=True)
     weights = models.trained_parameters(model)
     optimiser = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0, fused=True)
     model.keep_audio = True
@@ -71,7 +72,9 @@ class Unpadded(nn.Module):
     def forward(self, input_ids, audio_input_features, audio_attention_mask, audio_embed_sizes, **rest):
         frames = audio_attention_mask.sum(dim=1).tolist()
         with torch.no_grad():
-            audio = self.model.encode_audio([f[:length] for f, length in zip(audio_input_features, frames)])
+            audio = models.encode_audio(
+                self.model.audio, [f[:length] for f, length in zip(audio_input_features, frames)]
+            )
         return self.model.core(inputs_embeds=self.model.embed(input_ids, audio), **rest)
 
 

@@ -86,9 +86,9 @@ def own_folder(monkeypatch, tmp_path):
 
 
 def greedy(model, utterances, task, max_new_tokens):
-    """Greedy answers, as SpeechModel.generate gives them."""
-    questions = [model.question(utterance, task) for utterance in utterances]
-    return model.generate(questions, model.hear(utterances), max_new_tokens)
+    """Greedy answers, as model.generate gives them."""
+    questions = [models.question(model, utterance, task) for utterance in utterances]
+    return models.generate(model, questions, model.hear(utterances), max_new_tokens)
 
 
 def made_once(tmp_path_factory, name, make):

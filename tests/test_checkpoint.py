@@ -196,9 +196,9 @@ def test_where_torch_finds_no_gpu_an_old_driver_is_told_from_none(tmp_path, monk
 
 def test_text_and_audio_give_what_the_models_own_generate_gives(new_model, utterances):
     model = new_model().eval()
-    question = model.question(utterances[0], "MDD", control_token=False)
+    question = models.question(model, utterances[0], "MDD", control_token=False)
     audio = model.hear(utterances[:1])
-    [(expected, *_)] = model.generate([question], audio, 12)
+    [(expected, *_)] = models.generate(model, [question], audio, 12)
     before, after = prompts.build_prompt("MDD", control_token=False).split(prompts.AUDIO)
     assert pretrained.write(model, before, audio[0], after, max_new_tokens=12) == expected.strip()
 

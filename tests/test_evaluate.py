@@ -189,9 +189,9 @@ def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, str
     written = [line for line in answers.read(tmp_path / "out" / "predictions.jsonl") if line["task"] == "APA"]
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", way, quantize)
     asked = data.read_corpus(corpus, "test", limit=3)
-    untrained = model.eval().answer(asked, ("expected",), tasks=["APA"])
+    untrained = models.answer(model.eval(), asked, ("expected",), tasks=["APA"])
     models.load_trained(model, tmp_path / "out" / "epoch-3", strategy)
-    expected = model.answer(asked, ("expected",), tasks=["APA"])
+    expected = models.answer(model, asked, ("expected",), tasks=["APA"])
     # Probabilities, not texts: 4 bits are multiplied in low precision (2e-4 was measured), and near ties fall otherwise
     near = 1e-3 if quantize else 1e-6
     found = [
@@ -214,13 +214,13 @@ def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(monkey
 @pytest.mark.parametrize("base", [True, False])
 def test_the_unmodified_model_is_asked_without_control_token(monkeypatch, evaluation, corpus, base):
     evaluation.adapter = None if base else evaluation.adapter
-    seen, question = [], models.SpeechModel.question
+    seen, question = [], models.question
 
     def spy(model, *args):
         seen.append(question(model, *args))
         return seen[-1]
 
-    monkeypatch.setattr(models.SpeechModel, "question", spy)
+    monkeypatch.setattr(models, "question", spy)
     evaluate.generate(evaluation, data.read_corpus(corpus, "test", limit=1), settings(evaluation))
     model = evaluate.load(evaluation, settings(evaluation))
     controls = [set(model.control_ids) & set(example.prompt_ids) for example in seen]
@@ -260,8 +260,8 @@ def evaluation(run, tmp_path):
 @pytest.fixture
 def answered(monkeypatch):
     """Batches of utterances that the model was asked about."""
-    batches, answer = [], models.SpeechModel.answer
-    monkeypatch.setattr(models.SpeechModel, "answer", lambda m, us, *rest: batches.append(us) or answer(m, us, *rest))
+    batches, answer = [], models.answer
+    monkeypatch.setattr(models, "answer", lambda m, us, *rest: batches.append(us) or answer(m, us, *rest))
     return batches
 
 

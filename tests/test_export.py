@@ -69,7 +69,7 @@ def as_evaluated(adapter):
 
 
 def answers(model, utterances):
-    lines = model.answer(utterances, ("greedy", "expected"), TOKENS, True)
+    lines = models.answer(model, utterances, ("greedy", "expected"), TOKENS, True)
     scores = [values for line in lines if line["task"] == "APA" for values in line["scores"].values()]
     return [line["output"] for line in lines], torch.tensor(scores)
 
@@ -100,26 +100,14 @@ def test_the_cards_lines_need_transformers_alone_and_give_the_same_answer(train,
         assert own.encode(prompt) == trained.tokenizer.encode(prompt, add_special_tokens=False)  # whatever class it is
 
 
-@pytest.mark.parametrize("way, prefix", [("continue", ""), ("merge", "base_model.model."), ("merge", "x.")])
-def test_the_lines_beside_an_adapter_load_the_model_that_was_trained(
-    train, checkpoint, examples, tmp_path, way, prefix
-):
-    (code,) = re.findall(r"```python\n(.*?)```", (train("unfreeze", way) / "README.md").read_text(), re.S)
-    given = {"base": renamed(checkpoint, tmp_path / "base", prefix), "adapter": str(tmp_path / "epoch-1")}
-    if prefix == "x.":
-        with pytest.raises(ValueError, match="x.model"):
-            exec(code, given)
-        return
+@pytest.mark.parametrize("way, quantize", [("continue", None), ("merge", None), ("merge", "nf4")])
+def test_the_lines_beside_an_adapter_load_the_model_that_was_trained(train, corpus, way, quantize):
+    folder = train("lora" if quantize else "unfreeze", way, quantize=quantize)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    given, utterances = {"FOLDER": folder}, data.read_corpus(corpus, "test", None, 2)
     exec(code, given)
-    trained = as_evaluated(tmp_path / "epoch-1")
-    assert given["tokenizer"].convert_tokens_to_ids(given["tokens"]) == trained.control_ids
-    ids, audio = torch.tensor([examples[0].prompt_ids]), trained.hear([examples[0].utterance])
-    with torch.no_grad():
-        expected = trained.core(inputs_embeds=trained.embed(ids, audio)).logits
-        embeds = given["model"].get_input_embeddings()(ids).masked_scatter(ids[..., None] == trained.audio_id, audio[0])
-        logits = given["model"](inputs_embeds=embeds).logits
-    logits[..., trained.control_ids] = expected[..., trained.control_ids]  # of tokens that nobody writes
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    (texts, scores), (own_texts, own_scores) = (answers(m, utterances) for m in (as_evaluated(folder), given["model"]))
+    assert own_texts == texts and torch.equal(own_scores, scores)
 
 
 def test_the_card_names_hub_ids_alone_and_the_numbers_of_its_own_epoch(train, tmp_path):

@@ -61,8 +61,8 @@ def train_one_step(model, examples, rate=1e-3):
 
 
 def score(model, utterances):
-    questions = [model.question(utterance, "APA") for utterance in utterances]
-    return model.score_distributions(questions, model.hear(utterances))
+    questions = [models.question(model, utterance, "APA") for utterance in utterances]
+    return models.score_distributions(model, questions, model.hear(utterances))
 
 
 def relative(a, b):
@@ -156,10 +156,10 @@ def test_a_clips_embeddings_do_not_depend_on_its_batch_even_above_forty_seconds(
     model, rng = new_model(), np.random.default_rng(0)
     clips = [torch.tensor(rng.normal(8, 3, (frames, 80)), dtype=torch.float32) for frames in (50, 4100, 300, 9000)]
     with torch.no_grad():
-        together = model.encode_audio(clips)
+        together = models.encode_audio(model.audio, clips)
         assert [len(embedding) for embedding in together] == [7, 513, 38, 1125]
         for features, embedding in zip(clips, together):
-            assert relative(embedding, model.encode_audio([features])[0]) < 1e-5
+            assert relative(embedding, models.encode_audio(model.audio, [features])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("seconds", [3, 80])  # in chunks of 40 s; a shorter one is padded in transformers' way
@@ -170,7 +170,7 @@ def test_embeddings_of_one_clip_are_transformers_own(new_model, seconds):
     ids, nothing = torch.full((1, tokens), model.audio_id), torch.zeros(1, tokens, model.core.config.hidden_size)
     with torch.no_grad():
         theirs = model.audio(ids, nothing, features[None], audio_embed_sizes=torch.tensor([tokens]))
-        assert relative(model.encode_audio([features])[0], theirs[0]) < 1e-5
+        assert relative(models.encode_audio(model.audio, [features])[0], theirs[0]) < 1e-5
 
 
 def test_checkpointing_reaches_the_audio_encoder_where_it_trains(new_model, examples):
@@ -188,7 +188,7 @@ def test_checkpointing_reaches_the_audio_encoder_where_it_trains(new_model, exam
 
 def noting(seen, function):
     """The function, noting what it is given."""
-    return lambda given: seen.append(given) or function(given)
+    return lambda *given: seen.append(given) or function(*given)
 
 
 @pytest.mark.parametrize(
@@ -204,17 +204,18 @@ def test_what_is_heard_is_kept_once_up_to_a_limit_and_losses_stay(
     new_model, examples, monkeypatch, strategy, fit, encoded, read
 ):
     """Two passes over three utterances with two tasks each, of which the limit lets the first `fit` be kept."""
-    model, forgetful, calls = new_model(strategy), new_model(strategy), {"_features": [], "encode_audio": []}
+    model, forgetful, calls = new_model(strategy), new_model(strategy), {"log_mel": [], "encode_audio": []}
     expected = loss_of(forgetful, examples[:6]).item()
-    make = forgetful._embeddings if strategy == "lora" else forgetful._features
-    limit = sum(make(example.utterance).nbytes for example in examples[: 2 * fit : 2])
-    for name, seen in calls.items():
-        monkeypatch.setattr(model, name, noting(seen, getattr(model, name)))
+    heard = [example.utterance for example in examples[: 2 * fit : 2]]
+    made = forgetful.hear(heard) if strategy == "lora" else [data.log_mel(u, model.extractor) for u in heard]
+    limit = sum(part.nbytes for part in made)
+    for room, name in ((data, "log_mel"), (models, "encode_audio")):
+        monkeypatch.setattr(room, name, noting(calls[name], getattr(room, name)))
     monkeypatch.setattr(models, "KEPT_AUDIO", limit)
     model.keep_audio = True
     assert [loss_of(model, examples[:6]).item() for _ in range(2)] == [expected] * 2
-    assert ([len(features) for features in calls["encode_audio"]], len(calls["_features"])) == (encoded, read)
-    assert sum(kept.nbytes for kept in model._kept.values()) == limit and forgetful._kept == {}
+    assert ([len(features) for _, features in calls["encode_audio"]], len(calls["log_mel"])) == (encoded, read)
+    assert sum(kept.nbytes for kept in model.kept.values()) == limit and forgetful.kept == {}
 
 
 def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, examples):
@@ -274,7 +275,7 @@ def long_and_short(utterances):
 def test_texts_and_expected_scores_do_not_depend_on_the_batch(fluent, long_and_short):
     """Neither on its size, nor on whether it holds both tasks."""
     audio = dict(zip((u.id for u in long_and_short), fluent.hear(long_and_short)))
-    questions = [fluent.question(u, task) for u in long_and_short for task in prompts.TASKS]
+    questions = [models.question(fluent, u, task) for u in long_and_short for task in prompts.TASKS]
     by_task = sorted(questions, key=lambda question: question.task)
 
     def heard(batch):
@@ -283,10 +284,10 @@ def test_texts_and_expected_scores_do_not_depend_on_the_batch(fluent, long_and_s
     texts, expected = [], []
     for order, size in ((questions, 18), (questions, 5), (by_task, 3), (by_task, 1)):
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        answers = [answer for batch in batches for answer in fluent.generate(*heard(batch), 40)]
+        answers = [answer for batch in batches for answer in models.generate(fluent, *heard(batch), 40)]
         texts.append({(q.utterance.id, q.task): answer for q, answer in zip(order, answers, strict=True)})
         scored = [[q for q in batch if q.task == "APA"] for batch in batches]
-        distributions = torch.cat([fluent.score_distributions(*heard(batch)) for batch in scored if batch])
+        distributions = torch.cat([models.score_distributions(fluent, *heard(batch)) for batch in scored if batch])
         expected.append((distributions * torch.arange(11.0)).sum(dim=-1))
     assert texts[0] == texts[1] == texts[2] == texts[3] and len(set(texts[0].values())) > 4
     assert all((other - expected[0]).abs().max() < 1e-4 for other in expected[1:])
@@ -298,7 +299,7 @@ def test_answers_are_those_of_transformers_own_generate(fluent, utterances, task
     """One utterance at a time, from ids and features."""
     answers = greedy(fluent, utterances[:4], task, 25)
     for utterance, (text, length, truncated) in zip(utterances[:4], answers, strict=True):
-        prompt = fluent.question(utterance, task).prompt_ids
+        prompt = models.question(fluent, utterance, task).prompt_ids
         (sequence,) = fluent.core.generate(
             **from_ids_and_features(fluent, utterance, prompt),
             max_new_tokens=25,
@@ -316,7 +317,7 @@ def test_score_distributions_are_those_of_the_whole_answer_read_at_once(fluent, 
     for utterance, ours in zip(utterances, score(fluent, utterances[:3])):
         modes = [values[i] for i in ours.argmax(dim=-1)]
         answer = sum(([*text, value] for text, value in zip(before, modes)), [])
-        prompt = fluent.question(utterance, "APA").prompt_ids
+        prompt = models.question(fluent, utterance, "APA").prompt_ids
         read = fluent.core(**from_ids_and_features(fluent, utterance, prompt + answer)).logits[0]
         assert torch.allclose(ours, read[len(prompt) + places][:, values].softmax(dim=-1), atol=1e-5)
 
@@ -334,13 +335,13 @@ def test_expected_scores_are_compared_in_float32_where_the_weights_are_bfloat16(
 
 def test_lines_of_predictions_hold_what_was_learnt_by_task_and_way_of_scoring(fluent, utterances):
     chosen = [*utterances[::10], replace(utterances[0], id="unscored", scores=None)]
-    lines = fluent.answer(chosen, ("greedy", "expected"), 60)
+    lines = models.answer(fluent, chosen, ("greedy", "expected"), 60)
     assert [(line["id"], line["task"]) for line in lines] == [(u.id, task) for u in chosen for task in u.tasks]
     greedy_scores = [prompts.parse_output("APA", line["output"]) for line in lines if line["task"] == "APA"]
     for line, utterance in zip(lines, [u for u in chosen for _ in u.tasks]):
         assert line["reference"] == data.reference(utterance, line["task"]) and line["speaker"] == utterance.speaker
         assert prompts.parse_output(line["task"], line["output"]) and line["tokens"] > 5 and not line["truncated"]
-    likeliest = [line for line in fluent.answer(chosen, ("expected",), 60) if line["task"] == "APA"]
+    likeliest = [line for line in models.answer(fluent, chosen, ("expected",), 60) if line["task"] == "APA"]
     assert [prompts.parse_output("APA", line["output"]) for line in likeliest] == greedy_scores
     for line, both in zip(likeliest, (line for line in lines if line["task"] == "APA"), strict=True):
         assert "tokens" not in line and np.allclose([*line["scores"].values()], [*both["scores"].values()], atol=1e-5)
@@ -435,17 +436,17 @@ def test_what_has_moved_is_measured_from_where_training_began(new_model, example
     model = new_model(speech_adapter=speech_adapter, quantize=quantize)
     layers = {name: layer for name, layer in model.core.named_modules() if isinstance(layer, LoraLayer)}
     before, control = {n: layer.get_delta_weight("default") for n, layer in layers.items()}, model.control.clone()
-    assert models.moved(model) == {"adapter_moved": pytest.approx(0, abs=1e-7), "control_tokens_moved": 0}
-    assert "next to nothing" in models.describe_moved(models.moved(model))
+    assert models.moved(model) == (pytest.approx(0, abs=1e-7), 0)
+    assert "next to nothing" in models.describe_moved(model)
     train_one_step(model, examples[:8])
-    found, shares = models.moved(model), []
+    (adapter, vectors), shares = models.moved(model), []
     for name, layer in layers.items():
         weight = dequantize_module_weight(layer.get_base_layer())
         shares.append((layer.get_delta_weight("default") - before[name]).norm() / weight.norm())
-    assert found["adapter_moved"] == pytest.approx(torch.stack(shares).median().item(), rel=1e-3)
+    assert adapter == pytest.approx(torch.stack(shares).median().item(), rel=1e-3)
     by_row = [(model.control[i] - control[i]).norm().item() / control[i].norm().item() for i in (0, 1)]
-    assert found["control_tokens_moved"] == pytest.approx(sum(by_row) / 2, rel=1e-5)
-    assert found["adapter_moved"] > 1e-4 and "next to nothing" not in models.describe_moved(found)
+    assert vectors == pytest.approx(sum(by_row) / 2, rel=1e-5)
+    assert adapter > 1e-4 and "next to nothing" not in models.describe_moved(model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -365,7 +365,6 @@ def test_the_types_of_a_gpu_are_walked_on_a_cpu_from_training_to_the_table(monke
     """Frozen weights in bfloat16, trained ones in float32, autocast to bfloat16; validation, and evaluation after."""
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *_, **how: autocast("cpu", dtype=torch.bfloat16))
-    monkeypatch.setattr(models.SpeechModel.answer, "__defaults__", (("greedy",), 10, True, None))
     short_run(monkeypatch, *arguments.split(), *"--dtype bfloat16 --limit 12 --epochs 1 --validation 0.5".split())
     how = "--adapter out --limit 2 --max-new-tokens 10 --scoring greedy expected".split()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *how])
