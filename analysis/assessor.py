@@ -10,8 +10,8 @@ A recording is a path, or the content of a sound file as bytes: whatever FFmpeg 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 import io
 import os
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import Literal
 import numpy as np
 import soundfile
 
-from analysis import pronunciations
+from analysis.pronunciations import PHONES, Lexicon, Words, meant, of_dictionary, of_file, of_text
 import data
 import evaluate
 import metrics
 import prompts
-from support import cli, files, sound
+from support import cli, sound
 from support.later import when_used
 
 with when_used():
@@ -108,34 +108,34 @@ class Refusal:
 class Question:
     """A recording that can be scored, and what should have been said in it."""
 
-    file: str
-    utterance: data.Utterance  # without text, words and scores
+    utterance: data.Utterance  # its id is the file's name; without text, words and scores
     rate: int  # Hz of the file
     speech: float  # seconds
     trimmed: tuple[float, float]  # seconds
     text: str | None
-    words: pronunciations.Words | None  # None without a text
+    words: Words | None  # None without a text
 
 
 class Assessor:
-    """Answers questions about recordings with one model.
+    """Answers questions about recordings with one model, which is loaded for the first that can be answered.
 
-    adapter: run folder or epoch folder, None with base=True; pronunciations: files of analysis.pronunciations;
-    settings: the other fields of evaluate.ModelSettings. Raises InputError for what cannot be loaded.
+    adapter: run folder or epoch folder, or all settings of a model; pronunciations: files of analysis.pronunciations.
+    Raises InputError for what cannot be loaded.
     """
 
     def __init__(
         self,
-        adapter: str | os.PathLike | None = None,
-        pronunciations: Iterable = (),
-        **settings: str | int | None,
+        adapter: str | os.PathLike | evaluate.ModelSettings,
+        pronunciations: Iterable[str | os.PathLike] = (),
     ) -> None:
-        self.lexicons = read_lexicons(pronunciations)
-        settings = evaluate.ModelSettings(adapter=Path(adapter) if adapter else None, **settings)
-        evaluation = evaluation_of(settings)
-        settings = evaluate.choose_model(evaluation, settings)
-        self.model, self.control_token = evaluate.load(evaluation, settings), evaluation.adapter is not None
-        self.max_new_tokens = settings.max_new_tokens
+        own = isinstance(adapter, evaluate.ModelSettings)
+        self.settings = adapter if own else evaluate.ModelSettings(adapter=Path(adapter))
+        self.evaluation = evaluation_of(self.settings)
+        self.lexicons = [*map(of_file, map(Path, pronunciations)), of_dictionary()]
+
+    @cached_property
+    def model(self) -> "models.SpeechModel":
+        return evaluate.load(self.evaluation, evaluate.choose_model(self.evaluation, self.settings))
 
     def __call__(
         self, recording: Recording | Sequence[Recording], text: str | Sequence[str | None] | None = None
@@ -147,7 +147,13 @@ class Assessor:
         if not isinstance(recording, (list, tuple)):
             return self.answer([ask(recording, text, self.lexicons)])[0]
         texts = text if isinstance(text, (list, tuple)) else [text] * len(recording)
-        return self.answer(ask_all(zip(recording, texts, strict=True), self.lexicons))
+        questions = []
+        for one, said in zip(recording, texts, strict=True):
+            try:
+                questions.append(ask(one, said, self.lexicons))
+            except cli.InputError as error:
+                questions.append(Refusal(_name(one), str(error)))
+        return self.answer(questions)
 
     def answer(self, questions: Sequence[Question | Refusal]) -> list[Result | Refusal]:
         """The results of questions, in their order; a refusal stays what it is."""
@@ -156,10 +162,9 @@ class Assessor:
         places.sort(key=lambda i: questions[i].utterance.samples)
         for first in range(0, len(places), BATCH):
             part = places[first : first + BATCH]
-            utterances = [replace(questions[i].utterance, id=str(i)) for i in part]
-            lines = models.answer(
-                self.model, utterances, ("expected",), self.max_new_tokens, self.control_token, tasks=prompts.TASKS
-            )
+            utterances = [questions[i].utterance for i in part]
+            how = ("expected",), self.settings.max_new_tokens, self.evaluation.adapter is not None, prompts.TASKS
+            lines = models.answer(self.model, utterances, *how)
             for i, scored, written in zip(part, lines[::2], lines[1::2], strict=True):  # in the order of prompts.TASKS
                 results[i] = result(questions[i], scored["scores"], written["output"], written["truncated"])
         return results
@@ -173,22 +178,13 @@ def evaluation_of(settings: evaluate.ModelSettings) -> evaluate.Evaluation:
     return evaluation
 
 
-def read_lexicons(paths: Iterable) -> list[pronunciations.Lexicon]:
-    return [*map(pronunciations.of_file, map(Path, paths)), pronunciations.of_dictionary()]
-
-
-def ask(recording: Recording, text: str | None, lexicons: Sequence[pronunciations.Lexicon]) -> Question:
+def ask(recording: Recording, text: str | None, lexicons: Sequence[Lexicon]) -> Question:
     """A Question. Raises InputError, naming the file, for what cannot be read or says nothing about pronunciation.
 
     May be called by several threads at once.
     """
-    words = pronunciations.of_text(text, lexicons) if text is not None else None
-    file = _name(recording)
-    content = recording if isinstance(recording, bytes) else files.read_bytes(recording)
-    try:
-        audio, rate = sound.decode_own(content, LONGEST)  # (S,)
-    except cli.InputError as error:
-        raise cli.InputError(f"{file}: {error}") from error
+    words = of_text(text, lexicons) if text is not None else None
+    audio, rate = sound.read_own(recording, LONGEST)  # (S,)
     parts = find_speech(audio)
     start, end = usual_margins(audio, parts)
     trimmed = start / sound.SAMPLE_RATE, (len(audio) - end) / sound.SAMPLE_RATE
@@ -196,21 +192,8 @@ def ask(recording: Recording, text: str | None, lexicons: Sequence[pronunciation
     wave = io.BytesIO()
     soundfile.write(wave, audio, sound.SAMPLE_RATE, format="WAV", subtype="FLOAT")
     read = partial(bytes, wave.getvalue())
-    utterance = data.Utterance(file, read, len(audio), text="", scores=None, words=(), speaker="")
-    return Question(file, utterance, rate, speech, trimmed, text, words)
-
-
-def ask_all(
-    pairs: Iterable[tuple[Recording, str | None]], lexicons: Sequence[pronunciations.Lexicon]
-) -> list[Question | Refusal]:
-    """A Question, or a Refusal, for each (recording, text)."""
-    questions = []
-    for recording, text in pairs:
-        try:
-            questions.append(ask(recording, text, lexicons))
-        except cli.InputError as error:
-            questions.append(Refusal(_name(recording), str(error)))
-    return questions
+    utterance = data.Utterance(_name(recording), read, len(audio), text="", scores=None, words=(), speaker="")
+    return Question(utterance, rate, speech, trimmed, text, words)
 
 
 def _name(recording):
@@ -274,40 +257,42 @@ def result(question: Question, distributions: dict[str, Sequence[float]], output
     phones = metrics.normalise_phones(transcript["phoneme_transcript"]) if transcript else None
     if phones is not None and any(phone.removesuffix("*") not in HEARD for phone in phones):
         phones = None
-    meant = pronunciations.meant(question.words, phones) if question.words and phones is not None else None
-    warnings = find_doubts(question, truncated, phones, meant, scores["accuracy"].expected)
+    words = None
+    if question.words and phones is not None:
+        pairs = meant(question.words, phones)
+        words = [_word(word, own) for (word, _), own in zip(question.words, pairs, strict=True)]
+    warnings = find_doubts(question, truncated, phones, words, scores["accuracy"].expected)
     codes = {warning.code for warning in warnings}
     nothing_heard = phones is None or codes.intersection(NOTHING_HEARD)
     return Result(
-        file=question.file,
+        file=question.utterance.id,
         text=question.text,
         trimmed=question.trimmed,
         scores=None if codes.intersection(FORBIDS) else scores,
         warnings=warnings,
         heard=None if nothing_heard else Heard(transcript["word_transcript"], phones),
-        words=None if nothing_heard or not meant else [*map(_word, question.words, meant)],
+        words=None if nothing_heard else words,
     )
 
 
-def _word(word, meant):
-    """What became of one word; word: of pronunciations.of_text; meant: its part of pronunciations.meant."""
-    canonical, marks = meant
-    kinds = [kind for kind, _, _ in marks]
-    share = kinds.count("same") / len(canonical)
+def _word(word, pairs):
+    """What became of one word; pairs: its part of pronunciations.meant."""
+    kinds = [metrics.kind_of(*pair) for pair in pairs]
+    share = kinds.count("same") / (len(kinds) - kinds.count("added"))
     if {*kinds} == {"same"}:
         error = "None"
     elif {*kinds} == {"missing"}:
         error = "Omission"
     else:
         error = "Insertion" if share == 1 else "Mispronunciation"
-    return Word(word[0], error, share, [Phone(said, heard) for _, said, heard in marks])
+    return Word(word, error, share, [Phone(*pair) for pair in pairs])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # When an answer is not to be believed. A model scores noise, too; these are the signs that it did. The limits come from
 # speechocean762's test part, with the phones that raters heard; beside each stands what was measured
 
-HEARD = pronunciations.PHONES | {"<unk>"}  # of the corpus' labels; a star may follow
+HEARD = PHONES | {"<unk>"}  # of the corpus' labels; a star may follow
 FORBIDS = ("no_speech", "too_short", "another_sentence")  # scores
 NOTHING_HEARD = ("no_speech", "too_short")  # so what the model wrote says nothing
 
@@ -321,12 +306,12 @@ LOW = 3.0
 
 
 def find_doubts(
-    question: Question, truncated: bool, phones: list[str] | None, meant: list | None, accuracy: float
+    question: Question, truncated: bool, phones: list[str] | None, words: list[Word] | None, accuracy: float
 ) -> list[Doubt]:
     """The doubts about one answer.
 
-    truncated: whether the transcript was cut off; phones: heard, None where the transcript cannot be read; meant: of
-    pronunciations.meant, None without text or phones; accuracy: the expected score.
+    truncated: whether the transcript was cut off; phones: heard, None where the transcript cannot be read; words: of
+    the text, None without text or phones; accuracy: the expected score.
     """
     count = sum(len(variants[0]) for _, variants in question.words) if question.words else len(phones or ())
     if not question.speech:
@@ -340,9 +325,9 @@ def find_doubts(
         "transcript_cut_off": truncated and "the transcript came to its length limit: what follows is missing",
         "transcript_unreadable": phones is None and "the model's transcript cannot be read",
     }
-    if meant:
-        kinds = [mark[0] for _, marks in meant for mark in marks]
-        share = sum(kind != "same" for kind in kinds) / len(kinds)
+    if words:
+        phones = [phone for word in words for phone in word.phones]
+        share = sum(phone.canonical != phone.heard for phone in phones) / len(phones)
         if share > OTHER_SENTENCE:
             doubts["another_sentence"] = f"{share:.0%} of the phones are not the text's: was another sentence read?"
         elif accuracy >= HIGH and share > MANY or accuracy < LOW and share == 0:

@@ -101,7 +101,7 @@ def export(settings: Settings) -> str:
             for file in (like or base).glob(kind):
                 if file.name != pretrained.WEIGHTS_INDEX:
                     (folder / file.name).write_bytes(files.read_bytes(file))
-        add_control_tokens(folder, model.tokenizer)
+        write_tokenizer(folder, model.tokenizer)
         stops = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]  # as evaluated
         change_json(folder / "generation_config.json", eos_token_id=stops, suppress_tokens=model.control_ids)
         change_json(folder / "config.json", dtype=dtype, torch_dtype=dtype)
@@ -149,23 +149,17 @@ def check_names(names: Set[str], like: Path) -> None:
         raise cli.InputError(f"{index}: {len(different)} weights are not those of this model, such as {different[0]}")
 
 
-def add_control_tokens(folder: Path, tokenizer: "transformers.PreTrainedTokenizerFast") -> None:
-    """Add the control tokens to tokenizer.json, with the ids that they have in `tokenizer`.
+def write_tokenizer(folder: Path, tokenizer: "transformers.PreTrainedTokenizerFast") -> None:
+    """Write tokenizer.json of the tokenizer that was trained with, which has the control tokens.
 
     All added tokens go into the vocabulary as well: the ids of those that are not there are counted when the file is
     read, and come out otherwise where the vocabulary has holes. Raises InputError where a prompt would be read as
     other tokens than in training.
     """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        content["model"]["vocab"][token["content"]] = token["id"]
     path = folder / "tokenizer.json"
-    content = files.read_json(path, dict)
-    vocabulary, added, ids = content["model"]["vocab"], content["added_tokens"], tokenizer.get_vocab()
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    for token in prompts.CONTROL_TOKENS.values():
-        if token not in {other["content"] for other in added}:
-            added.append({"id": ids[token], "content": token, **flags})
-    for token in added:
-        token["id"] = vocabulary[token["content"]] = ids.get(token["content"], token["id"])
-    added.sort(key=lambda token: token["id"])
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     own = tokenizers.Tokenizer.from_file(str(path))
     for task in prompts.TASKS:

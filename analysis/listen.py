@@ -13,7 +13,7 @@ A recording is checked before a model scores it, and the answer is shown word by
     BEAR  B EH R +AH      AH was added
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 import json
 from pathlib import Path
 import sys
@@ -102,22 +102,13 @@ def _mark(canonical, heard, colour):
     return f"\x1b[{ANSI[kind]}m{said}\x1b[0m" if colour else said
 
 
-def listen(settings: Settings) -> list[assessor.Result | assessor.Refusal]:
-    """The result of every recording. Raises InputError before a model is loaded where no recording can be used."""
-    pairs = recordings_of(settings)
-    assessor.evaluation_of(settings)
-    questions = assessor.ask_all(pairs, assessor.read_lexicons(settings.pronunciations))
-    errors = [question.error for question in questions if isinstance(question, assessor.Refusal)]
-    if len(errors) == len(questions):
-        raise cli.InputError("; ".join(dict.fromkeys(errors)))
-    model = {field.name: getattr(settings, field.name) for field in fields(evaluate.ModelSettings)}
-    return assessor.Assessor(**model).answer(questions)
-
-
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
     try:
-        results = listen(settings)
+        results = assessor.Assessor(settings, settings.pronunciations)(*zip(*recordings_of(settings)))
+        failed = [result for result in results if isinstance(result, assessor.Refusal)]
+        if len(failed) == len(results):  # no model was loaded
+            raise cli.InputError("; ".join(dict.fromkeys(result.error for result in failed)))
     except cli.InputError as error:
         if settings.json:
             print(json.dumps([{"error": str(error), "version": assessor.VERSION}]))
@@ -126,8 +117,9 @@ def main() -> None:
         print(json.dumps([asdict(result) for result in results], indent=2))
     else:
         print("\n\n".join(show(result, sys.stdout.isatty()) for result in results))
-    if failed := [result.file for result in results if isinstance(result, assessor.Refusal)]:
-        raise cli.RunError(f"{len(failed)} of {len(results)} recordings cannot be used: {', '.join(failed)}")
+    if failed:
+        names = ", ".join(result.file for result in failed)
+        raise cli.RunError(f"{len(failed)} of {len(results)} recordings cannot be used: {names}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 import importlib.util
+from itertools import product
 import os
 from pathlib import Path
 
@@ -33,7 +34,7 @@ READ_ALOUD = {"&": "and", "+": "plus", "%": "percent", "@": "at"}  # no part of 
 Phones = tuple[str, ...]
 Lexicon = dict[str, list[Phones]]  # the pronunciations of each word
 Words = list[tuple[str, list[Phones]]]  # of a sentence, each with its pronunciations
-Mark = tuple[str, str | None, str | None]  # kind, canonical phone, heard phone
+Pair = tuple[str | None, str | None]  # canonical phone, None: it was added; heard phone, None: it is missing
 
 
 @dataclass
@@ -116,85 +117,73 @@ def of_text(text: str, lexicons: Sequence[Lexicon]) -> Words:
 # Which was meant
 
 
-def meant(words: Words, heard: Sequence[str]) -> list[tuple[Phones, list[Mark]]]:
-    """The pronunciations that are closest to what was heard, and what became of their phones.
+def meant(words: Words, heard: Sequence[str]) -> list[list[Pair]]:
+    """What became of the phones of each word, in the pronunciations that are closest to what was heard.
 
     words: of `of_text`; heard: list of phones. All words and variants are aligned at once. An edit costs 1; a consonant
     for a vowel, or the other way round, costs 2, as much as leaving one out and adding the other. Of equal costs the
     way with fewer wrong words wins, then the one without a vowel for a consonant, then earlier pronunciations.
-    Returns a list of (phones, marks) per word; a mark is (kind, canonical, heard), kind one of same, substituted,
-    missing, added; canonical is None for an added phone, heard is None for a missing one. An added phone belongs to the
-    word before it, or to the first.
+    Returns pairs (canonical, heard) per word, as metrics.align has them; an added phone belongs to the word before it,
+    or to the first.
     """
-    best = [(0, None)] + [None] * len(heard)  # the best way to every position in `heard` after the words so far
+    best = {0: (0, None)}  # to every position in `heard`: what the best way costs, its pairs as a chain from the last
     for index, (_, variants) in enumerate(words):
-        ended = [None] * len(best)
+        ended = {}
         for rank, phones in enumerate(variants):
-            right = [way and (way[0] + rank, (way[1], (index, phones))) for way in best]  # no error in this word yet
-            wrong = [None] * len(best)
+            # (position, whether the word has an error) -> way; None in a chain: here a word begins
+            ways = {(j, False): (cost + rank, (chain, None)) for j, (cost, chain) in best.items()}
             if index == 0:
-                _add_heard(right, wrong, heard)
+                _add_heard(ways, heard)
             for phone in phones:
-                right, wrong = _read(phone, right, wrong, heard)
-                _add_heard(right, wrong, heard)
-            ended = [_least(*ways) for ways in zip(ended, right, wrong)]
+                ways = _read(ways, phone, heard)
+                _add_heard(ways, heard)
+            for j, wrong in product(range(len(heard) + 1), (False, True)):
+                if (j, wrong) in ways:
+                    _take(ended, j, *ways[j, wrong])
         best = ended
-    return _marks_of(best[-1][1])
+    (_, chain), found = best[len(heard)], [[]]
+    while chain:
+        chain, pair = chain
+        found.insert(0, []) if pair is None else found[0].insert(0, pair)
+    return found[1:]
 
 
-# A way is (what it costs, its marks as a chain from the last one back). The costs, the first counting most:
-EDIT, WORD, CROSSED = 2**48, 2**36, 2**24
+EDIT, WORD, CROSSED = 2**48, 2**36, 2**24  # what they cost, the first counting most; then the pronunciation's rank
 
 
-def _least(*ways):
-    return min(filter(None, ways), key=lambda way: way[0], default=None)
+def _take(ways, place, cost, chain):
+    if place not in ways or cost < ways[place][0]:  # of equal costs the first stays
+        ways[place] = cost, chain
 
 
-def _read(phone, right, wrong, heard):
-    """Ways on after one more canonical phone: those without an error in the word, and the others."""
-    still, worse = [None] * len(right), [None] * len(right)
-    for j in range(len(right)):
-        missing = ("missing", phone, None)
-        ways = [_on(right[j], EDIT + WORD, missing), _on(wrong[j], EDIT, missing)]
-        if j and heard[j - 1] == phone:
-            mark = ("same", phone, phone)
-            still[j] = _on(right[j - 1], 0, mark)
-            ways.append(_on(wrong[j - 1], 0, mark))
-        elif j:
-            mark = ("substituted", phone, heard[j - 1])
-            price = 2 * EDIT + CROSSED if _crosses(phone, heard[j - 1]) else EDIT
-            ways += [_on(right[j - 1], price + WORD, mark), _on(wrong[j - 1], price, mark)]
-        worse[j] = _least(*ways)
-    return still, worse
+def _read(ways, phone, heard):
+    """The ways on after one more canonical phone."""
+    on = {}
+    for j, wrong in product(range(len(heard), -1, -1), (False, True)):
+        if (j, wrong) in ways:
+            cost, chain = ways[j, wrong]
+            error = cost + EDIT + WORD * (not wrong)
+            _take(on, (j, True), error, (chain, (phone, None)))
+            if heard[j : j + 1] == [phone]:
+                _take(on, (j + 1, wrong), cost, (chain, (phone, phone)))
+            elif j < len(heard):
+                error += (EDIT + CROSSED) * _crosses(phone, heard[j])
+                _take(on, (j + 1, True), error, (chain, (phone, heard[j])))
+    return on
 
 
-def _add_heard(right, wrong, heard):
+def _add_heard(ways, heard):
     """Let each way also skip phones that were heard beside the canonical ones."""
-    for j in range(1, len(right)):
-        mark = ("added", None, heard[j - 1])
-        wrong[j] = _least(wrong[j], _on(right[j - 1], EDIT + WORD, mark), _on(wrong[j - 1], EDIT, mark))
-
-
-def _on(way, price, mark):
-    return way and (way[0] + price, (way[1], mark))
+    for j, wrong in product(range(len(heard)), (False, True)):
+        if (j, wrong) in ways:
+            cost, chain = ways[j, wrong]
+            _take(ways, (j + 1, True), cost + EDIT + WORD * (not wrong), (chain, (None, heard[j])))
 
 
 @cache
 def _crosses(*phones):
     """Whether one phone is a vowel and the other a consonant; approximants and <unk> are neither."""
     return len({phone.rstrip("*") in VOWELS for phone in phones if phone.rstrip("*") not in NEITHER}) > 1
-
-
-def _marks_of(chain):
-    found, marks = [], []
-    while chain:
-        chain, mark = chain
-        if isinstance(mark[0], int):  # where a word begins
-            found.append((mark[1], marks[::-1]))
-            marks = []
-        else:
-            marks.append(mark)
-    return found[::-1]
 
 
 def main() -> None:

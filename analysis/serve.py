@@ -14,16 +14,17 @@ for one behind a proxy that has them. Nothing is stored, and no log has what was
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 import hashlib
 import html
 import json
 from pathlib import Path
+from queue import SimpleQueue
 import re
 import socket
 import sys
+from threading import BoundedSemaphore, Thread
 from typing import Annotated
 
 from pydantic import Field
@@ -110,39 +111,35 @@ class Service:
     """Answers the questions of many requests with one model, in batches."""
 
     def __init__(self, assess: assessor.Assessor) -> None:
-        self.assess, self.requests, self.asked = assess, 0, asyncio.Queue()
-        self.model_thread, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(DECODERS)
+        self.assess, self.requests, self.asked = assess, 0, SimpleQueue()
+        self.threads, self.decoding = ThreadPoolExecutor(WAITING), BoundedSemaphore(DECODERS)
+        Thread(target=self._run, daemon=True).start()
 
-    async def result(self, content: bytes, text: str | None) -> assessor.Result:
-        """What the Assessor says of a sound file's bytes. Raises InputError."""
-        loop = asyncio.get_running_loop()
-        question = await loop.run_in_executor(self.decoders, assessor.ask, content, text, self.assess.lexicons)
-        answer = loop.create_future()
-        self.asked.put_nowait((question, answer))
-        return await answer
+    def result(self, content: bytes, text: str | None) -> assessor.Result:
+        """What the Assessor says of a sound file's bytes. Waits for it. Raises InputError."""
+        with self.decoding:
+            question = assessor.ask(content, text, self.assess.lexicons)
+        self.asked.put((question, answer := Future()))
+        return answer.result()
 
-    async def run(self) -> None:
-        """Answer what is waiting, until cancelled."""
+    def _run(self):
         while True:
-            batch = [await self.asked.get()]
+            batch = [self.asked.get()]
             while len(batch) < assessor.BATCH and not self.asked.empty():
-                batch.append(self.asked.get_nowait())
-            await self._answer(batch)
+                batch.append(self.asked.get())
+            self._answer(batch)
 
-    async def _answer(self, batch):
+    def _answer(self, batch):
         questions, answers = zip(*batch)
         try:
-            loop = asyncio.get_running_loop()
-            results = await loop.run_in_executor(self.model_thread, self.assess.answer, questions)
+            for answer, result in zip(answers, self.assess.answer(questions)):
+                answer.set_result(result)
         except Exception as error:
-            if len(batch) > 1:  # one that the model fails on loses no other
+            if len(batch) == 1:
+                answers[0].set_exception(error)
+            else:  # one that the model fails on loses no other
                 for one in batch:
-                    await self._answer([one])
-                return
-            results = [error]
-        for answer, result in zip(answers, results):
-            if not answer.done():  # its request was given up when the service ended
-                (answer.set_exception if isinstance(result, Exception) else answer.set_result)(result)
+                    self._answer([one])
 
 
 async def received(request: Request, room: bool) -> AsyncIterator[bytes]:
@@ -202,7 +199,9 @@ def application(service: Service, origins: Sequence[str], knows: str, example: d
         room = service.requests < WAITING
         service.requests += room
         try:
-            return reply(asdict(await service.result(*await read_form(request, room))))
+            form = await read_form(request, room)
+            result = await asyncio.get_running_loop().run_in_executor(service.threads, service.result, *form)
+            return reply(asdict(result))
         finally:
             service.requests -= room
 
@@ -214,12 +213,6 @@ def application(service: Service, origins: Sequence[str], knows: str, example: d
         text = getattr(error, "detail", str(error)) if status != 500 else "the service failed: its log says why"
         return reply(asdict(assessor.Refusal("recording", text)), status, getattr(error, "headers", None))
 
-    @asynccontextmanager
-    async def lifespan(app):
-        answering = asyncio.create_task(service.run())
-        yield
-        answering.cancel()
-
     routes = [
         Route("/", lambda _: HTMLResponse(shown, headers=HEADERS)),
         Route("/assess", assess, methods=["POST"]),
@@ -229,17 +222,17 @@ def application(service: Service, origins: Sequence[str], knows: str, example: d
     if example:
         routes.append(Route("/example", lambda _: Response(example.recording(), media_type="audio/wav")))
     refused = dict.fromkeys([HTTPException, *STATUS], refuse)
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=refused)
+    return Starlette(routes=routes, exception_handlers=refused)
 
 
 def server(app: Starlette) -> uvicorn.Server:
-    how = {"http": Connection, "ws": "none", "lifespan": "on", "log_level": "warning", "access_log": False}
+    how = {"http": Connection, "ws": "none", "log_level": "warning", "access_log": False}
     return uvicorn.Server(uvicorn.Config(app, backlog=BACKLOG, timeout_graceful_shutdown=GOODBYE, **how))
 
 
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
-    host, model = settings.host, {f.name: getattr(settings, f.name) for f in fields(evaluate.ModelSettings)}
+    host = settings.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:  # before the model, which may take minutes
         listener = socket.create_server((host, settings.port), family=family)
@@ -248,10 +241,10 @@ def main() -> None:
     port = listener.getsockname()[1]
     names = dict.fromkeys([f"[{host}]" if ":" in host else host, "localhost", "127.0.0.1", "[::1]"])
     origins = [f"http://{name}" + f":{port}" * (port != 80) for name in names]
-    knows = learnt(assessor.evaluation_of(evaluate.ModelSettings(**model)))
     try:
-        service = Service(assessor.Assessor(pronunciations=settings.pronunciations, **model))
-        app = application(service, [*origins, *settings.origin], *knows)
+        assess = assessor.Assessor(settings, settings.pronunciations)
+        app = application(Service(assess), [*origins, *settings.origin], *learnt(assess.evaluation))
+        _ = assess.model  # loaded before the first request
         print(f"{origins[0]}/  (Ctrl-C ends it)", flush=True)
         server(app).run(sockets=[listener])
     except KeyboardInterrupt:

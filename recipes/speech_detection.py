@@ -628,7 +628,7 @@ def answer(run, paths):
     """Print the answer to each file, and how sure it is. Raises InputError for what no clip of a run is like."""
     waves = []
     for path in paths:
-        wave = sound.read_sound_file(path, lowest_rate=data.SAMPLE_RATE)
+        wave, _ = sound.read_own(path, lowest_rate=data.SAMPLE_RATE)
         milliseconds = len(wave) * 1000 // data.SAMPLE_RATE
         if not DURATIONS[0] <= milliseconds <= DURATIONS[-1]:
             raise cli.InputError(f"{path}: {milliseconds:,} ms; cut out {DURATIONS[0]} to {DURATIONS[-1]:,} ms of it")

@@ -148,17 +148,23 @@ def _mono(audio, rate):
 # A person's recordings
 
 
-def read_own(content: bytes, longest: float = math.inf, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
-    """A person's recording, the bytes of any sound file, as `read_audio` gives a corpus'. longest: seconds.
+def read_own(
+    recording: bytes | str | os.PathLike, longest: float = math.inf, lowest_rate: int = LOWEST_RATE
+) -> tuple[np.ndarray, int]:
+    """(A person's recording as `read_audio` gives a corpus', the sampling rate of its file in Hz).
 
-    Raises InputError for what `read_audio` refuses, for what is longer, silent, or at full scale in more than CLIPPED
-    of a channel, and where FFmpeg is not installed.
+    recording: path, or content, of any sound file; longest: seconds. Raises InputError, naming the file, for what
+    `read_audio` refuses, for what is longer, silent, or at full scale in more than CLIPPED of a channel, and where
+    FFmpeg is not installed.
     """
-    return decode_own(content, longest, lowest_rate)[0]
+    content = recording if isinstance(recording, bytes) else files.read_bytes(recording)
+    try:
+        return _read_own(content, longest, lowest_rate)
+    except InputError as error:
+        raise InputError(f"{'recording' if content is recording else recording}: {error}") from error
 
 
-def decode_own(content: bytes, longest: float = math.inf, lowest_rate: int = LOWEST_RATE) -> tuple[np.ndarray, int]:
-    """(`read_own` of a recording, the sampling rate of its file in Hz)."""
+def _read_own(content, longest, lowest_rate):
     _check_whole(content)
     wave, stated = _run_ffmpeg(content, longest)
     audio, rate = _decode(wave, lowest_rate)
@@ -217,12 +223,3 @@ def sound_files(folder: Path) -> list[Path]:
         if re.search("[\ud800-\udfff]", str(path)):  # so Python writes bytes that are not UTF-8
             raise InputError(f"{ascii(str(path))} is not UTF-8: rename it")
     return found
-
-
-def read_sound_file(path: Path, longest: float = math.inf, lowest_rate: int = LOWEST_RATE) -> np.ndarray:
-    """`read_own` of a file. Raises InputError, naming the file."""
-    content = files.read_bytes(path)
-    try:
-        return read_own(content, longest, lowest_rate)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error

@@ -131,7 +131,7 @@ def test_added_tokens_keep_their_ids_where_the_vocabulary_has_holes(checkpoint, 
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     tokenizer.add_tokens([*prompts.CONTROL_TOKENS.values()], special_tokens=True)
-    export.add_control_tokens(tmp_path, tokenizer)
+    export.write_tokenizer(tmp_path, tokenizer)
     own = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert own.get_vocab() == tokenizer.get_vocab() and own.get_vocab()["<|tag|>"] == 5000
 

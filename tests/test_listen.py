@@ -11,6 +11,7 @@ import pytest
 
 from analysis import assessor, listen, pronunciations
 import data
+import evaluate
 import prompts
 from support import cli
 from support.sound import SAMPLE_RATE, read_audio
@@ -25,7 +26,8 @@ SENTENCE = [("WE", [("W", "IY")]), ("CALL", [("K", "AO", "L")]), ("IT", [("IH", 
 
 
 def example(phones="W IY0 K AA l AH", words=SENTENCE, speech=2.0, rate=16_000, truncated=False, scores=PEAKED):
-    asked = assessor.Question("my.wav", None, rate, speech, (0.0, 1.25), "we call it" if words else None, words)
+    utterance = data.Utterance("my.wav", None, 32_000, "", None, (), "")
+    asked = assessor.Question(utterance, rate, speech, (0.0, 1.25), "we call it" if words else None, words)
     output = json.dumps({"word_transcript": "WE CALL AT", "phoneme_transcript": phones}) if phones else "hello"
     return assessor.result(asked, {name: list(scores) for name in prompts.SCORES}, output, truncated)
 
@@ -149,7 +151,8 @@ def folder(corpus, tmp_path_factory):
 
 
 def test_a_batch_has_the_results_of_single_recordings_and_a_bad_one_loses_no_other(run, folder):
-    assess = assessor.Assessor(run[0] / "out", [folder / "words.txt"], max_new_tokens=20)
+    settings = evaluate.ModelSettings(adapter=run[0] / "out", max_new_tokens=20)
+    assess = assessor.Assessor(settings, [folder / "words.txt"])
     files = [folder / name for name in ("0.wav", "bad.wav", "1.wav", "2.wav")]
     first, bad, second, unknown = assess(files, ["we see it", "we", None, "nowhere xqzzt"])
     assert "not a readable sound file" in bad.error and "XQZZT" in unknown.error

@@ -12,16 +12,20 @@ import pytest
 
 from support import cli
 from support import sound as sounds
-from support.sound import CLIPPED, SAMPLE_RATE, read_own
+from support.sound import CLIPPED, SAMPLE_RATE
 
 CASES = Path(os.environ.get("AUDIO_CASES", ROOT.parent / "shared" / "cases" / "audio"))
 has_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 
 
-def read(content, **limits):
-    audio = sounds.read_audio(lambda: content, **limits)
+def read(content):
+    audio = sounds.read_audio(lambda: content)
     sounds.check_level(audio)
     return audio
+
+
+def read_own(content, **limits):
+    return sounds.read_own(content, **limits)[0]
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
@@ -125,7 +129,7 @@ MADE |= {"b.m4a": ["-movflags", "+faststart"]}  # the table of contents at the s
 def test_every_container_of_telephones_and_browsers_is_read_and_a_cut_one_refused(tmp_path, name):
     (tmp_path / "in.wav").write_bytes(sound(np.stack([tone(3, 48_000)] * 2, axis=1), 48_000))
     subprocess.run(["ffmpeg", "-v", "error", "-i", "in.wav", *MADE[name], name], cwd=tmp_path, check=True)
-    audio, rate = sounds.decode_own((tmp_path / name).read_bytes(), longest=4)
+    audio, rate = sounds.read_own((tmp_path / name).read_bytes(), longest=4)
     assert rate == 48_000 and len(audio) / SAMPLE_RATE == pytest.approx(3, abs=0.1)
     assert np.std(audio) == pytest.approx(np.std(tone(1)), rel=0.1)
     (tmp_path / "cut").write_bytes((tmp_path / name).read_bytes()[: (tmp_path / name).stat().st_size * 6 // 10])
@@ -153,12 +157,13 @@ def test_a_playlist_opens_nothing_and_a_decoder_is_bounded_in_time_and_bytes(tmp
             read_own(text.encode())
     with pytest.raises(cli.InputError, match="decodes to more than 4 MB"):
         read_own(sound(np.stack([tone(1, 192_000)] * 8, axis=1), 192_000, format="WAVEX", subtype="FLOAT"), longest=1)
-    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nsleep 30\n")
-    (tmp_path / "ffmpeg").chmod(0o700)
     monkeypatch.setattr("support.sound.DECODING", 0.2)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(cli.InputError, match="more than 0.2 s: convert it to WAV"):
-        read_own(sound(tone(1)))
+    for does, message in (("sleep 30", "more than 0.2 s: convert it to WAV"), ("kill -9 $$", "ffmpeg ended with -9")):
+        (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "ffmpeg").chmod(0o700)
+        with pytest.raises(cli.InputError, match=message):
+            read_own(sound(tone(1)))
 
 
 def test_without_ffmpeg_a_corpus_is_read_and_ones_own_recording_says_what_to_install(tmp_path, monkeypatch):
@@ -166,7 +171,7 @@ def test_without_ffmpeg_a_corpus_is_read_and_ones_own_recording_says_what_to_ins
     (tmp_path / "a.wav").write_bytes(sound(tone(1)))
     assert len(read((tmp_path / "a.wav").read_bytes())) == 16_000
     with pytest.raises(cli.InputError, match="a.wav: .*ffmpeg, which is not installed"):
-        sounds.read_sound_file(tmp_path / "a.wav")
+        sounds.read_own(tmp_path / "a.wav")
 
 
 def test_sound_files_are_found_in_folders_too_in_the_order_of_their_names(tmp_path):
