@@ -20,14 +20,16 @@ import data
 import metrics
 from support import cli, files
 from support.later import when_used
+from support.run import write_json
 
-with when_used():  # sign_language does without them
+with when_used():  # sign_language trains without them
     import peft
     import transformers
 
-    from support import files, pretrained
+    from support import pretrained
 
 CHECKPOINT = ["*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors"]  # what is fetched of one
+MAY_BE_MISSING = {"wav2vec2.masked_spec_embed"}  # in wav2vec2-base-960h, which then was trained without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it says of CPUs helps nobody
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,24 +60,19 @@ def new_run(settings: Any, command: str, result: str, writes: Iterable[str], *pa
         yield record
 
 
-def write_json(path: Path, values: Any) -> None:
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def write_lines(path: Path, lines: Iterable[dict]) -> None:
     with files.whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def every(items: Sequence, check: Callable, whose: str) -> list:
-    """What `check` returns for each item. Raises one InputError, with a line for every item that it refuses."""
+def every(items: Sequence[tuple[str, Any]], check: Callable, whose: str) -> list:
+    """What `check` returns for each (name, item). Raises one InputError, with a line for every one that it refuses."""
     checked, problems = [], []
-    for item in items:
+    for name, item in items:
         try:
             checked.append(check(item))
         except cli.InputError as error:
-            problems.append(str(error))
+            problems.append(f"{name}: {error}")
     if problems:
         found = f"{len(problems)} of {len(items)} {whose} cannot be used; repair or remove them:"
         raise cli.InputError(found, *problems)
@@ -95,25 +92,27 @@ def find(name: str | Path) -> Path:
     return folder
 
 
-def load(kind: type, folder: Path, dtype: torch.dtype, quantize: bool, skipped=None, may_be_missing=(), **options):
-    """A network of one of transformers' classes in a folder; safetensors alone, which execute nothing.
+def load(network: type, reader: type, name: str | Path, dtype: torch.dtype, quantize=False, skipped=None, **options):
+    """A network and what prepares its input, both of transformers' classes, in one folder or hub id.
 
-    quantize: in 4 bits, but for the modules skipped. Raises InputError where it cannot be loaded, lacks weights, which
-    would be random, or has weights that are no numbers.
+    quantize: in 4 bits, but for the modules skipped. Weights come from safetensors, which execute nothing. Raises
+    InputError where they cannot be loaded, are missing, which would be random, or are no numbers.
     """
+    folder = find(name)
     if quantize:
         cli.need("bitsandbytes")
         sizes = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         bits = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **sizes)
         options["quantization_config"] = bits
     with pretrained.loading(folder):
+        reader = reader.from_pretrained(folder)
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        network, loaded = kind.from_pretrained(folder, **options)
-    missing = sorted(set(loaded["missing_keys"]) - set(may_be_missing))
+        network, loaded = network.from_pretrained(folder, **options)
+    missing = sorted(set(loaded["missing_keys"]) - MAY_BE_MISSING)
     if wrong := missing + sorted(map(str, loaded["mismatched_keys"])):
         raise cli.InputError(f"{folder} lacks {len(wrong)} weights, such as {wrong[0]}: give a whole checkpoint")
     check_finite(network, folder)
-    return network if quantize else network.to(DEVICE)
+    return network if quantize else network.to(DEVICE), reader
 
 
 def check_finite(network: torch.nn.Module, path: Path) -> None:
@@ -122,10 +121,15 @@ def check_finite(network: torch.nn.Module, path: Path) -> None:
             raise cli.InputError(f"{path}: {name} holds values that are not finite: give another checkpoint")
 
 
-def check_ids(ids: Iterable[int], weights: int, path: Path) -> None:
+def check_ids(ids: Iterable[int], weights: int, path: str | Path) -> None:
     """Raises InputError where a vocabulary has an id beyond the weights: CTC would read foreign memory."""
     if (largest := max(ids)) >= weights:
         raise cli.InputError(f"{path}: its vocabulary has the id {largest:,}, its weights end with {weights - 1:,}")
+
+
+def frames_needed(target: Sequence) -> int:
+    """Frames that CTC needs for the symbols of a target: one each, and a blank between two equal ones."""
+    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
 
 def add_lora(network, settings: Any, targets: str, **options):
@@ -189,27 +193,42 @@ def update(optimiser: torch.optim.Optimizer, parts: Iterable, rate: float, clip:
     return {"step": step, "learning_rate": rate, "loss": total, "gradient_norm": norm}
 
 
-def train(network, items: list, step_size: int, parts_of: Callable, settings: Any, seed: int, path: Path) -> int:
-    """Train on all items for --epochs, each step `step_size` of them, in an order by seed and epoch; AdamW.
+def train(network, optimiser, steps_of: Callable, per_epoch: int, warmup: int, settings: Any, folder: Path) -> Iterator:
+    """Train for --epochs, and yield the number of each that is done; log.jsonl in the folder gets a line a step.
 
-    parts_of: the items of a step -> what `update` takes. Writes a line of the log `path` a step. Returns the steps.
+    steps_of: an epoch -> for each of its steps what `update` takes; per_epoch: so many; warmup: in steps.
     """
-    weights = trained(network).values()
-    count, total = (sum(weight.numel() for weight in some) for some in (weights, network.parameters()))
-    cli.say(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
-    optimiser = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
-    steps = settings.epochs * len(data.epoch_steps(len(items), step_size, seed, 1))
-    warmup = math.ceil(settings.warmup * steps)
-    network.train()
-    with open(path, "w") as log, tqdm(total=steps, desc=f"training, seed {seed}", unit="step") as bar:
+    steps = settings.epochs * per_epoch
+    with open(folder / "log.jsonl", "w") as log, tqdm(total=steps, desc="training", unit="step") as bar:
         for epoch in range(1, settings.epochs + 1):
-            for indices in data.epoch_steps(len(items), step_size, seed, epoch):
+            network.train()
+            for parts in steps_of(epoch):
                 rate = learning_rate(bar.n, steps, settings.learning_rate, warmup)
-                parts = parts_of([items[i] for i in indices])
                 line = {"epoch": epoch, **update(optimiser, parts, rate, settings.clip, bar.n + 1)}
                 print(json.dumps(line), file=log, flush=True)
                 bar.update()
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, gradient {line['gradient_norm']:.2f}")
+            yield epoch
+
+
+def fine_tune(network, items: list, step_size: int, parts_of: Callable, settings: Any, seed: int, folder: Path) -> int:
+    """Train what is not frozen, each step on `step_size` items in an order by seed and epoch. Returns the steps.
+
+    parts_of: the items of a step -> what `update` takes.
+    """
+    weights = trained(network).values()
+    count, total = (sum(weight.numel() for weight in some) for some in (weights, network.parameters()))
+    cli.say(f"training {count:,} of {total:,} weights ({count / total:.2%}), seed {seed}")
+
+    def steps_of(epoch):
+        for indices in data.epoch_steps(len(items), step_size, seed, epoch):
+            yield parts_of([items[i] for i in indices])
+
+    optimiser = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+    per_epoch = len(data.epoch_steps(len(items), step_size, seed, 1))
+    steps = settings.epochs * per_epoch
+    for _ in train(network, optimiser, steps_of, per_epoch, math.ceil(settings.warmup * steps), settings, folder):
+        pass
     return steps
 
 

@@ -39,6 +39,7 @@ import data
 import metrics
 from recipes import common
 from support import cli, files, pretrained, sound
+from support.run import write_json
 
 COMMAND = "recipes.gold_transcripts"
 
@@ -81,10 +82,9 @@ class Settings:
 CONDITIONS = ("clean", "noisy")  # folders of --audio-dir (document)
 LONGEST = 30.0  # seconds of a recording; our choice: attention's memory grows with the square
 BANDS, KERNEL, HOP, MEAN = 32, 400, 80, 8  # of the tiny recogniser's ears: number, samples, samples, frames
-FEWEST, FEW = 2, 10  # samples to train on: fewer are refused, fewer are warned about (public code)
+FEWEST = 2  # samples to train on (public code)
 ATTENTION = r".*encoder\.layers\.\d+\.attention\.(q|k|v|out)_proj"  # gets LoRA (public code)
 HEAD = "lm_head"  # of the recogniser; LoRA leaves it frozen unless it is named, and then saves it too
-MAY_BE_MISSING = {"wav2vec2.masked_spec_embed"}  # in wav2vec2-base-960h, which then was trained without
 RESULTS = "evaluation_results.json"
 COUNTED = ("error_samples", "empty")  # of a text, in the tables
 ORACLE = "oracle gold: human text, not an LLM"
@@ -132,17 +132,18 @@ def read_samples(settings: Settings) -> list[Sample]:
         return [Sample(u.id, "all", u.speaker, partial(sound.read_audio, u.recording), u.text) for u in utterances]
     root = settings.audio_dir
     folders = {name: root / name for name in CONDITIONS if (root / name).is_dir()} or {"all": root}
-    found = [(name, path) for name, folder in folders.items() for path in sound.sound_files(folder)[: settings.limit]]
+    samples = []
+    for condition, folder in folders.items():
+        for path in sound.sound_files(folder)[: settings.limit]:
+            # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
+            name = str(path.relative_to(folder).with_suffix(""))
+            samples.append(Sample(str(path.relative_to(root)), condition, name, partial(read_recording, path), None))
+    common.every([(sample.id, sample) for sample in samples], lambda sample: len(sample.audio()), f"files of {root}")
+    return samples
 
-    def read(found):
-        condition, path = found
-        audio = lambda: sound.read_own(path, LONGEST, data.SAMPLE_RATE)[0]  # noqa: E731
-        audio()
-        # clean/a.wav and noisy/a.wav are one utterance: neither may be trained on where the other is held out
-        name = str(path.relative_to(folders[condition]).with_suffix(""))
-        return Sample(str(path.relative_to(root)), condition, name, audio, None)
 
-    return common.every(found, read, f"recordings of {root}")
+def read_recording(path):
+    return sound.read_own(files.read_bytes(path), LONGEST, data.SAMPLE_RATE)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,30 +159,28 @@ class Recogniser:
 
     def __init__(self, name, time_mask):
         """name: folder or hub id; time_mask: mask_time_prob. Raises InputError when it cannot be loaded."""
-        folder, kind = common.find(name), transformers.Wav2Vec2ForCTC
-        with pretrained.loading(folder):
-            self.processor = transformers.Wav2Vec2Processor.from_pretrained(folder)
-            tokenizer, rate = self.processor.tokenizer, self.processor.feature_extractor.sampling_rate
-            self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
+        classes = transformers.Wav2Vec2ForCTC, transformers.Wav2Vec2Processor
+        self.network, self.processor = common.load(*classes, name, torch.float32, mask_time_prob=time_mask)
+        tokenizer, rate = self.processor.tokenizer, self.processor.feature_extractor.sampling_rate
+        self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
+        with pretrained.loading(name):
             self.letters[" "] = self.letters.pop(tokenizer.word_delimiter_token)
-        options = {"may_be_missing": MAY_BE_MISSING, "mask_time_prob": time_mask}
-        self.network = common.load(kind, folder, torch.float32, False, **options)
         self.blank, self.capitals = tokenizer.pad_token_id, "E" in self.letters
-        common.check_ids([*self.letters.values(), self.blank], self.network.config.vocab_size, folder)
+        common.check_ids([*self.letters.values(), self.blank], self.network.config.vocab_size, name)
         if rate != data.SAMPLE_RATE:
             raise cli.InputError(f"--recogniser {name} hears {rate} Hz: give one for {data.SAMPLE_RATE} Hz")
         self.network.eval()
         self.network.freeze_feature_encoder()
 
     def normalise(self, text):
-        """A text in the recogniser's alphabet, and Counter of letters and digits that are not in it, which are lost.
+        """A text in the recogniser's alphabet, and the letters and digits that are not in it, which are lost.
 
         Small letters would be all <unk> for a vocabulary of capitals. Punctuation becomes space.
         """
         text = " ".join(metrics.normalise_words(text))
         text = text if self.capitals else text.lower()
         kept = "".join(character for character in text if character in self.letters)
-        return " ".join(kept.split()), Counter(character for character in text if character not in self.letters)
+        return " ".join(kept.split()), "".join(character for character in text if character not in self.letters)
 
     def encode(self, text):
         """Symbols of a normalised text, a list of C ids."""
@@ -219,16 +218,14 @@ class Llm:
 
     def __init__(self, name, quantize, max_new_tokens):
         """name: folder or hub id; quantize: None or "nf4". Raises InputError when it cannot be loaded."""
-        dtype, folder = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32, common.find(name)
-        with pretrained.loading(folder):
-            # Left: an answer continues the last token of its row, which may not be padding
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        classes = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+        dtype = torch.bfloat16 if common.DEVICE == "cuda" else torch.float32
+        self.network, self.tokenizer = common.load(*classes, name, dtype, bool(quantize))
         if self.tokenizer.chat_template is None:
             raise cli.InputError(f"--llm {name} has no chat template: give an instruction-tuned one")
-        self.network = common.load(transformers.AutoModelForCausalLM, folder, dtype, bool(quantize)).eval()
-        common.check_ids(
-            self.tokenizer.get_vocab().values(), self.network.get_input_embeddings().num_embeddings, folder
-        )
+        common.check_ids(self.tokenizer.get_vocab().values(), self.network.get_input_embeddings().num_embeddings, name)
+        self.network.eval()
+        self.tokenizer.padding_side = "left"  # an answer continues the last token of its row, which may not be padding
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         ends = self.network.generation_config.eos_token_id  # some chat models have several
@@ -264,23 +261,21 @@ def write_gold(samples, transcripts, recogniser, llm, settings):
     """gold.jsonl, one line a sample, as dicts; llm: None takes the human text instead.
 
     baseline (the transcript), gold (None where there is none) and human are in the recogniser's alphabet, answer is as
-    the LLM wrote it, verdict says why there is gold or none. Returns the lines, and Counter of the answers' characters
-    outside that alphabet.
+    the LLM wrote it, verdict says why there is gold or none.
     """
     answers = rewrite_all(transcripts, llm, settings) if llm else [sample.human for sample in samples]
-    lines, lost = [], Counter()
+    lines = []
     for sample, transcript, answer in zip(samples, transcripts, answers, strict=True):
-        gold, lost_here = recogniser.normalise(answer if settings.oracle else clean_answer(answer or ""))
+        gold, lost = recogniser.normalise(answer if settings.oracle else clean_answer(answer or ""))
         human = recogniser.normalise(sample.human)[0] or None if sample.human else None
         distance = metrics.error_rate([transcript.split()], [gold.split()]) if transcript else None
-        trusted = settings.oracle and gold and not lost_here
-        verdict = "kept" if trusted else judge(transcript, answer, gold, lost_here, distance, settings.max_distance)
-        lost += lost_here
+        trusted = settings.oracle and gold and not lost
+        verdict = "kept" if trusted else judge(transcript, answer, gold, lost, distance, settings.max_distance)
         of = {"id": sample.id, "condition": sample.condition, "speaker": sample.speaker, "baseline": transcript}
         of |= {"answer": answer, "gold": gold if verdict == "kept" else None, "verdict": verdict}
         lines.append(of | {"distance": distance, "human": human})
     common.write_lines(settings.output / "gold.jsonl", lines)
-    return lines, lost
+    return lines
 
 
 def rewrite_all(transcripts, llm, settings):
@@ -311,7 +306,7 @@ def judge(transcript, answer, gold, lost, distance, max_distance):
 def choose_training(lines, samples, recogniser):
     """Samples whose transcript differs from its gold, as (sample, ids of the gold), and ids of those CTC cannot align.
 
-    CTC needs a frame for each symbol and one more between equal neighbours; a time mask needs room for its span.
+    A time mask needs room for its span.
     """
     by_id, chosen, too_short = {sample.id: sample for sample in samples}, [], []
     config = recogniser.network.config
@@ -319,8 +314,8 @@ def choose_training(lines, samples, recogniser):
     for line in lines:
         if line["gold"] and line["gold"] != line["baseline"]:
             target, sample = recogniser.encode(line["gold"]), by_id[line["id"]]
-            needed = len(target) + sum(a == b for a, b in zip(target, target[1:]))
-            if recogniser.network._get_feat_extract_output_lengths(len(sample.audio())) < max(needed, span):
+            frames = recogniser.network._get_feat_extract_output_lengths(len(sample.audio()))
+            if frames < max(common.frames_needed(target), span):
                 too_short.append(sample.id)
             else:
                 chosen.append((sample, target))
@@ -335,8 +330,8 @@ def train(recogniser: Recogniser, chosen: list, settings: Settings) -> dict:
     """Fine-tune on (sample, target) pairs, and save. Returns what is said of it in the results."""
     if not settings.no_lora:
         recogniser.network = common.add_lora(recogniser.network, settings, ATTENTION, modules_to_save=[HEAD])
-    parts, log, started = partial(losses, recogniser), settings.output / "log.jsonl", time.perf_counter()
-    steps = common.train(recogniser.network, chosen, settings.batch_size, parts, settings, settings.seed, log)
+    parts, started, where = partial(losses, recogniser), time.perf_counter(), (settings.seed, settings.output)
+    steps = common.fine_tune(recogniser.network, chosen, settings.batch_size, parts, settings, *where)
     path, seconds = settings.output / ("model" if settings.no_lora else "adapter"), time.perf_counter() - started
     common.save(recogniser.network, path, recogniser.processor)
     return {"samples": len(chosen), "steps": steps, "seconds": seconds, "path": str(path)}
@@ -504,19 +499,17 @@ def run(settings: Settings) -> None:
         cli.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {groups} held out")
 
         transcripts = recogniser.transcribe(samples, "transcribing")
-        lines, lost = write_gold(samples, transcripts, recogniser, llm, settings)
+        lines = write_gold(samples, transcripts, recogniser, llm, settings)
         del llm  # its memory is needed
         by_id = {line["id"]: line for line in lines}
         parts = [[by_id[sample.id] for sample in part] for part in (training, held_out)]
         chosen, too_short = choose_training(parts[0], samples, recogniser)
-        counts = count(lines, parts, chosen, too_short, lost)
+        counts = count(lines, parts, chosen, too_short)
         if len(chosen) < FEWEST:
             raise cli.RunError(
                 f"{len(chosen)} samples to train on, and {FEWEST} are the fewest ({in_words(counts)}): use "
                 f"more recordings; what became of each is in {settings.output}/gold.jsonl"
             )
-        if len(chosen) < FEW:
-            cli.say(f"only {len(chosen)} samples to train on: expect nothing of it")
 
         trained = train(recogniser, chosen, settings)
         tuned = recogniser.transcribe(held_out, "transcribing again")
@@ -525,12 +518,12 @@ def run(settings: Settings) -> None:
         gold = ORACLE if settings.oracle else f"gold: written by {settings.llm}, which hears nothing"
         results = {"gold": gold, **evaluate(parts[0], lines, settings), "counts": counts}
         results |= {"training": trained, "settings": record}
-        common.write_json(settings.output / RESULTS, results)
+        write_json(settings.output / RESULTS, results)
         show(results, groups)
         cli.say(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it")
 
 
-def count(lines, parts, chosen, too_short, lost):
+def count(lines, parts, chosen, too_short):
     """What became of the samples, for the results."""
     verdicts = Counter(line["verdict"] for line in lines)
     return {
@@ -543,8 +536,6 @@ def count(lines, parts, chosen, too_short, lost):
         "trained on": len(chosen),
         "CTC cannot align": len(too_short),
         "not aligned": too_short,
-        "characters outside the alphabet": sum(lost.values()),
-        "which": [f"{character!r} x {number}" for character, number in lost.most_common()],
     }
 
 

@@ -9,8 +9,9 @@ A data folder has <split>.SI5.corpus.csv (separator |) and one feature file a se
 float [T, F]. Its features.json declares the body parts in the order of the F columns, {"pose": 99, "hands": 126, ...};
 without that file the order is FEATURES. Encoders and slices follow from the declaration.
 
-Training writes into --output: settings.json, log.jsonl (one line an epoch) and best.safetensors, which holds weights,
-feature statistics, vocabulary, settings and declaration. --evaluate writes results.json there.
+Training writes into --output: settings.json, log.jsonl (one line a step), validation.jsonl (one line an epoch) and
+best.safetensors, which holds weights, feature statistics, vocabulary, settings and declaration. --evaluate writes
+results.json there.
 
 Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
 """
@@ -26,7 +27,7 @@ import time
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 import torch
@@ -37,6 +38,11 @@ from tqdm import tqdm
 import metrics
 from recipes import common
 from support import cli, files
+from support.later import when_used
+from support.run import write_json
+
+with when_used():
+    from support import pretrained
 
 COMMAND = "recipes.sign_language"
 
@@ -132,48 +138,20 @@ class Sample:
     frames: int
 
     @property
-    def needed(self):
-        """Frames that CTC needs for the glosses: one each, and a blank between two equal ones."""
-        return len(self.glosses) + sum(a == b for a, b in zip(self.glosses, self.glosses[1:]))
-
-    @property
     def possible(self):
-        return self.needed <= self.frames
+        return common.frames_needed(self.glosses) <= self.frames
 
 
-class Vocabulary:
-    """Glosses to ids and back. Id 0 is CTC's blank; a gloss that training did not have is 1, never the blank."""
-
-    def __init__(self, glosses):
-        self.words = [*SPECIAL, *dict.fromkeys(glosses)]  # in the order they are first seen (public code)
-        self.ids = {word: i for i, word in enumerate(self.words)}
-
-    def encode(self, glosses):
-        return [self.ids.get(gloss, UNKNOWN) for gloss in glosses]
-
-    def decode(self, ids):
-        return [self.words[i] for i in ids]
-
-
-def _complete(groups):
-    if groups.keys() != ENCODED.keys():
-        raise ValueError(f"columns of {', '.join(ENCODED)} are needed, in their order, such as {json.dumps(FEATURES)}")
-    return groups
-
-
-Groups = Annotated[dict[str, Annotated[int, Field(strict=True, gt=1)]], AfterValidator(_complete)]
+# All four, in the order of the columns
+Groups = Annotated[
+    dict[Literal[tuple(ENCODED)], Annotated[int, Field(strict=True, gt=1)]], Field(min_length=len(ENCODED))
+]
 
 
 def read_features_order(folder):
     """{group: columns} in the order of the columns, by features.json or FEATURES. Raises InputError."""
     path = folder / "features.json"
     return files.read_json(path, Groups) if path.is_file() else dict(FEATURES)
-
-
-def slices(groups):
-    """{group: its columns as a slice}."""
-    ends = np.cumsum(list(groups.values())).tolist()
-    return {name: slice(end - width, end) for (name, width), end in zip(groups.items(), ends)}
 
 
 def read_split(folder, split, groups, which):
@@ -185,20 +163,18 @@ def read_split(folder, split, groups, which):
     repeated = {id for id, count in Counter(id for _, id, _, _ in rows).items() if count > 1}
 
     def read(row):
-        line, id, signer, glosses = row
+        _, id, signer, glosses = row
         path = folder / split / f"{id}.npz"
         path = path if path.is_file() else folder / f"{id}.npy"
-        try:
-            if id in repeated:
-                raise cli.InputError("its id stands in several lines")
-            if reserved := set(glosses) & set(SPECIAL):
-                raise cli.InputError(f"{', '.join(sorted(reserved))} is no gloss, the name is taken: rename it")
-            kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
-            return Sample(id, signer, kept, path, len(read_features(path, sum(groups.values()))))
-        except cli.InputError as error:
-            raise cli.InputError(f"line {line}, {id}: {error}") from error
+        if id in repeated:
+            raise cli.InputError("its id stands in several lines")
+        if reserved := set(glosses) & set(SPECIAL):
+            raise cli.InputError(f"{', '.join(sorted(reserved))} is no gloss, the name is taken: rename it")
+        kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
+        return Sample(id, signer, kept, path, len(read_features(path, sum(groups.values()))))
 
-    samples = common.every(rows, read, f"sequences of {folder} ({split})")
+    named = [(f"line {row[0]}, {row[1]}", row) for row in rows]
+    samples = common.every(named, read, f"sequences of {folder} ({split})")
     if not any(sample.glosses for sample in samples):
         raise cli.InputError(f"{folder} ({split}) has no glosses: with --glosses all markers and letters are kept")
     describe(split, samples, sum(len(row[-1]) for row in rows) - sum(len(sample.glosses) for sample in samples))
@@ -257,13 +233,13 @@ def describe(split, samples, dropped):
         )
 
 
-def compare_with_training(split, samples, system):
+def compare_with_training(split, samples, model):
     """Print and return what a held-out split has that training did not have, and the other way round."""
-    unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in system.vocabulary.ids]
-    shared = sorted({sample.signer for sample in samples} & set(system.signers))
+    unknown = [gloss for sample in samples for gloss in sample.glosses if gloss not in model.vocabulary]
+    shared = sorted({sample.signer for sample in samples} & set(model.signers))
     cli.say(
         f"{split}: {len(unknown)} glosses ({len(set(unknown))} different ones) are not in the vocabulary of "
-        f"{len(system.vocabulary.words)}, each is an error of the WER; signers that training has too: "
+        f"{len(model.vocabulary)}, each is an error of the WER; signers that training has too: "
         f"{', '.join(shared) or 'none'}"
     )
     return {"unknown_glosses": len(unknown), "signers_of_training": shared}
@@ -274,13 +250,13 @@ def feature_statistics(samples, groups):
 
     Missing: the group's first half, or its second, is exactly 0 throughout. The hands' halves are left and right.
     """
-    width, columns = sum(groups.values()), slices(groups)
+    *ends, width = np.cumsum(list(groups.values()))
     count, sums, squares, missing = 0, np.zeros(width), np.zeros(width), Counter()
     for sample in tqdm(samples, desc="statistics", leave=False, disable=None):
         frames = read_features(sample.path, width).astype(np.float64)  # (T, F)
         count, sums, squares = count + len(frames), sums + frames.sum(axis=0), squares + (frames**2).sum(axis=0)
-        for name, part in columns.items():
-            halves = np.array_split(frames[:, part] == 0, 2, axis=1)
+        for name, part in zip(groups, np.split(frames == 0, ends, axis=1)):
+            halves = np.array_split(part, 2, axis=1)
             missing[name] += int(np.logical_or(*(half.all(axis=1) for half in halves)).sum())
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -312,26 +288,17 @@ class Batch(NamedTuple):
     target_lengths: torch.Tensor  # (B,)
 
 
-@dataclass
-class System:
-    """All that is needed to read signs."""
-
-    model: "Student"  # with mean and standard deviation of the train split's features
-    vocabulary: Vocabulary
-    groups: dict[str, int]  # columns, in order
-    signers: list[str]  # of training
-
-
-def make_batch(samples, system, rng=None):
+def make_batch(samples, model, rng=None):
     """A Batch on common.DEVICE, longest sequence first. rng: for augmentation, which is left out without it."""
-    mean, std = (values.cpu().numpy() for values in (system.model.mean, system.model.std))
+    mean, std = (values.cpu().numpy() for values in (model.mean, model.std))
     loaded = []
     for sample in samples:
         frames = (read_features(sample.path, len(mean)) - mean) / std  # (T, F)
-        loaded.append((sample, torch.from_numpy(augment(frames, sample.needed, rng) if rng else frames)))
+        frames = augment(frames, common.frames_needed(sample.glosses), rng) if rng else frames
+        loaded.append((sample, torch.from_numpy(frames)))
     loaded.sort(key=lambda pair: -len(pair[1]))
     samples, features = map(list, zip(*loaded))
-    targets = [torch.tensor(system.vocabulary.encode(sample.glosses), dtype=torch.long) for sample in samples]
+    targets = [torch.tensor(model.encode(sample.glosses), dtype=torch.long) for sample in samples]
     lengths, target_lengths = (torch.tensor([len(row) for row in rows]) for rows in (features, targets))
     features = pad_sequence(features, batch_first=True)
     return Batch(samples, features.to(common.DEVICE), lengths, torch.cat(targets).to(common.DEVICE), target_lengths)
@@ -421,13 +388,16 @@ def new_encoder(inputs, outputs, dropout):
 
 
 class Student(nn.Module):
-    """groups: {name: columns} in order; symbols: V. It keeps the features' statistics, and takes normalised ones."""
+    """All that is needed to read signs: it keeps the features' statistics, and takes normalised ones.
 
-    def __init__(self, groups, symbols, dropout=0.3):
+    groups: {name: columns} in order; vocabulary: V symbols, SPECIAL first; signers: of training.
+    """
+
+    def __init__(self, groups, vocabulary, signers=(), dropout=0.3):
         super().__init__()
-        self.columns, width = slices(groups), sum(groups.values())
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
+        self.groups, self.vocabulary, self.signers = groups, vocabulary, signers
+        self.register_buffer("mean", torch.zeros(sum(groups.values())))
+        self.register_buffer("std", torch.ones(sum(groups.values())))
         encoders = {name: new_encoder(width, ENCODED[name], dropout) for name, width in groups.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.stem = ConvNorm(same_conv(sum(ENCODED.values()), STEM, 3, stride=2), nn.Hardswish)
@@ -436,14 +406,19 @@ class Student(nn.Module):
         self.projection = ConvNorm(same_conv(HIDDEN, HIDDEN, 3, bias=True), nn.ReLU)
         self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(HIDDEN, HIDDEN, batch_first=True, bidirectional=True)
-        self.output = nn.Linear(2 * HIDDEN, symbols)
+        self.output = nn.Linear(2 * HIDDEN, len(vocabulary))
+
+    def encode(self, glosses):
+        """Ids; a gloss that training did not have is UNKNOWN, never the blank."""
+        ids = {gloss: id for id, gloss in enumerate(self.vocabulary)}
+        return [ids.get(gloss, UNKNOWN) for gloss in glosses]
 
     def forward(self, features, lengths):
         """Log-probabilities (T, B, V), float32. features: (B, T, F); lengths: (B,) on the CPU, frames of each row."""
         frames = features.shape[1]
         mask = (torch.arange(frames) < lengths[:, None]).to(features.device)  # (B, T)
-        encoded = [self.encoders[name](features[..., columns]) for name, columns in self.columns.items()]
-        x = torch.cat(encoded, dim=2).transpose(1, 2)  # (B, C, T)
+        parts = zip(self.encoders.values(), features.split(list(self.groups.values()), dim=2))
+        x = torch.cat([encoder(part) for encoder, part in parts], dim=2).transpose(1, 2)  # (B, C, T)
         reduced = mask[:, ::2]
         x = self.stem(x * mask[:, None], reduced)  # (B, C, T/2)
         for block in self.blocks:
@@ -462,7 +437,7 @@ class Student(nn.Module):
 
 def train(settings: Settings) -> None:
     """One run, from the data folder to best.safetensors. Raises InputError before anything slow when input is wrong."""
-    with common.new_run(settings, COMMAND, BEST, ["log.jsonl"], "torch") as record:
+    with common.new_run(settings, COMMAND, BEST, ["log.jsonl", "validation.jsonl"], "torch") as record:
         groups = read_features_order(settings.data)
         samples, dev = (read_split(settings.data, split, groups, settings.glosses) for split in ("train", "dev"))
         samples = [sample for sample in samples if sample.possible]
@@ -470,60 +445,49 @@ def train(settings: Settings) -> None:
             raise cli.InputError(f"no train sequence of {settings.data} has enough frames for its glosses: check both")
         mean, std, missing = feature_statistics(samples, groups)
         check_order(missing, settings.unchecked_order)
-        vocabulary = Vocabulary(gloss for sample in samples for gloss in sample.glosses)
+        # In the order they are first seen (public code)
+        vocabulary = [*SPECIAL, *dict.fromkeys(gloss for sample in samples for gloss in sample.glosses)]
         torch.manual_seed(settings.seed)
-        model = Student(groups, len(vocabulary.words), settings.dropout)
+        model = Student(groups, vocabulary, sorted({sample.signer for sample in samples}), settings.dropout)
         model.mean, model.std = torch.from_numpy(mean), torch.from_numpy(std)
         total = sum(parameter.numel() for parameter in model.parameters())
         cli.say(f"model: {total:,} parameters, {total * 4 / 2**20:.2f} MiB in float32, on {common.DEVICE}")
-        signers = sorted({sample.signer for sample in samples})
-        system = System(model.to(common.DEVICE), vocabulary, groups, signers)
-        compare_with_training("dev", dev, system)
-        run_epochs(system, samples, dev, settings, record)
+        compare_with_training("dev", dev, model)
+        run_epochs(model.to(common.DEVICE), samples, dev, settings, record)
 
 
-def run_epochs(system, samples, dev, settings, record):
+def run_epochs(model, samples, dev, settings, record):
     """Train, and keep the epoch with the lowest WER on dev; stop after --patience epochs without a lower one.
 
     Of equal WERs the lower loss is better: at first, CTC writes blanks alone for some epochs, and learns nevertheless.
     """
-    optimiser = torch.optim.AdamW(system.model.parameters(), weight_decay=settings.weight_decay)
-    best, best_epoch, started = (math.inf, math.inf), 0, time.perf_counter()
-    per_epoch = math.ceil(len(samples) / settings.batch_size)
-    with open(settings.output / "log.jsonl", "w") as log, tqdm(total=settings.epochs * per_epoch, unit="step") as bar:
-        for epoch in range(1, settings.epochs + 1):
-            epoch_started = time.perf_counter()
-            line = {"epoch": epoch, **train_epoch(system, samples, optimiser, settings, epoch, bar)}
-            loss, references, (read,) = transcribe(system, dev, settings.batch_size, [greedy_search])
-            wer = metrics.error_rate(references, read)
-            line |= {"dev_loss": loss, "dev_wer": wer, "seconds": time.perf_counter() - epoch_started}
-            print(json.dumps(line), file=log, flush=True)
-            reached = wer, math.inf if loss is None else loss
-            if reached < best:
-                best, best_epoch = reached, epoch
-                save(settings.output / BEST, system, record | {"epoch": epoch, "dev_wer": wer})
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, dev WER {wer:.3f}, best {best[0]:.3f}")
-            if epoch - best_epoch >= settings.patience:
-                cli.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
-                break
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay)
+    per_epoch, validated, started = math.ceil(len(samples) / settings.batch_size), [], time.perf_counter()
+    where = settings.warmup * per_epoch, settings, settings.output
+    for epoch in common.train(model, optimiser, partial(steps_of, model, samples, settings), per_epoch, *where):
+        loss, references, (read,) = transcribe(model, dev, settings.batch_size, [greedy_search])
+        validated.append({"epoch": epoch, "wer": metrics.error_rate(references, read), "loss": loss})
+        common.write_lines(settings.output / "validation.jsonl", validated)
+        best = min(validated, key=lambda line: (line["wer"], math.inf if line["loss"] is None else line["loss"]))
+        cli.say(f"epoch {epoch}: WER on dev {validated[-1]['wer']:.3f}, best {best['wer']:.3f}")
+        if best is validated[-1]:
+            save(settings.output / BEST, model, record | {"epoch": epoch, "dev_wer": best["wer"]})
+        if epoch - best["epoch"] >= settings.patience:
+            cli.say(f"no lower WER on dev for {settings.patience} epochs: stopping early, after epoch {epoch}")
+            break
     cli.say(
-        f"{time.perf_counter() - started:.0f} s; kept: epoch {best_epoch} for its WER of {best[0]:.3f} on dev; next: "
-        f"--data {settings.data} --evaluate {settings.output}/{BEST}"
+        f"{time.perf_counter() - started:.0f} s; kept: epoch {best['epoch']} for its WER of {best['wer']:.3f} on dev; "
+        f"next: --data {settings.data} --evaluate {settings.output}/{BEST}"
     )
 
 
-def train_epoch(system, samples, optimiser, settings, epoch, bar):
-    """One pass over the samples in an order that depends on seed and epoch alone. Returns what is logged of it."""
-    rng, lines = np.random.default_rng((settings.seed, epoch)), []
-    order = [samples[i] for i in rng.permutation(len(samples))]
-    warmup = settings.warmup * bar.total // settings.epochs  # steps
-    system.model.train()
+def steps_of(model, samples, settings, epoch):
+    """What each step of an epoch takes, in an order that depends on seed and epoch alone."""
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = rng.permutation(len(samples))
     for first in range(0, len(order), settings.batch_size):
-        batch = make_batch(order[first : first + settings.batch_size], system, rng)
-        rate = common.learning_rate(bar.n, bar.total, settings.learning_rate, warmup)
-        lines.append(common.update(optimiser, mean_loss(system.model, batch), rate, settings.clip, bar.n + 1))
-        bar.update()
-    return lines[-1] | {key: np.mean([line[key] for line in lines]) for key in ("loss", "gradient_norm")}
+        batch = make_batch([samples[i] for i in order[first : first + settings.batch_size]], model, rng)
+        yield mean_loss(model, batch)
 
 
 def mean_loss(model, batch):
@@ -543,10 +507,10 @@ def sequence_losses(model, batch):
     return losses / batch.target_lengths.clamp(min=1).to(losses.device), log_probs
 
 
-def save(path, system, record):
-    """The System and the record of its training, in one file that executes nothing."""
-    weights = {key: value.cpu().contiguous() for key, value in system.model.state_dict().items()}
-    about = {"vocabulary": system.vocabulary.words, "features": system.groups, "signers": system.signers}
+def save(path, model, record):
+    """The Student and the record of its training, in one file that executes nothing."""
+    weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    about = {"vocabulary": model.vocabulary, "features": model.groups, "signers": model.signers}
     with files.whole(path) as temporary:
         save_file(weights, temporary, {"about": json.dumps(about | {"training": record})})
 
@@ -564,38 +528,33 @@ class About(files.Shape):
     training: dict[str, Any]
 
 
-def load(path: Path) -> tuple[System, dict]:
-    """(System, record of its training) of a best.safetensors. Raises InputError when it is none."""
+def load(path: Path) -> tuple[Student, dict]:
+    """(Student, record of its training) of a best.safetensors. Raises InputError when it is none."""
     if not path.is_file():
         raise cli.InputError(f"--evaluate {path} is missing, or not a regular file")
-    try:
+    with pretrained.loading(path):
         with safe_open(path, "pt") as file:
             about = files.check_json(About, file.metadata()["about"], path)
             weights = {key.removeprefix("model."): file.get_tensor(key) for key in file.keys()}
-        vocabulary = Vocabulary(about.vocabulary[len(SPECIAL) :])
-        model = Student(about.features, len(vocabulary.words))
+        model = Student(about.features, about.vocabulary, about.signers)
         model.load_state_dict(weights)
-    except cli.InputError:
-        raise
-    except Exception as error:  # of safetensors and of torch, which have their own for a broken file
-        raise cli.InputError(f"--evaluate {path} is no {BEST} of this script: {cli.first_line(error)}") from error
     common.check_finite(model, path)
-    return System(model.to(common.DEVICE), vocabulary, about.features, about.signers), about.training
+    return model.to(common.DEVICE), about.training
 
 
 @torch.no_grad()
-def transcribe(system, samples, batch_size, searches):
+def transcribe(model, samples, batch_size, searches):
     """Mean loss of the possible sequences; of all, in their order: the glosses, and what each search reads."""
-    system.model.eval()
+    model.eval()
     losses, read = [], {}
     ordered = sorted(samples, key=lambda sample: -sample.frames)  # little padding
     for first in tqdm(range(0, len(ordered), batch_size), desc="transcribe", leave=False, disable=None):
-        batch = make_batch(ordered[first : first + batch_size], system)
-        batch_losses, log_probs = sequence_losses(system.model, batch)
+        batch = make_batch(ordered[first : first + batch_size], model)
+        batch_losses, log_probs = sequence_losses(model, batch)
         losses += [loss for loss, sample in zip(batch_losses.tolist(), batch.samples) if sample.possible]
         for row, sample in enumerate(batch.samples):
             frames = log_probs[: batch.lengths[row], row].cpu()  # (T, V)
-            read[sample.id] = [system.vocabulary.decode(search(frames)) for search in searches]
+            read[sample.id] = [[model.vocabulary[id] for id in search(frames)] for search in searches]
     references = [list(sample.glosses) for sample in samples]
     loss = sum(losses) / len(losses) if losses else None
     return loss, references, [list(words) for words in zip(*(read[sample.id] for sample in samples))]
@@ -635,25 +594,23 @@ def beam_search(log_probs, width):
 def evaluate(settings: Settings) -> None:
     """Score one split with a checkpoint, by greedy and beam search; writes results.json. Raises InputError."""
     with files.own(settings.output, COMMAND, "results.json", ["results.json"]):
-        system, training = load(settings.evaluate)
+        model, training = load(settings.evaluate)
         groups = read_features_order(settings.data)
-        if list(groups.items()) != list(system.groups.items()):
-            raise cli.InputError(
-                f"{settings.data} has the features {groups}; {settings.evaluate} needs {system.groups}"
-            )
+        if list(groups.items()) != list(model.groups.items()):
+            raise cli.InputError(f"{settings.data} has the features {groups}; {settings.evaluate} needs {model.groups}")
         samples = read_split(settings.data, settings.split, groups, training["glosses"])
         results = {"written_by": files.signature(COMMAND), "checkpoint": str(settings.evaluate)}
         results |= {"data": str(settings.data), "split": settings.split}
         results |= {"sequences": len(samples), "beam_width": settings.beam_width}
         results["impossible"] = [sample.id for sample in samples if not sample.possible]
-        results |= compare_with_training(settings.split, samples, system)
+        results |= compare_with_training(settings.split, samples, model)
         searches = {"greedy": greedy_search, "beam": partial(beam_search, width=settings.beam_width)}
-        results["loss"], references, read = transcribe(system, samples, settings.batch_size, searches.values())
+        results["loss"], references, read = transcribe(model, samples, settings.batch_size, searches.values())
         for name, hypotheses in zip(searches, read):
             results[name] = wer_with_interval(references, hypotheses, samples, settings.seed)
         lines = zip([sample.id for sample in samples], references, *read)
         results["predictions"] = [dict(zip(("id", "reference", *searches), line)) for line in lines]
-        common.write_json(settings.output / "results.json", results)
+        write_json(settings.output / "results.json", results)
     rows = [(name, [f"{results[name][key]:.3f}" for key in NUMBERS]) for name in searches]
     caption = f"{settings.output / 'results.json'}; interval over {results['greedy']['resampled']}"
     cli.show_table(caption, NUMBERS, rows)
@@ -712,15 +669,14 @@ def write_synthetic(folder, seed, splits=None):
 
 def synthetic_frames(movements, offset, extent, rng):
     """Features of one sequence, float32 (T, 4 x raw): raw, velocity, acceleration, raw once more."""
-    hands = slices(SYNTHETIC)["hands"]
+    left_hand, right_hand = np.array_split(SYNTHETIC["pose"] + np.arange(SYNTHETIC["hands"]), 2)
     rows = []
     for start, end in movements:
         way = np.linspace(0, 1, rng.integers(8, 16))[:, None]  # (T, 1)
         row = offset + extent * (start + way * (end - start))
         row = row + rng.normal(0, 0.5, row.shape)
         if rng.random() < 0.2:
-            lost = rng.integers(2)
-            row[:, np.array_split(np.arange(hands.start, hands.stop), 2)[lost]] = 0
+            row[:, (left_hand, right_hand)[rng.integers(2)]] = 0
         rows.append(row)
     raw = np.concatenate(rows)  # (T, raw)
     velocity = np.diff(raw, axis=0, prepend=raw[:1])

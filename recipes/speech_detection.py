@@ -14,6 +14,7 @@ Shapes: S samples, B clips of a batch, T tokens of a row, V vocabulary, F bins o
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import hashlib
@@ -35,6 +36,7 @@ import data
 import metrics
 from recipes import common
 from support import cli, files, pretrained, sound
+from support.run import write_json
 
 COMMAND = "recipes.speech_detection"
 TINY = "tiny"
@@ -111,8 +113,6 @@ def check(settings):
         raise cli.InputError("give --data: a folder to cut speech from")
     if settings.train == "all" and settings.quantize:
         raise cli.InputError("--quantize nf4 freezes the weights that --train all would train")
-    if len({*settings.seeds}) < len(settings.seeds):
-        raise cli.InputError(f"--seeds {' '.join(map(str, settings.seeds))}: each is one run, so none can stand twice")
     if settings.train == "lora" and settings.model == TINY:
         raise cli.InputError("--model tiny has random weights, and an adapter alone cannot teach it: add --train all")
     cells = len(LETTERS) * len(DURATIONS) * len(SNRS)
@@ -199,7 +199,11 @@ class Clip(files.Shape):
 class Source:
     name: str
     group: str
-    read: callable  # () -> (S,)
+    recording: Callable[[], bytes]
+
+    def read(self):
+        """(S,). Of a lower rate the empty upper band would tell the class."""
+        return sound.read_audio(self.recording, lowest_rate=data.SAMPLE_RATE)
 
 
 def make_clips(settings):
@@ -209,7 +213,8 @@ def make_clips(settings):
     speaker or a sound is in both splits.
     """
     rng = np.random.default_rng(settings.clip_seed)
-    speech = split_sources(speech_sources(settings.data), settings, rng)
+    utterances = [u for split in SPLITS for u in data.read_corpus(settings.data, split) if u.samples >= SHORTEST]
+    speech = split_sources([Source(u.id, u.speaker, u.recording) for u in utterances], settings, rng)
     sounds = split_sources(sound_sources(settings.sounds), settings, rng) if settings.sounds else None
     clips = []
     with files.whole(settings.output / "clips") as folder:
@@ -226,38 +231,23 @@ def make_clips(settings):
     return clips
 
 
-def speech_sources(corpus):
-    """Utterances of both parts of the corpus that are long enough for the longest clip."""
-    utterances = [u for split in SPLITS for u in data.read_corpus(corpus, split)]
-    return [Source(u.id, u.speaker, partial(speech_of, u)) for u in utterances if u.samples >= SHORTEST]
-
-
-def speech_of(utterance):
-    """(S,). Raises InputError, naming the utterance, for a rate whose empty upper band would tell the class."""
-    try:
-        return sound.read_audio(utterance.recording, data.SAMPLE_RATE)
-    except cli.InputError as error:
-        raise cli.InputError(f"{utterance.id}: {error}") from error
-
-
-def sound_sources(folder: Path) -> list[Source]:
-    """Sounds of one's own; each file is a group of its own. Raises InputError naming every file that cannot be used."""
-
-    def read(path):
-        name, wave = str(path.relative_to(folder)), partial(sound.read_audio, partial(files.read_bytes, path))
-        try:
-            samples = len(wave(data.SAMPLE_RATE))
-        except cli.InputError as error:
-            raise cli.InputError(f"{path}: {error}") from error
-        if samples < SHORTEST:
-            raise cli.InputError(f"{path}: shorter than the longest clip, {DURATIONS[-1]:,} ms")
-        return Source(name, name, wave)
-
-    return common.every(sound.sound_files(folder), read, f"files of {folder}")
+def sound_sources(folder):
+    """Sounds of one's own; each file is a group of its own."""
+    names = {str(path.relative_to(folder)): path for path in sound.sound_files(folder)}
+    return [Source(name, name, partial(files.read_bytes, path)) for name, path in names.items()]
 
 
 def split_sources(sources, settings, rng):
-    """{split: its sources in random order}. No group is in both; the test part gets its share of the clips."""
+    """{split: its sources in random order}. No group is in both; the test part gets its share of the clips.
+
+    Raises InputError naming every source that cannot be used.
+    """
+
+    def check(source):
+        if len(source.read()) < SHORTEST:
+            raise cli.InputError(f"shorter than the longest clip, {DURATIONS[-1]:,} ms")
+
+    common.every([(source.name, source) for source in sources], check, "recordings")
     groups = sorted({source.group for source in sources})
     if len(groups) < len(SPLITS):
         raise cli.InputError(f"{len(groups)} speakers or files of at least {DURATIONS[-1]:,} ms: two are needed")
@@ -283,8 +273,8 @@ def one_clip(split, number, speakers, others, kinds, rng):
     masking = str(rng.choice(MASKING))
     samples = duration * data.SAMPLE_RATE // 1000
     if kind in DRAWN:
-        source = Source(f"{kind}-{split}-{number}", f"{kind}-{split}-{number}", None)
-        sound = wave = DRAWN[kind](samples, rng)
+        source = Source(f"{kind}-{split}-{number}", f"{kind}-{split}-{number}", bytes)
+        original = wave = DRAWN[kind](samples, rng)
     else:
         source = next(others if kind == "sound" else speakers, None)
         if source is None:
@@ -292,10 +282,10 @@ def one_clip(split, number, speakers, others, kinds, rng):
                 f"too few recordings of at least {DURATIONS[-1]:,} ms for the {split} clips of kind {kind}: each is "
                 f"used once; lower --train-clips and --test-clips"
             )
-        sound = source.read()
-        wave = loudest(sound, samples)
+        original = source.read()
+        wave = loudest(original, samples)
         wave = _scrambled(wave, rng) if kind == "scrambled" else wave
-    digest = hashlib.sha256(sound.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(original.tobytes()).hexdigest()[:16]
     about = {"id": f"{split}-{number:05d}", "split": split, "label": label, "kind": kind, "source": source.name}
     about |= {"group": source.group, "duration": duration, "snr": snr, "masking": masking, "sound": digest}
     return Clip(**about), normalise(add_noise(wave, DRAWN[masking](samples, rng), snr), source.name)
@@ -349,14 +339,12 @@ def load_base(name, train, quantize=None):
     name: folder or hub id; train: "lora" or "all"; quantize: None, or "nf4" for the language model's layers. Raises
     InputError when the checkpoint cannot be loaded.
     """
-    folder, kind = common.find(name), transformers.Qwen2AudioForConditionalGeneration
-    with pretrained.loading(folder):
-        processor = transformers.Qwen2AudioProcessor.from_pretrained(folder)
-        # Generating continues the last column: with padding on the right it would continue padding.
-        processor.tokenizer.padding_side = "left"
+    classes = transformers.Qwen2AudioForConditionalGeneration, transformers.Qwen2AudioProcessor
     dtype = torch.bfloat16 if common.DEVICE == "cuda" and train == "lora" else torch.float32
-    network = common.load(kind, folder, dtype, bool(quantize), UNQUANTISED)
-    common.check_ids(processor.tokenizer.get_vocab().values(), network.get_input_embeddings().num_embeddings, folder)
+    network, processor = common.load(*classes, name, dtype, bool(quantize), UNQUANTISED)
+    common.check_ids(processor.tokenizer.get_vocab().values(), network.get_input_embeddings().num_embeddings, name)
+    # Generating continues the last column: with padding on the right it would continue padding.
+    processor.tokenizer.padding_side = "left"
     return network, processor
 
 
@@ -384,7 +372,7 @@ def new_model(settings, seed):
 def save_trained(network, processor, folder, record):
     """The adapter in PEFT's format, or the whole checkpoint; with settings.json, whose content record is."""
     common.save(network, folder / "final", processor if record["train"] == "all" else None)
-    common.write_json(folder / "settings.json", record)
+    write_json(folder / "settings.json", record)
 
 
 class Trained(files.Shape):
@@ -489,11 +477,11 @@ def losses(network, processor, settings, waves, step):
         yield [clip.id for clip in part], summed / len(step)
 
 
-def train(network, processor, clips, settings, seed, log):
+def train(network, processor, clips, settings, seed, folder):
     """Train on the clips of the train split, --batch-size x --accumulation of them a step."""
     waves = {clip.id: wave_of(clip, settings.output) for clip in clips}
     parts = partial(losses, network, processor, settings, waves)
-    common.train(network, clips, settings.batch_size * settings.accumulation, parts, settings, seed, log)
+    common.fine_tune(network, clips, settings.batch_size * settings.accumulation, parts, settings, seed, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -655,12 +643,12 @@ def run(settings: Settings) -> None:
             folder = settings.output / f"seed-{seed}"
             folder.mkdir(exist_ok=True)
             network, processor = new_model(settings, seed)
-            train(network, processor, train_clips, settings, seed, folder / "log.jsonl")
+            train(network, processor, train_clips, settings, seed, folder)
             save_trained(network, processor, folder, record)
             probabilities = classify(network, processor, waves, settings.batch_size)
             runs[seed] = list(map(describe, test_clips, probabilities, baseline))
             common.write_lines(folder / "predictions.jsonl", runs[seed])
-        common.write_json(settings.output / "results.json", show_results(runs))
+        write_json(settings.output / "results.json", show_results(runs))
 
 
 def main() -> None:

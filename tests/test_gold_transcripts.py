@@ -3,14 +3,14 @@
 from collections import Counter
 import itertools
 import json
-import shutil
+from pathlib import Path
 import sys
 
-from conftest import fifo, read_lines
+from conftest import read_lines
 import numpy as np
 from peft import PeftModel
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 import soundfile
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
@@ -66,13 +66,13 @@ def test_a_transcript_joins_runs_and_keeps_letters_that_a_blank_parts(recogniser
 @pytest.mark.parametrize(
     "text, kept, lost",
     [
-        ("He's here, isn't he?", "HE'S HERE ISN'T HE", {}),
-        ("don’t — “stop”", "DON'T STOP", {}),
-        ("Room 12, déjà vu", "ROOM DJ VU", {"1": 1, "2": 1, "É": 1, "À": 1}),
+        ("He's here, isn't he?", "HE'S HERE ISN'T HE", ""),
+        ("don’t — “stop”", "DON'T STOP", ""),
+        ("Room 12, déjà vu", "ROOM DJ VU", "12ÉÀ"),
     ],
 )
-def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_counted(recogniser, text, kept, lost):
-    assert recogniser.normalise(text) == (kept, Counter(lost))
+def test_text_is_brought_into_the_alphabet_and_what_is_lost_is_said(recogniser, text, kept, lost):
+    assert recogniser.normalise(text) == (kept, lost)
 
 
 def test_targets_are_the_real_tokenizers_and_small_letters_where_it_has_small_ones(recogniser):
@@ -82,12 +82,7 @@ def test_targets_are_the_real_tokenizers_and_small_letters_where_it_has_small_on
         )
     recogniser.letters = {symbol.lower(): id for symbol, id in recogniser.letters.items()}
     recogniser.capitals = False
-    assert recogniser.normalise("It's ME") == ("it's me", Counter())
-
-
-def test_a_clips_transcript_does_not_depend_on_those_beside_it(recogniser):
-    samples = [sample("short", 0.8), sample("long", 2.0, seed=1)]
-    assert recogniser.transcribe(samples, "") == [recogniser.transcribe([one], "")[0] for one in samples]
+    assert recogniser.normalise("It's ME") == ("it's me", "")
 
 
 def update_once(recogniser, batch, rate=0.0, clip=1.0):
@@ -181,11 +176,10 @@ def test_gold_is_rejected_with_its_reason_and_nothing_empty_is_sent(recogniser, 
     llm = FakeLlm({transcript: answer for transcript, (answer, _, _) in expected.items()})
     given = settings("--audio-dir", "x", "--output", tmp_path, "--llm-batch", 3, "--max-distance", 0.25)
     samples = [sample(str(i), human=None) for i in range(len(expected))]
-    lines, lost = recipe.write_gold(samples, list(expected), recogniser, llm, given)
+    lines = recipe.write_gold(samples, list(expected), recogniser, llm, given)
     assert sorted(llm.asked) == sorted(expected)[1:]
     assert {line["baseline"]: (line["answer"], line["gold"], line["verdict"]) for line in lines} == expected
     assert [line["distance"] for line in lines[:3]] == [0.5, 0.25, 2.5]
-    assert lost == {"1": 1, "2": 1}
     assert read_lines(tmp_path / "gold.jsonl") == lines
 
 
@@ -279,64 +273,27 @@ def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
     assert recipe.compare(lines[2:], "human", "baseline", "tuned") is None
 
 
-def test_a_run_with_an_llm_freezes_its_gold_and_scores_against_it(corpus, folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "how, references, said",
+    [
+        ("--llm echo --max-distance 100", {"gold", "human"}, "which hears nothing"),
+        ("--oracle", {"human"}, recipe.ORACLE),
+    ],
+)
+def test_a_run_freezes_its_gold_and_says_what_it_is(how, references, said, corpus, folder, monkeypatch, capsys):
     class Echo:
         def __init__(self, *_):
             self.rewrite = lambda transcripts: [f"{transcript} A" for transcript in transcripts]
 
     monkeypatch.setattr(recipe, "Llm", Echo)
-    out, models = tmp_path / "out", ["--recogniser", folder, "--llm", "echo", "--max-distance", 100, "--epochs", 1]
-    recipe.run(settings("--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--output", out))
-    results = json.loads((out / "evaluation_results.json").read_text())
+    sizes = ["--limit", 20, "--validation", 0.5, "--epochs", 1]
+    recipe.run(settings("--data", corpus, "--recogniser", folder, *sizes, *how.split()))
+    results = json.loads(Path("out-gold/evaluation_results.json").read_text())
     gold, held_out = (
-        {line["id"]: line["gold"] for line in read_lines(out / f"{n}.jsonl")} for n in ("gold", "held_out")
+        {line["id"]: line["gold"] for line in read_lines(Path(f"out-gold/{name}.jsonl"))}
+        for name in ("gold", "held_out")
     )
     assert len(gold) == 20 and len(held_out) == results["counts"]["held_out"] == 10
     assert held_out.items() <= gold.items()
-    assert set(results["held_out"]["all"]) == {"gold", "human"} and results["gold_quality"]["training"]["samples"]
-    assert "hears nothing" in results["gold"] and "how good the gold is" in capsys.readouterr().out
-
-
-def test_a_run_without_an_llm_says_oracle_everywhere(corpus, folder, tmp_path, capsys):
-    out, models = tmp_path / "out", ["--oracle", "--recogniser", folder, "--epochs", 1]
-    recipe.run(settings("--data", corpus, "--limit", 20, "--validation", 0.5, *models, "--output", out))
-    results = json.loads((out / "evaluation_results.json").read_text())
-    assert results["gold"] == recipe.ORACLE and recipe.ORACLE in capsys.readouterr().out
-    assert results["counts"]["training"] + results["counts"]["held_out"] == 20
-
-
-def large_id(copy):
-    path = copy / "vocab.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"E": 5000}))
-
-
-def not_a_number(copy):
-    weights = load_file(copy / "model.safetensors")
-    weights["lm_head.weight"][3, 5] = np.nan
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-
-
-REFUSED = [  # what becomes of the recogniser's folder, the command line, and what is said
-    (large_id, "--data CORPUS --oracle --recogniser COPY", "has the id 5,000, its weights end with 31"),
-    (not_a_number, "--data CORPUS --oracle --recogniser COPY", "lm_head.weight holds values that are not finite"),
-    (lambda f: fifo(f / "model.safetensors"), "--data CORPUS --oracle --recogniser COPY", "is not a regular file"),
-    (None, "--data CORPUS --oracle --output COPY", "says that recipes.gold_transcripts wrote it"),
-    (None, "--audio-dir x --oracle", "--audio-dir has none"),
-]
-
-
-@pytest.mark.parametrize("spoil, arguments, message", REFUSED)
-def test_what_cannot_be_used_is_said_in_one_line(
-    spoil, arguments, message, corpus, folder, tmp_path, monkeypatch, capsys
-):
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "gold.jsonl").write_text("somebody's")
-    if spoil:
-        spoil(copy)
-    line = arguments.replace("CORPUS", str(corpus)).replace("COPY", str(copy)).split()
-    monkeypatch.setattr(sys, "argv", ["gold_transcripts", *line])
-    with pytest.raises(SystemExit) as ended:
-        cli.run_script("gold_transcripts", recipe.main)
-    said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and message in said and said.count("\n") == 0, said
-    assert (copy / "gold.jsonl").read_text() == "somebody's"
+    assert set(results["held_out"]["all"]) == references and bool(results["gold_quality"]) == ("gold" in references)
+    assert said in results["gold"] and said in capsys.readouterr().out

@@ -2,14 +2,12 @@
 
 from collections import Counter
 import json
-import shutil
 import sys
 
 from conftest import read_lines
 import numpy as np
 from peft import LoraConfig, get_peft_model
 import pytest
-from safetensors.torch import load_file, save_file
 import soundfile
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
@@ -165,6 +163,7 @@ def test_forward_logits_under_the_same_prompt_agree_with_constrained_generation(
     network.eval()
     generated = recipe.classify(network, processor, waves(clips), 3)
     ids, forward = recipe.letter_ids(processor.tokenizer), []
+    assert all(len(tokens) == 2 for tokens in ids.values())  # of each way of writing it: plain, and after a space
     for wave in waves(clips):
         with torch.no_grad():
             logits = network(**recipe.read_clips(processor, [wave])).logits[0, -1]
@@ -183,17 +182,6 @@ def test_an_answer_does_not_depend_on_the_clips_beside_it(model, clips):
     assert recipe.classify(network, processor, mixed, 12) != pytest.approx(alone, abs=1e-5)
 
 
-def test_all_ways_of_writing_a_letter_are_summed(model, clips):
-    network, processor = model
-    ids = recipe.letter_ids(processor.tokenizer)
-    assert all(len(tokens) == 2 for tokens in ids.values())  # plain and after a space
-    assert {processor.tokenizer.decode(t).strip() for t in ids["SPEECH"]} == {"A"}
-    before = recipe.classify(network, processor, waves(clips, 1), 1)[0]
-    with torch.no_grad():  # the score of " A" rises alone; the probability of SPEECH has to rise with it
-        network.lm_head.weight[max(ids["SPEECH"])] = network.lm_head.weight[min(ids["SPEECH"])] * 3
-    assert recipe.classify(network, processor, waves(clips, 1), 1)[0] != pytest.approx(before, abs=1e-4)
-
-
 def test_one_threshold_on_flatness_solves_the_task_as_it_was_published(speech, tmp_path):
     clips = make(tmp_path, speech, kinds=("white",), train_clips=2 * CELL)
     train, test = ([clip for clip in clips if clip.split == split] for split in recipe.SPLITS)
@@ -205,8 +193,8 @@ def test_an_update_does_not_depend_on_how_its_clips_are_batched(base, clips, tmp
     logs, fixed = [], {"epochs": 1, "warmup": 0.0, "learning_rate": 1e-3, "output": clips[1]}
     for batch_size, accumulation in ((8, 1), (2, 4)):
         given = recipe.Settings(batch_size=batch_size, accumulation=accumulation, **fixed)
-        recipe.train(*recipe.load_base(base, "all"), clips[0][:16], given, 0, tmp_path / "log")
-        logs.append(read_lines(tmp_path / "log"))
+        recipe.train(*recipe.load_base(base, "all"), clips[0][:16], given, 0, tmp_path)
+        logs.append(read_lines(tmp_path / "log.jsonl"))
     rates = [common.learning_rate(step, 2, peak=1e-3, warmup=0) for step in range(2)]
     assert [line["learning_rate"] for line in logs[0]] == rates and rates[1] < rates[0]
     for one, other in zip(*logs, strict=True):
@@ -245,37 +233,3 @@ def test_a_run_keeps_what_it_answered_and_its_model_answers_and_is_compared(spee
     assert "A - B +0.000, 95 % +0.000 to +0.000, p = 1" in said_by(monkeypatch, capsys, "--compare", *runs)[1]
     common.write_lines(output / "predictions.jsonl", [lines[0] | {"sound": "x"}, *lines[1:]])
     assert "were tested on other clips" in said_by(monkeypatch, capsys, "--compare", runs[0], output)[1]
-
-
-def not_a_number(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights[next(name for name in weights if "q_proj.weight" in name)][3, 5] = np.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def larger_vocabulary(folder):
-    text = json.loads((folder / "tokenizer.json").read_text())
-    text["added_tokens"].append(text["added_tokens"][-1] | {"id": 5000, "content": "<|more|>"})
-    (folder / "tokenizer.json").write_text(json.dumps(text))
-
-
-SMALL = f"--data SPEECH --model BASE --train all --train-clips {CELL} --test-clips {CELL}"
-REFUSED = [  # what becomes of a checkpoint's folder, the command line, and what is said
-    (not_a_number, SMALL, "q_proj.weight holds values that are not finite"),
-    (larger_vocabulary, SMALL, "its vocabulary has the id"),
-    (lambda f: (f / "clips.jsonl").touch(), SMALL + " --output BASE", "says that recipes.speech_detection wrote it"),
-    (lambda f: noise(f / "low.wav", 0.5, 8000), "--trained BASE --audio BASE/low.wav", "8,000 Hz is below 16,000 Hz"),
-    (lambda f: noise(f / "a.wav", 0.5), SMALL + " --sounds BASE", "a.wav: shorter than the longest clip"),
-    (None, "--data . --train-clips 100", f"multiple of {CELL}"),
-    (None, "--data . --train all --quantize nf4", "--quantize nf4 freezes"),
-]
-
-
-@pytest.mark.parametrize("spoil, arguments, message", REFUSED)
-def test_what_cannot_be_used_is_an_error(spoil, arguments, message, speech, base, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(base, tmp_path / "base")
-    if spoil:
-        spoil(folder)
-    line = arguments.replace("SPEECH", str(speech)).replace("BASE", str(folder)).split()
-    code, said = said_by(monkeypatch, capsys, *line)
-    assert code == 2 and message in said, said
