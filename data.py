@@ -138,13 +138,8 @@ def read_folder(root: Path, split: str) -> Reader:
     with this one. Of an utterance it must know id, recording, length, speaker, and scores or words or both: what has no
     scores gives no APA example, what has no words no MDD example. Another corpus is another such function.
     """
-    needed = [root / "resource" / "scores.json", root / split / "wav.scp", root / split / "utt2spk"]
-    if missing := [str(path) for path in needed if not path.is_file()]:
-        raise cli.InputError(
-            f"{root} is not a speechocean762 folder with split {split!r}: {', '.join(missing)} missing"
-        )
-    records, recordings, speakers = _read_records(needed[0]), _read_list(needed[1]), _read_list(needed[2])
-    for id, path in recordings.items():
+    records, speakers = _read_records(root / "resource" / "scores.json"), _read_list(root / split / "utt2spk")
+    for id, path in _read_list(root / split / "wav.scp").items():
         recording = partial(files.read_bytes, str(root / path))
         yield id, partial(_utterance, id, recording, records.get(id), speakers.get(id))
 
@@ -355,28 +350,29 @@ class Example:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-class Examples(Sequence):
-    """The examples of a corpus, one an utterance and task (paper 4.2), each made when it is asked for.
+def make_examples(
+    utterances: Sequence[Utterance], tokenizer: Tokenizer, audio_id: int, longest: int = cli.LARGEST
+) -> list[Example]:
+    """The examples of a corpus, one an utterance and task (paper 4.2).
 
-    Their token ids would take several times the memory of the corpus' labels.
+    Raises InputError where one has more than `longest` tokens: nothing is cut.
     """
-
-    def __init__(self, utterances: Sequence[Utterance], tokenizer: Tokenizer, audio_id: int) -> None:
-        self.utterances, self.tokenizer, self.audio_id = utterances, tokenizer, audio_id
-        self.pairs = [(utterance, task) for utterance in utterances for task in utterance.tasks]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Example:
-        utterance, task = self.pairs[index]
-        if task == "APA":
-            answer = prompts.apa_target(utterance.scores)
-        else:
-            answer = prompts.mdd_target(utterance.text, utterance.heard)
-        prompt_ids = encode_prompt(utterance, task, self.tokenizer, self.audio_id)
-        answer_ids = self.tokenizer.encode(answer + prompts.END, add_special_tokens=False)
-        return Example(utterance, task, prompt_ids, answer_ids)
+    examples = []
+    for utterance in utterances:
+        for task in utterance.tasks:
+            apa = task == "APA"
+            answer = (
+                prompts.apa_target(utterance.scores) if apa else prompts.mdd_target(utterance.text, utterance.heard)
+            )
+            answer_ids = tokenizer.encode(answer + prompts.END, add_special_tokens=False)
+            examples.append(Example(utterance, task, encode_prompt(utterance, task, tokenizer, audio_id), answer_ids))
+    if long := [example for example in examples if len(example) > longest]:
+        worst = max(long, key=len)
+        raise cli.InputError(
+            f"{len(long)} examples are longer than --max-tokens {longest:,}, such as {worst.utterance.id} "
+            f"({worst.task}) with {len(worst):,}: raise it, or take them out of the corpus"
+        )
+    return examples
 
 
 def encode_prompt(
@@ -404,19 +400,16 @@ def encode_score_slots(tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]
         tokenizer.encode(prompts.apa_target(dict.fromkeys(prompts.SCORES, value)), add_special_tokens=False)
         for value in range(low, high + 1)
     ]
-    slots = [i for i, (a, b) in enumerate(zip(answers[0], answers[1])) if a != b]
-    values = [answer[slots[0]] for answer in answers]
-    expected = [list(answers[0]) for _ in answers]
-    for answer, value in zip(expected, values):
-        for slot in slots:
-            answer[slot] = value
-    if len(slots) != len(prompts.SCORES) or answers != expected or len(set(values)) != len(values):
+    columns = [*zip(*answers)]  # the tokens at each position
+    slots = [i for i, column in enumerate(columns) if len({*column}) > 1]
+    values = columns[slots[0]]
+    alike = len({*map(len, answers)}) == 1 and [columns[i] for i in slots] == [values] * len(prompts.SCORES)
+    if not alike or len({*values}) < len(values):
         raise cli.InputError(
-            f"expected scoring reads one token for each score, and this model's tokenizer does not "
-            f"write each of {low} to {high} as one token: use --scoring greedy"
+            f"this tokenizer does not write each score from {low} to {high} as one token: use --scoring greedy"
         )
     starts = [0, *(slot + 1 for slot in slots)]
-    return [answers[0][start:slot] for start, slot in zip(starts, slots)], values
+    return [answers[0][start:slot] for start, slot in zip(starts, slots)], [*values]
 
 
 @dataclass

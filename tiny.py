@@ -35,7 +35,6 @@ from support.later import when_used
 
 with when_used():
     import peft
-    from safetensors import torch as safetensors
     import tokenizers
     from tokenizers import pre_tokenizers
     import torch
@@ -170,13 +169,12 @@ def learner_speech(rng: np.random.Generator, voice: Voice) -> tuple[dict, np.nda
                 else:
                     spoken = str(rng.choice([p for p in PHONES if p != phone]))
                     quality = {"breath": 0.55, "shift": rng.choice((0.96, 1.04))}  # a substitute sounds slightly off
-                label = {"canonical-phone": phone, "index": index, "pronounced-phone": spoken or "<DEL>"}
-                mispronunciations.append(label)
+                mispronunciations.append({"index": index, "pronounced-phone": spoken or "<DEL>"})
             if spoken:
                 seconds.append(0.105 * voice.rate * math.exp(rng.normal(0, 0.05 + 0.25 * unevenness)))
                 gains.append(0.85 * math.exp(rng.normal(0, 0.05 + 0.3 * unevenness)))
                 sounds.append(Sound(spoken, float(np.clip(seconds[-1], 0.05, 0.25)), gains[-1], **quality))
-        records.append(_word_record(word, canonical, mispronunciations))
+        records.append({"text": word, "phones": canonical, "mispronunciations": mispronunciations})
         if rng.uniform() < 0.15 + 0.8 * hesitation:
             pause = rng.uniform(0.05, 0.1) + 0.4 * hesitation * rng.uniform()
             pauses += pause
@@ -190,20 +188,11 @@ def learner_speech(rng: np.random.Generator, voice: Voice) -> tuple[dict, np.nda
         "prosodic": _score(10 - 11 * spread),
     }
     scores["total"] = _score(0.5 * scores["accuracy"] + 0.25 * scores["fluency"] + 0.25 * scores["prosodic"])
-    record = {"text": " ".join(words), **scores, "completeness": 10.0, "words": records}
-    return record, synthesise(sounds, voice, rng)[0]
+    return {"text": " ".join(words), **scores, "words": records}, synthesise(sounds, voice, rng)[0]
 
 
 def _score(value):
     return int(np.clip(round(value), *prompts.SCORE_RANGE))
-
-
-def _word_record(word, canonical, mispronunciations):
-    wrong = {label["index"] for label in mispronunciations}
-    accuracies = [0.0 if index in wrong else 2.0 for index in range(len(canonical))]
-    accuracy = round(10 * (1 - len(wrong) / len(canonical)))
-    scores = {"accuracy": accuracy, "stress": 10, "total": accuracy, "phones-accuracy": accuracies}
-    return {"text": word, "phones": canonical, **scores, "mispronunciations": mispronunciations}
 
 
 def write_corpus(
@@ -213,8 +202,9 @@ def write_corpus(
     seed: int,
     speech: Callable[[np.random.Generator, Voice], tuple[dict, np.ndarray]] = learner_speech,
 ) -> None:
-    """Write a corpus folder in the release's layout. speakers: {"train": number, "test": number}; none is in both.
+    """Write a corpus folder in the release's layout: what data.py reads of it, and who the speakers are.
 
+    speakers: {"train": number, "test": number}; none is in both.
     speech: makes one utterance, as learner_speech does.
     """
     rng = np.random.default_rng((seed, 1))
@@ -225,7 +215,6 @@ def write_corpus(
             number += 1
             speaker, voice = f"{number:04d}", new_voice(rng)
             ids = [f"{speaker}{i:05d}" for i in range(1, per_speaker + 1)]
-            lines["spk2utt"].append(f"{speaker} {' '.join(ids)}")
             lines["spk2age"].append(f"{speaker}\t{rng.integers(6, 44)}")
             lines["spk2gender"].append(f"{speaker}\t{'f' if voice.pitch > 165 else 'm'}")
             (root / "WAVE" / f"SPEAKER{speaker}").mkdir(parents=True)
@@ -234,7 +223,6 @@ def write_corpus(
                 path = f"WAVE/SPEAKER{speaker}/{id}.WAV"
                 soundfile.write(root / path, wave, data.SAMPLE_RATE, format="WAV", subtype="PCM_16")
                 lines["wav.scp"].append(f"{id}\t{path}")
-                lines["text"].append(f"{id}\t{records[id]['text']}")
                 lines["utt2spk"].append(f"{id} {speaker}")
         (root / split).mkdir()
         for name, content in lines.items():
@@ -417,11 +405,8 @@ class Pretraining:
         return data.Example(None, "pretraining", prompt, self.encode(answer + prompts.END))
 
 
-def write_model(folder: Path, steps: int, seed: int, clips: int = 3000, bare_names: bool = False) -> None:
-    """Pretrain a tiny model and write it as a checkpoint folder in the real format.
-
-    bare_names: of the speech adapter's weights, as transformers' converter writes them; Microsoft's have PEFT's prefix.
-    """
+def write_model(folder: Path, steps: int, seed: int, clips: int = 3000) -> None:
+    """Pretrain a tiny model and write it as a checkpoint folder in the real format."""
     pretrained.quieten()
     torch.manual_seed(seed)
     tokenizer, extractor = new_tokenizer(), transformers.Phi4MultimodalFeatureExtractor()
@@ -436,10 +421,6 @@ def write_model(folder: Path, steps: int, seed: int, clips: int = 3000, bare_nam
     # The real adapter lists suffixes, which name modules of the audio encoder too: model.py must not fall for it.
     speech.peft_config["default"].target_modules = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     speech.save_pretrained(folder / pretrained.SPEECH_ADAPTER)
-    if bare_names:
-        weights = peft.get_peft_model_state_dict(speech, save_embedding_layers=False)
-        weights = {name.removeprefix(pretrained.PEFT_PREFIX): weight for name, weight in weights.items()}
-        safetensors.save_file(weights, folder / pretrained.SPEECH_ADAPTER / pretrained.ADAPTER_FILE)
     speech.unload().save_pretrained(folder)
 
 
@@ -469,12 +450,7 @@ def main() -> None:
     for folder in (corpus, model):
         if os.path.lexists(folder):
             raise cli.InputError(f"{folder} exists already: remove it or choose another --output")
-    try:
-        model.mkdir(parents=True)
-    except OSError as error:
-        raise cli.InputError(
-            f"cannot write into {settings.output}: {error.strerror}; choose another --output"
-        ) from error
+    model.mkdir(parents=True)
     write_corpus(corpus, speakers, settings.per_speaker, settings.seed)
     cli.say(f"{corpus}: {data.describe(data.read_corpus(corpus, 'train'))}")
     write_model(model, settings.steps, settings.seed)

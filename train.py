@@ -15,7 +15,6 @@ import importlib.metadata
 import math
 from pathlib import Path
 import random
-import shutil
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -113,26 +112,14 @@ def check(settings: Settings) -> None:
         raise cli.InputError(f"--speech-adapter continue trains the shipped adapter as it is: leave out {lora[0]}")
     if nf4 and s.strategy != "lora":  # 4 bits hold no small step, and an encoder would learn their rounding
         raise cli.InputError(f"--quantize nf4 does not go with --strategy {s.strategy}: use --strategy lora")
-    if s.micro_batch and s.micro_batch > s.batch_size * s.accumulation:
-        raise cli.InputError(
-            f"--micro-batch {s.micro_batch} is more than a step has: --batch-size {s.batch_size} x --accumulation "
-            f"{s.accumulation}"
-        )
     for name, source in (("data_revision", s.data), ("revision", s.model)):
         if cli.given(name) and Path(source).is_dir():
             raise cli.InputError(f"{cli.flag(name)} {getattr(s, name)} is of a hub id, and {source} is a folder")
     if s.patience and not s.validation:
         raise cli.InputError(f"--patience {s.patience} needs held-out speakers: add --validation 0.1")
-    flash = s.attention == "flash_attention_2"
-    if flash and (s.dtype or models.default_dtype()) == "float32":
-        raise cli.InputError(
-            "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (a CPU's default)"
-        )
-    if s.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise cli.InputError("--compile needs a C++ compiler where there is no GPU, and finds none: install g++")
-    for needed, package in ((s.track, s.track), (nf4, "bitsandbytes"), (flash, "flash_attn")):
-        if needed:
-            cli.need(package)
+    flash = "flash_attn" if s.attention == "flash_attention_2" else None
+    for package in filter(None, (s.track, s.quantize and "bitsandbytes", flash)):
+        cli.need(package)
 
 
 def resolve(settings: Settings) -> None:
@@ -229,7 +216,10 @@ def train(settings: Settings) -> None:
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(settings.seed)
         model = build_model(settings)
-        examples, held_out = (make_examples(part, model, settings.max_tokens) for part in (chosen, held_out))
+        examples, held_out = (
+            data.make_examples(part, model.tokenizer, model.audio_id, settings.max_tokens)
+            for part in (chosen, held_out)
+        )
         pretrained.check_hearing(model, chosen)
         # From here on each process has random numbers of its own: dropout differs, the weights do not
         torch.manual_seed(settings.seed + (cli.process_rank() << 32))
@@ -327,28 +317,13 @@ def build_model(settings: Settings) -> "models.SpeechModel":
     return model
 
 
-def make_examples(utterances: list[data.Utterance], model: "models.SpeechModel", longest: int) -> data.Examples:
-    """Examples of the utterances. Raises InputError naming those of more than `longest` tokens."""
-    examples = data.Examples(utterances, model.tokenizer, model.audio_id)
-    if long := [f"{e.utterance.id} ({e.task}) has {len(e):,}" for e in examples if len(e) > longest]:
-        named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
-        raise cli.InputError(
-            f"{len(long)} examples are longer than --max-tokens {longest:,}: {named}; raise it, or take them out of "
-            f"the corpus"
-        )
-    return examples
-
-
-def validate(model: "models.SpeechModel", examples: data.Examples, size: int) -> float:
+def validate(model: "models.SpeechModel", examples: list[data.Example], size: int) -> float:
     """Loss per supervised token on held-out speakers, to choose an epoch by without the test part; collective."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]))[
-        cli.process_rank() :: processes.count()
-    ]
     loss = supervised = 0
     model.eval()
     with torch.no_grad(), autocast(), torch.compiler.set_stance("force_eager"):  # compiled: for the training step
-        for start in range(0, len(order), size):
-            batch = data.collate([examples[index] for index in order[start : start + size]], model.pad_id)
+        for own in data.micro_batches(examples, size, cli.process_rank(), processes.count()):
+            batch = data.collate(own, model.pad_id)
             loss += float(model.loss(batch, model.hear(batch.utterances)))
             supervised += int((batch.labels != data.IGNORE).sum())
     model.train()

@@ -40,7 +40,7 @@ class Settings:
 
 def answer_tokens(model, utterances, task):
     """Tokens of the longest right answer."""
-    examples = data.Examples(utterances, model.tokenizer, model.audio_id)
+    examples = data.make_examples(utterances, model.tokenizer, model.audio_id)
     place = prompts.TASKS.index(task)
     return max(len(examples[len(prompts.TASKS) * i + place].answer_ids) for i in range(len(utterances)))
 

@@ -198,7 +198,7 @@ def measure(name, corpus, full):
     model = new_model(name, full, workload.texts_of(utterances))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # building the model is not measured
-    pairs = data.Examples(utterances, model.tokenizer, model.audio_id)
+    pairs = data.make_examples(utterances, model.tokenizer, model.audio_id)
     examples = [pairs[2 * i + i % 2] for i in np.random.default_rng(SEED).permutation(len(utterances))]
     contestant, how = CONTESTANTS[name]
     with tempfile.TemporaryDirectory() as folder:

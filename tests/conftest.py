@@ -137,7 +137,7 @@ def new_model(checkpoint):
 @pytest.fixture(scope="session")
 def examples(checkpoint, utterances):
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", "none")
-    return list(data.Examples(utterances, model.tokenizer, model.audio_id))
+    return data.make_examples(utterances, model.tokenizer, model.audio_id)
 
 
 def settings(patch, *arguments):

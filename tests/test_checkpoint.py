@@ -47,13 +47,9 @@ def bare(checkpoint, tmp_path_factory):
 # The speech adapter
 
 
-def test_a_converters_names_lack_the_prefix_and_nothing_else(checkpoint, bare, tmp_path):
+def test_the_speech_adapter_lists_suffixes_as_microsofts_does(checkpoint):
     config = json.loads((checkpoint / pretrained.SPEECH_ADAPTER / "adapter_config.json").read_text())
-    assert sorted(config["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]  # as Microsoft's
-    tiny.write_model(tmp_path, steps=1, seed=0, clips=8, bare_names=True)
-    file = f"{pretrained.SPEECH_ADAPTER}/{pretrained.ADAPTER_FILE}"
-    written, expected = load_file(tmp_path / file), load_file(bare / file)
-    assert written.keys() == expected.keys() and all(name.startswith("model.layers.") for name in written)
+    assert sorted(config["target_modules"]) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
 
 
 @pytest.mark.parametrize("way", ["merge", "continue"])

@@ -218,7 +218,7 @@ AUDIO = tiny.SPECIAL_TOKENS[2]
 @pytest.fixture(scope="module")
 def examples_of(tokenizer):
     """Makes the examples of an utterance, a list."""
-    return lambda utterance: list(data.Examples([utterance], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO)))
+    return lambda utterance: data.make_examples([utterance], tokenizer, tokenizer.convert_tokens_to_ids(AUDIO))
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_an_utterance_gives_an_example_of_each_task_that_it_has_labels_for(examp
     assert data.describe([utterance]) and data.fingerprint([utterance])
 
 
-def test_an_example_reads_as_figure_3_with_a_placeholder_for_every_embedding(tokenizer, utterances, examples_of):
-    for example in (example for utterance in utterances for example in examples_of(utterance)):
-        text = prompts.build_prompt(example.task).replace(prompts.AUDIO, AUDIO * example.utterance.audio_tokens)
-        assert tokenizer.decode(example.prompt_ids) == text
+def test_an_example_that_is_too_long_is_named_and_never_cut(tokenizer, utterances):
+    with pytest.raises(cli.InputError, match=r"^65 examples .* --max-tokens 50, such as 000400001 \(APA\) with 91: "):
+        data.make_examples(utterances, tokenizer, 0, longest=50)
 
 
-def test_exactly_the_answers_and_their_end_tokens_are_supervised(tokenizer, utterances, examples_of):
+def test_prompts_read_as_figure_3_and_exactly_the_answers_are_supervised(tokenizer, utterances, examples_of):
+    """With a placeholder for every embedding, and an end token behind each answer."""
     examples = [example for utterance in utterances[:4] for example in examples_of(utterance)]
     batch = data.collate(examples, tokenizer.pad_token_id)
     for example, ids, labels in zip(examples, batch.input_ids, batch.labels, strict=True):
@@ -245,7 +245,8 @@ def test_exactly_the_answers_and_their_end_tokens_are_supervised(tokenizer, utte
         words = f'"word_transcript": "{u.text}", "phoneme_transcript": "{" ".join(u.heard)}"'
         assert tokenizer.decode(labels[places]) == "{" + (scores if example.task == "APA" else words) + "}<|end|>"
         assert (ids[places] == labels[places]).all() and (np.diff(places) == 1).all()
-        assert tokenizer.decode(ids[: places[0]]).endswith("<|end|><|assistant|>")
+        prompt = prompts.build_prompt(example.task).replace(prompts.AUDIO, AUDIO * u.audio_tokens)
+        assert tokenizer.decode(ids[: places[0]]) == prompt
         assert (ids[places[-1] + 1 :] == tokenizer.pad_token_id).all()
     assert batch.tokens == sum(map(len, examples)) and batch.utterances == [e.utterance for e in examples]
 

@@ -9,7 +9,7 @@ import shutil
 from typing import get_args
 
 from bitsandbytes.nn import Linear4bit
-from conftest import TRAINED, copy_of, fifo, greedy, sound, write_large_model
+from conftest import TRAINED, copy_of, fifo, greedy, sound
 import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -107,16 +107,6 @@ def test_loss_and_gradients_do_not_depend_on_the_cut_into_micro_batches(new_mode
         assert relative(eight[name], one[name]) < 1e-5, name
 
 
-def test_the_loss_equals_transformers_own_on_the_same_batch(new_model, examples):
-    model, batch = new_model(), examples[:4]
-    labels = np.full(data.collate(batch, model.pad_id).input_ids.shape, data.IGNORE)
-    for row, example in zip(labels, batch):  # nothing of prompt and padding
-        row[len(example.prompt_ids) : len(example)] = example.answer_ids
-    theirs = read_at_once(model, batch, labels=torch.tensor(labels)).loss
-    ours = loss_of(model, batch) / sum(len(example.answer_ids) for example in batch)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-
-
 def test_each_control_vector_has_the_gradient_of_its_tasks_loss(new_model, examples):
     model = new_model()
     change = torch.randn(model.control.shape, generator=torch.Generator().manual_seed(0))
@@ -195,7 +185,6 @@ def noting(seen, function):
     "strategy, fit, encoded, read",
     [
         ("lora", 3, [1] * 3, 3),  # each recording is heard once, and alone
-        ("lora", 1, [1] * 9, 9),
         ("lora", 0, [1] * 12, 12),
         ("unfreeze", 3, [6, 6], 3),  # what trains hears a micro-batch together, again each time
     ],
@@ -251,7 +240,7 @@ def fluent(checkpoint, utterances):
     model.core.model.layers.requires_grad_(True)  # all of them, so that it is quick
     parameters = models.trained_parameters(model).values()
     optimiser = torch.optim.AdamW(parameters, lr=2e-3)
-    examples = list(data.Examples(utterances[::10], model.tokenizer, model.audio_id))
+    examples = data.make_examples(utterances[::10], model.tokenizer, model.audio_id)
     for _ in range(100):
         gradients(model, [examples])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -398,7 +387,6 @@ AUDIO = {"audio encoder": 441_254_144, "audio projector": 12_589_056}
     "strategy, rank, counts",
     [
         ("lora", 64, {"LoRA": 92_274_688, "control tokens": 2 * 3072}),
-        ("lora", 320, {"LoRA": 461_373_440, "control tokens": 2 * 3072}),  # the shipped speech adapter's rank
         ("unfreeze", 64, {"LoRA": 92_274_688, "control tokens": 2 * 3072, **AUDIO}),
     ],
 )
@@ -479,7 +467,6 @@ def without_control(weights):
     return {name: weight for name, weight in weights.items() if name != "control"} or {"other": torch.zeros(1)}
 
 
-FOREIGN = {"base_model.model.model.layers.9.lora_A.weight": torch.zeros(2)}
 ADAPTER, OUTSIDE, CONFIG = pretrained.ADAPTER_FILE, models.TRAINED_FILE, "adapter_config.json"
 
 
@@ -487,17 +474,11 @@ ADAPTER, OUTSIDE, CONFIG = pretrained.ADAPTER_FILE, models.TRAINED_FILE, "adapte
     "name, damage, message",
     [
         (ADAPTER, lambda file: change_weights(file, lambda w: {k: w[k] for k in [*w][1:]}), "1 keys differ"),
-        (ADAPTER, lambda file: change_weights(file, lambda w: w | FOREIGN), "1 keys differ"),
         (ADAPTER, lambda file: change_weights(file, lambda w: {k: v * float("nan") for k, v in w.items()}), "finite"),
-        (ADAPTER, lambda file: file.write_bytes(file.read_bytes()[:1000]), "cannot be loaded"),
         (ADAPTER, lambda file: file.write_bytes(pickle.dumps({"weights": Payload()})), "cannot be loaded"),
         (ADAPTER, fifo, "is missing, or is not a regular file"),
         (OUTSIDE, lambda file: change_weights(file, without_control), "2 keys differ"),
-        (OUTSIDE, lambda file: change_weights(file, lambda w: {"control": w["control"][:1]}), "control is"),
-        (OUTSIDE, lambda file: file.unlink(), "is missing"),
         (CONFIG, lambda file: change_json(file, r=2), "does not fit the model: .* is .*, not "),
-        (CONFIG, lambda file: change_json(file, lora_alpha=1e300), "lora_alpha 1e.300"),
-        (CONFIG, lambda file: change_json(file, use_rslora="no"), "use_rslora 'no'"),
         (CONFIG, lambda file: change_json(file, alpha_pattern={"qkv_proj": -1}), "alpha_pattern .*'qkv_proj'"),
     ],
 )
@@ -506,18 +487,6 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_line_and_not_executed(chec
     with pytest.raises(cli.InputError, match=f"^[^\n]*{saved}[^\n]*{message}[^\n]*$"):
         models.load_trained(load(checkpoint), saved, "lora")
     assert not Path("executed").exists()
-
-
-def test_saving_again_replaces_a_folder_but_none_that_holds_something_else(new_model, saved):
-    before = (saved / pretrained.ADAPTER_FILE).read_bytes()
-    models.save_trained(new_model(), saved, TRAINED)
-    second = (saved / pretrained.ADAPTER_FILE).read_bytes()
-    (saved / "mine").write_text("kept")
-    with pytest.raises(cli.RunError, match=f"{saved} .*mine.*move it away"):
-        models.save_trained(new_model(), saved, TRAINED)
-    assert (saved / "mine").read_text() == "kept"
-    assert (saved / pretrained.ADAPTER_FILE).read_bytes() == second != before
-    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
 def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_names(checkpoint, tmp_path):
@@ -555,19 +524,13 @@ def pickled(name):
     return damage
 
 
-def changed(name, **values):
-    return lambda folder: change_json(folder / f"{name}.json", **values)
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (changed("config", model_type="llama"), "config.json: model_type 'llama'"),
-        (changed("config", num_hidden_layers=10**6), "config.json: num_hidden_layers 1000000"),
-        (changed("config", pad_token_id=10**9), "config.json: .*token 1000000000 has no row"),
-        (changed("config", audio_config={"audio_token_id": 10**9}), "config.json: .*token 1000000000 has no row"),
-        (changed("preprocessor_config", hop_length=80), "preprocessor_config.json: hop_length 80: .*160"),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),
+        (
+            lambda folder: change_json(folder / "config.json", pad_token_id=10**9),
+            "config.json: .*token 1000000000 has no row",
+        ),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "no end-of-text token: tokenizer_config.json"),
         (lambda folder: shutil.rmtree(folder / pretrained.SPEECH_ADAPTER), "copy has no speech-lora/"),
         (lose_user_token, r"no token <\|user\|>"),
@@ -582,25 +545,6 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
         pretrained.check(str(folder), None, "merge", 3000)
         load(folder, "merge")
     assert "\n" not in str(error.value) and not os.path.exists("executed")
-
-
-def test_a_large_model_without_a_gpu_stops_with_the_two_ways_on(tmp_path):
-    write_large_model(tmp_path / "large")
-    with pytest.raises(cli.InputError, match="^.*needs a CUDA GPU.*python tiny.py.*$"):
-        pretrained.check(tmp_path / "large", None, "none", 3000)
-
-
-@pytest.mark.filterwarnings("error:The PEFT config")
-def test_adapters_of_a_model_that_was_elsewhere_load_without_a_warning(new_model, checkpoint, tmp_path):
-    folder = copy_of(checkpoint, tmp_path)
-    shipped, trained = folder / pretrained.SPEECH_ADAPTER / "adapter_config.json", tmp_path / "epoch-1"
-    change_json(shipped, base_model_name_or_path="elsewhere")
-    models.save_trained(new_model(), trained, TRAINED)
-    change_json(trained / "adapter_config.json", base_model_name_or_path="elsewhere")
-    model = load(folder, "merge")
-    models.load_trained(model, trained, "lora")
-
-    assert model.network.peft_config["default"].base_model_name_or_path == str(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

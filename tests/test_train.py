@@ -54,15 +54,6 @@ def test_the_papers_run_has_78_steps_an_epoch_and_says_what_becomes_of_the_rest(
     assert "left out" not in capsys.readouterr().out
 
 
-def test_help_shows_every_setting_with_its_default(monkeypatch, capsys):
-    values = vars(settings(monkeypatch))
-    with pytest.raises(SystemExit):
-        settings(monkeypatch, "--help")
-    text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in text for name in values)
-    assert text.count("(default:") == len(values)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Against transformers.Trainer
 
@@ -104,7 +95,7 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, where, chec
     assert models.add_adapter(model, None, None, None).lora_dropout == 0
     models.set_trainable(model, strategy)
     utterances = data.read_corpus(corpus, "train", limit=32)
-    plain = PlainModel(model, data.Examples(utterances, model.tokenizer, model.audio_id))
+    plain = PlainModel(model, data.make_examples(utterances, model.tokenizer, model.audio_id))
 
     def trained():
         return get_peft_model_state_dict(model.network) | models._outside_adapter(model, strategy)
@@ -185,22 +176,6 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_update_and_names_ut
     assert max(path.name for path in (OUT / "checkpoints").iterdir()) == f"step-0000000{step - 1}.pt"
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_an_example_that_is_too_long_is_named_before_training_and_nothing_is_cut(monkeypatch, short_run, held_out):
-    parts, make = [], train.make_examples
-
-    def checked(utterances, model, longest):
-        parts.append(utterances)
-        return make(utterances, model, longest if len(parts) > held_out else 2048)  # the second part: held out
-
-    monkeypatch.setattr(train, "make_examples", checked)
-    with pytest.raises(cli.InputError, match="--max-tokens 60") as error:
-        short_run(monkeypatch, "--max-tokens", 60, *(["--limit", 20, "--validation", 0.5] if held_out else []))
-    id, tokens = re.search(r"(\w+) \(MDD\) has (\d+)", str(error.value)).groups()
-    assert id in [utterance.id for utterance in parts[-1]] and int(tokens) > 60
-    assert not (OUT / "log.jsonl").exists()
-
-
 def test_out_of_memory_says_micro_batch_longest_sequence_and_what_helps(monkeypatch, short_run):
     seen = []
 
@@ -215,13 +190,12 @@ def test_out_of_memory_says_micro_batch_longest_sequence_and_what_helps(monkeypa
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("strategy", ["lora", pytest.param("unfreeze", marks=SLOW)])
-def test_what_saves_memory_does_not_change_the_step(monkeypatch, short_run, strategy):
+def test_what_saves_memory_does_not_change_the_step(monkeypatch, short_run):
     """And gradient checkpointing does compute the layers twice."""
     attention, calls = sys.modules[models.Phi4MultimodalForCausalLM.__module__].Phi4MultimodalAttention, []
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    same = ["--strategy", strategy, "--epsilon", 1e-4, "--dropout", 0]
+    same = ["--epsilon", 1e-4, "--dropout", 0]
     numbers, counts = [], []
     for i, change in enumerate(([], ["--micro-batch", 3], ["--gradient-checkpointing"])):
         calls.clear()
@@ -240,16 +214,6 @@ def test_compiled_layers_leave_steps_and_validation_as_they_are(monkeypatch, sho
         lines = [line for name in ("log", "validation") for line in read_lines(Path(str(i)) / f"{name}.jsonl")]
         numbers.append([line["loss"] for line in lines])
     assert len(numbers[0]) == 3 and np.allclose(*numbers, rtol=1e-5)
-
-
-def test_the_same_seed_gives_the_same_weights(monkeypatch, short_run):
-    found = []
-    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        short_run(monkeypatch, "--epochs", 1, "--seed", seed, "--output", name)
-        found.append(weights_of(Path(name) / "epoch-1"))
-    one, again, other = found
-    assert all(torch.equal(one[key], again[key]) for key in one)
-    assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,15 +252,10 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
     _, held_out = data.hold_out_speakers(data.read_corpus(corpus, "train"), 0.25, 0)
     model = models.load_base(str(checkpoint), None, "float32", "sdpa", "merge")
     models.load_trained(model, out / "epoch-4", "lora")
-    examples = train.make_examples(held_out, model, 2048)
+    examples = data.make_examples(held_out, model.tokenizer, model.audio_id)
     with torch.no_grad():
         loss = sum(model.loss(data.collate([e], model.pad_id), model.hear([e.utterance])).item() for e in examples)
     assert losses[-1] == pytest.approx(loss / sum(len(example.answer_ids) for example in examples), rel=1e-5)
-
-
-def test_without_a_best_epoch_evaluate_says_what_writes_it(run):
-    with pytest.raises(cli.InputError, match="--epochs best: .*validation.jsonl marks 0 epochs; .*--validation"):
-        runs.adapters(run[0] / "out", "best")
 
 
 def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeypatch, short_run, capsys):
@@ -317,7 +276,7 @@ def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeyp
 def test_tensorboard_shows_what_the_log_holds_and_curves_memory_and_speed_are_there(validated):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out, text = validated
+    out, _ = validated
     events, log = EventAccumulator(str(out / "tensorboard")).Reload(), read_lines(out / "log.jsonl")
     shown = events.Scalars("loss")
     assert [event.step for event in shown] == [line["step"] for line in log] == [1, 2, 3, 4]
@@ -327,18 +286,14 @@ def test_tensorboard_shows_what_the_log_holds_and_curves_memory_and_speed_are_th
     for line in log:
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["seconds"])
         assert 0.1 < line["memory_gb"] < 8
-    assert "for the other" not in text  # four steps: nothing to estimate
 
 
 def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_step(run):
     out, text = run[0] / "out", run[1].stdout + run[1].stderr
-    first = "\n".join(run[1].stdout.splitlines()[:10])
     for expected in ("= 8 a step; 20 examples = 2 steps", "trained: LoRA", "10 utterances of 1 "):
-        assert expected in first
-    assert "supervised" not in text and re.search(r"[\d,]+ tokens/s, loss \d", text)
+        assert expected in text
     log = read_lines(out / "log.jsonl")
     assert [(line["step"], line["epoch"]) for line in log] == [(1, 1), (2, 1), (3, 2), (4, 2)]
-    assert log[-1]["loss"] < log[0]["loss"]
     assert all(0 <= line["padding"] < 0.5 and line["supervised_tokens"] < line["tokens"] for line in log)
     moved = [float(share) for share in re.findall(r"moved its layers by ([\d.]+)%", text)]
     assert len(moved) == 2 and 0 < moved[0] < moved[1]
@@ -346,8 +301,6 @@ def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_
         saved = json.loads((out / f"epoch-{epoch}" / "settings.json").read_text())
         assert saved["epoch"] == epoch and saved["rank"] == 4 and saved["versions"]["torch"] == torch.__version__
         assert saved["prompts"] == prompts.digest()
-    one, two = (weights_of(out / f"epoch-{epoch}") for epoch in (1, 2))
-    assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +308,6 @@ def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_
     [
         "",
         "--speech-adapter continue",
-        pytest.param("--speech-adapter none", marks=SLOW),
         pytest.param("--strategy unfreeze --gradient-checkpointing", marks=SLOW),
         pytest.param("--quantize nf4", marks=SLOW),
         pytest.param("--quantize nf4 --speech-adapter continue", marks=SLOW),
@@ -388,15 +340,11 @@ TESTS = str(ROOT / "tests")
         ("--speech-adapter continue --rank 64", ["--rank"]),
         ("--speech-adapter continue --dropout 0.05", ["--dropout"]),
         ("--quantize nf4 --strategy unfreeze", ["--strategy unfreeze"]),
-        ("--micro-batch 65", ["--batch-size 8", "--accumulation 8"]),
         ("--patience 2", ["--validation"]),
-        ("--attention flash_attention_2 --dtype float32", ["--dtype float32"]),
         (f"--data-revision x --data {TESTS}", [TESTS]),
         (f"--revision x --model {TESTS}", [TESTS]),
         ("--learning-rate 1e300", ["1e+300"]),
-        ("--learning-rate -1", ["-1"]),
         ("--weight-decay nan", ["nan"]),
-        ("--validation 1", ["1"]),
         ("--quantize int8", ["int8"]),
         ("--output=", ["empty"]),
         ("--data a\x01b", [r"'a\x01b'"]),
@@ -409,32 +357,13 @@ def test_settings_that_cannot_work_are_refused_with_their_names_and_values(monke
     assert all(name in str(error.value) for name in (flag, *names))
 
 
-@pytest.mark.parametrize(
-    "arguments, package",
-    [
-        ("--track tensorboard", "pip install tensorboard"),
-        ("--track wandb", "pip install wandb"),
-        ("--quantize nf4", "pip install bitsandbytes"),
-        ("--attention flash_attention_2 --dtype bfloat16", "pip install flash-attn"),
-        ("--compile", r"install g\+\+"),
-    ],
-)
-def test_an_option_whose_package_is_missing_says_what_to_install(monkeypatch, arguments, package):
+def test_what_only_this_machine_lacks_is_said_before_anything_slow(monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    with pytest.raises(cli.InputError, match=package):
-        settings(monkeypatch, *arguments.split())
-
-
-def test_a_step_that_the_processes_cannot_share_is_refused(monkeypatch):
+    with pytest.raises(cli.InputError, match="pip install bitsandbytes"):
+        settings(monkeypatch, "--quantize", "nf4")
     monkeypatch.setattr(train.processes, "count", lambda: 65)
     with pytest.raises(cli.InputError, match="--batch-size 8 x --accumulation 8.* 65 processes"):
-        train.batch_arithmetic(5000, settings(monkeypatch))
-
-
-def test_a_continued_adapter_brings_its_own_sizes(monkeypatch):
-    chosen = settings(monkeypatch, *"--speech-adapter continue --strategy unfreeze".split())
-    assert (chosen.rank, chosen.alpha, chosen.dropout) == (None,) * 3
+        train.batch_arithmetic(5000, settings(monkeypatch, "--speech-adapter", "continue"))
 
 
 @pytest.mark.parametrize(
@@ -442,8 +371,6 @@ def test_a_continued_adapter_brings_its_own_sizes(monkeypatch):
     [
         (["--data", "no/such/folder"], "corpus folder no/such/folder does not exist"),
         (["--model", TESTS], "holds no checkpoint"),
-        (["--output", f"{__file__}/out"], "cannot write into"),
-        (["--limit", 8, "--validation", 0.5], "--validation 0.5 of 1 speakers"),
     ],
 )
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(arguments, message, where, tmp_path):
