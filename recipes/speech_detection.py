@@ -490,7 +490,7 @@ def train(network, processor, clips, settings, seed, folder):
 
 @torch.inference_mode()
 def classify(network, processor, waves, batch_size):
-    """Probability of SPEECH for each wave: one greedy token that can only be A or B, in any way of writing it."""
+    """Probability of SPEECH for each wave: of an answer that can only be A or B, in any way of writing it."""
     network.eval()
     ids = letter_ids(processor.tokenizer)
     allowed = sorted(sum(ids.values(), []))
@@ -498,11 +498,8 @@ def classify(network, processor, waves, batch_size):
     probabilities = []
     for start in range(0, len(waves), batch_size):
         batch = read_clips(processor, waves[start : start + batch_size]).to(network.device)
-        kept = {"return_dict_in_generate": True, "output_logits": True}
-        kept["prefix_allowed_tokens_fn"] = lambda row, written: allowed
         with common.autocast():
-            answer = network.generate(**batch, max_new_tokens=1, do_sample=False, **kept)
-        logits = answer.logits[0][:, allowed].float().cpu()  # (B, allowed)
+            logits = network(**batch).logits[:, -1, allowed].float().cpu()  # (B, allowed)
         probabilities += logits.softmax(-1)[:, speech].sum(-1).tolist()
     return probabilities
 

@@ -1,6 +1,7 @@
 """What the three recipes refuse: in one line, and before anything slow."""
 
 import importlib
+import itertools
 import json
 import math
 import shutil
@@ -97,3 +98,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     with pytest.raises(cli.RunError, match="step 7.*id0, id1.*--learning-rate"):
         common.update(torch.optim.SGD([weight]), [(["id0", "id1"], (math.nan * weight).sum())], 1.0, 1.0, 7)
     assert weight.item() == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ctc_sums_over_all_alignments_in_the_loss_and_in_a_wide_beam(seed):
+    log_probs = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log_softmax(1)
+    totals = {}  # of each text, one alignment by one
+    for path in itertools.product(range(4), repeat=5):
+        text = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol)
+        totals[text] = totals.get(text, 0) + math.exp(sum(log_probs[t, symbol] for t, symbol in enumerate(path)))
+    for text, probability in totals.items():
+        assert gold_transcripts.ctc_loss(log_probs, list(text), 0).item() == pytest.approx(-math.log(probability))
+    texts = (text for length in range(6) for text in itertools.product(range(1, 4), repeat=length))
+    assert totals.keys() == {text for text in texts if common.frames_needed(text) <= 5}
+    assert tuple(sign_language.beam_search(log_probs, 10_000)) == max(totals, key=totals.get)
