@@ -90,16 +90,13 @@ class Utterance:
 # The corpus
 
 
-def read_corpus(
-    source: str | Path, split: str, revision: str | None = None, limit: int | None = None
-) -> list[Utterance]:
+def read_corpus(folder: Path, split: str, limit: int | None = None) -> list[Utterance]:
     """The utterances of one split, all of them checked.
 
-    source: folder in the layout of the public release, or a hub id; revision: of the hub id; limit: only the first N.
-    Raises InputError with one line for every bad record or recording.
+    folder: in the layout of the public release, or of the hub's data set; limit: only the first N. Raises InputError
+    with one line for every bad record or recording.
     """
-    folder, commit = find_corpus(source, revision)
-    reader = read_hub(source, folder, split) if commit else read_folder(folder, split)
+    reader = (read_hub if any(folder.glob("data/*.parquet")) else read_folder)(folder, split)
     utterances, problems = {}, []
     for id, make in islice(reader, limit):
         try:
@@ -110,10 +107,10 @@ def read_corpus(
             problems.append(f"{id}: {error}")
     if problems:
         raise cli.InputError(
-            f"{len(problems)} utterances of {source} ({split}) cannot be used; repair or remove them:", *problems
+            f"{len(problems)} utterances of {folder} ({split}) cannot be used; repair or remove them:", *problems
         )
     if not utterances:
-        raise cli.InputError(f"{source} has no utterances in split {split!r}")
+        raise cli.InputError(f"{folder} has no utterances in split {split!r}")
     return [*utterances.values()]
 
 
@@ -169,7 +166,7 @@ def _once(path, pairs):
     return fields
 
 
-def read_hub(name: str | Path, folder: Path, split: str) -> Reader:
+def read_hub(folder: Path, split: str) -> Reader:
     """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
@@ -177,7 +174,7 @@ def read_hub(name: str | Path, folder: Path, split: str) -> Reader:
         dataset = datasets.load_dataset(str(folder), split=split)
     except (OSError, ValueError) as error:
         raise cli.InputError(
-            f"corpus {name} has no split {split!r} that can be read: {cli.first_line(error)}"
+            f"corpus {folder} has no split {split!r} that can be read: {cli.first_line(error)}"
         ) from error
     dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
     for i, record in enumerate(dataset):

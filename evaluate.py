@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, fields, replace
 import gc
 import hashlib
 import math
-import os
 from pathlib import Path
 import sys
 from typing import Annotated, Any, Literal, TypeVar
@@ -166,35 +165,36 @@ def saved_evaluation(path: Path, output: Path | None = None) -> Evaluation:
 Chosen = TypeVar("Chosen", bound=ModelSettings)
 
 
-def choose_model(evaluation: Evaluation, settings: Chosen) -> Chosen:
-    """The settings, with those of the adapter's training where no other model is asked for; nothing is loaded yet."""
+def choose_model(evaluation: Evaluation, settings: Chosen) -> tuple["pretrained.Checkpoint", Chosen]:
+    """The checkpoint, and the settings with those of the adapter's training where no others are asked for."""
     defaults = runs.HUB_MODEL, runs.HUB_MODEL_REVISION, models.default_dtype(), "sdpa"
     chosen = {
         name: getattr(settings, name) or getattr(evaluation.training, name, None) or default
         for name, default in zip(("model", "revision", "dtype", "attention"), defaults)
     }
     tokens = getattr(evaluation.training, "max_tokens", 0) + settings.max_new_tokens
-    commit = pretrained.check(chosen["model"], chosen["revision"], evaluation.speech_adapter, tokens)
-    if settings.revision and not commit:
+    checkpoint = pretrained.find(chosen["model"], chosen["revision"], tokens)
+    if settings.revision and not checkpoint.commit:
         raise cli.InputError(f"--revision {settings.revision} is of a hub id, and the model is a folder: leave it out")
-    return replace(settings, **chosen | {"revision": commit})
+    return checkpoint, replace(settings, **chosen | {"revision": checkpoint.commit})
 
 
 def read_corpus(evaluation: Evaluation, settings: Settings) -> list[data.Utterance]:
     """The utterances of the corpus that was trained on, or of the one that is asked for."""
     source = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
     revision = settings.data_revision or getattr(evaluation.training, "data_revision", None) or data.HUB_CORPUS_REVISION
-    if settings.data_revision and os.path.isdir(source):
+    folder, commit = data.find_corpus(source, revision)
+    if settings.data_revision and not commit:
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
-    utterances = data.read_corpus(source, settings.split, revision, settings.limit)
+    utterances = data.read_corpus(folder, settings.split, settings.limit)
     cli.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
 
-def load(evaluation: Evaluation, settings: ModelSettings) -> "models.SpeechModel":
-    """The model that an evaluation is of, with its adapter; settings: of `choose_model`."""
+def load(evaluation: Evaluation, checkpoint: "pretrained.Checkpoint", settings: ModelSettings) -> "models.SpeechModel":
+    """The model that an evaluation is of, with its adapter; checkpoint, settings: of `choose_model`."""
     gc.collect()  # the previous model leaves the GPU first
-    base = settings.model, settings.revision, settings.dtype, settings.attention
+    base = checkpoint, settings.dtype, settings.attention
     if evaluation.adapter is None:
         return models.load_base(*base, evaluation.speech_adapter).eval()  # never quantised
     model = models.load_base(*base, evaluation.speech_adapter, evaluation.training.quantize)
@@ -222,7 +222,12 @@ def asked_of(utterances: Iterable[data.Utterance]) -> answers.Asked:
     return {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
 
 
-def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], settings: Settings) -> list[dict]:
+def generate(
+    evaluation: Evaluation,
+    checkpoint: "pretrained.Checkpoint",
+    utterances: Sequence[data.Utterance],
+    settings: Settings,
+) -> list[dict]:
     """Write predictions.jsonl: the answers of one adapter, or of the unmodified model, and return them.
 
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes.
@@ -232,7 +237,7 @@ def generate(evaluation: Evaluation, utterances: Sequence[data.Utterance], setti
     missing = [u for u in utterances if any((u.id, task) not in written.lines for task in u.tasks)]
     missing.sort(key=lambda utterance: utterance.samples)
     if missing:
-        model = load(evaluation, settings)
+        model = load(evaluation, checkpoint, settings)
         if "expected" in settings.scoring:
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
         shift = f"; {models.describe_moved(model)}" if evaluation.adapter else ""
@@ -423,11 +428,11 @@ def evaluate(chosen: list[Evaluation], saved: list[dict] | None, settings: Setti
     """Generate, unless answers were saved, and score; print the tables."""
     if not saved:
         processes.start()
-        settings = choose_model(chosen[-1], settings)  # one for all
+        checkpoint, settings = choose_model(chosen[-1], settings)  # one for all
         utterances = read_corpus(chosen[-1], settings)
     rows = []
     for evaluation in chosen:
-        records = saved or generate(evaluation, utterances, settings)
+        records = saved or generate(evaluation, checkpoint, utterances, settings)
         if cli.process_rank() == 0:
             rows += score(records, evaluation.label, evaluation.paper_row, evaluation.output)
     if rows:

@@ -75,7 +75,7 @@ class SpeechModel(nn.Module):
         self.audio_id, self.pad_id = network.config.audio_config.audio_token_id, network.config.pad_token_id
         # Put in like audio, so that the matrix stays as it is, whole and frozen
         self.control = nn.Parameter(control_start(self)[0])  # (2, D)
-        self.folder = self.commit = None  # of the checkpoint
+        self.checkpoint = None
         self.started_from = None  # folder of the shipped adapter, where that is what trains
         self.keep_audio = False  # whether what is heard is kept in memory, for the epochs to come
         self.kept = {}  # utterance id -> embeddings (A, D), or features (F, 80) where the audio encoder trains
@@ -118,11 +118,11 @@ class SpeechModel(nn.Module):
     def embed(self, input_ids: torch.Tensor, audio: Sequence[torch.Tensor]) -> torch.Tensor:
         """Token embeddings (B, T, D) with audio and control tokens in their places.
 
-        input_ids: (B, T); audio: list of (A, D), of the rows that have a recording, in order.
+        input_ids: (B, T); audio: list of (A, D), of the rows in order; of one without a recording empty, or left out.
         """
         embeds = self.core.get_input_embeddings()(input_ids)
         places = input_ids == self.audio_id  # (B, T)
-        counts, lengths = [count for count in places.sum(dim=1).tolist() if count], [*map(len, audio)]
+        counts, lengths = (list(filter(None, found)) for found in (places.sum(dim=1).tolist(), map(len, audio)))
         if counts != lengths:
             raise ValueError(f"rows with {counts} audio placeholders for {lengths} audio embeddings")
         if lengths:
@@ -321,34 +321,34 @@ def default_dtype() -> str:
 
 
 def load_base(
-    name: str, revision: str | None, dtype: str, attention: str, speech_adapter: str, quantize: str | None = None
+    checkpoint: pretrained.Checkpoint, dtype: str, attention: str, speech_adapter: str, quantize: str | None = None
 ) -> SpeechModel:
     """The pretrained model; with "merge", the speech adapter is folded in.
 
-    name: checkpoint folder or hub id (`revision` of the hub id); dtype: "float32" or "bfloat16"; attention: of the
-    language model, "sdpa", "eager" or "flash_attention_2"; quantize: None, or "nf4" for the language model's layers.
+    dtype: "float32" or "bfloat16"; attention: of the language model, "sdpa", "eager" or "flash_attention_2"; quantize:
+    None, or "nf4" for the language model's layers.
     Weights are read from safetensors alone, and no code of the checkpoint is run. Raises InputError when the
     checkpoint cannot be loaded.
     """
-    folder, commit = pretrained.fetch(name, revision)
-    what = f"model {name!r}" + (f" (revision {revision})" if commit else "")
-    tokenizer, extractor = pretrained.load_reading(folder, what)
-    network = pretrained.load_network(folder, what, dtype, attention, LORA_TARGETS if quantize else None)
-    network.name_or_path = str(name)  # what PEFT writes beside an adapter, not the folder in the hub's cache
+    pretrained.fetch(checkpoint)
+    tokenizer, extractor = pretrained.load_reading(checkpoint)
+    network = pretrained.load_network(checkpoint, dtype, attention, four_bits=quantize is not None)
+    network.name_or_path = checkpoint.name  # what PEFT writes beside an adapter, not the folder in the hub's cache
+    speech = checkpoint.folder / pretrained.SPEECH_ADAPTER
     if speech_adapter == "merge":
-        config = pretrained.read_config(folder / pretrained.SPEECH_ADAPTER)
+        config = pretrained.read_config(speech)
         config.lora_dropout = 0.0
-        network = _add_lora(network, config, folder / pretrained.SPEECH_ADAPTER, FROZEN_SPEECH)
+        network = _add_lora(network, config, speech, FROZEN_SPEECH)
         if quantize:
             for key, parameter in network.named_parameters():
                 if ".lora_" in key:
                     parameter.data = parameter.data.to(getattr(torch, dtype))
         else:
-            network = pretrained.fold(network)
+            network = network.merge_and_unload()
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
-    model.folder, model.commit = folder, commit
-    model.started_from = folder / pretrained.SPEECH_ADAPTER if speech_adapter == "continue" else None
+    model.checkpoint = checkpoint
+    model.started_from = speech if speech_adapter == "continue" else None
     return model
 
 
@@ -376,7 +376,7 @@ def add_adapter(model: SpeechModel, rank: int, alpha: int, dropout: float) -> Lo
         config.inference_mode = False
     else:
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM")
-    config.revision = model.commit
+    config.revision = model.checkpoint.commit if model.checkpoint else None
     model.network = _add_lora(model.network, config, model.started_from)
     return config
 
@@ -476,8 +476,10 @@ fits `{model}` loaded in the way below, and no other base. settings.json has all
 
 ```python
 import model as models
+from support import pretrained
 
-model = models.load_base({model!r}, {revision!r}, {dtype!r}, {attention!r}, {speech_adapter!r}, {quantize!r})
+base = pretrained.find({model!r}, {revision!r})
+model = models.load_base(base, {dtype!r}, {attention!r}, {speech_adapter!r}, {quantize!r})
 models.load_trained(model, FOLDER, {strategy!r})
 ```
 """

@@ -202,9 +202,8 @@ def train_step(
 def train(settings: Settings) -> None:
     """One run, from the corpus to the adapters. Raises InputError before anything slow when the input is wrong."""
     # refs/pr/70 moves, a commit does not
-    settings.revision = pretrained.check(
-        settings.model, settings.revision, settings.speech_adapter, settings.max_tokens + data.MAX_NEW_TOKENS
-    )
+    checkpoint = pretrained.find(settings.model, settings.revision, settings.max_tokens + data.MAX_NEW_TOKENS)
+    settings.revision = checkpoint.commit
     chosen, held_out, corpus = read_data(settings)
     step_size, per_epoch = batch_arithmetic(sum(len(utterance.tasks) for utterance in chosen), settings)
     steps = per_epoch * settings.epochs
@@ -215,12 +214,12 @@ def train(settings: Settings) -> None:
     with runs.open_run(settings, record, corpus, per_epoch) as run:
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(settings.seed)
-        model = build_model(settings)
+        model = build_model(settings, checkpoint)
         examples, held_out = (
             data.make_examples(part, model.tokenizer, model.audio_id, settings.max_tokens)
             for part in (chosen, held_out)
         )
-        pretrained.check_hearing(model, chosen)
+        pretrained.check_hearing(model, models.generate, chosen)
         # From here on each process has random numbers of its own: dropout differs, the weights do not
         torch.manual_seed(settings.seed + (cli.process_rank() << 32))
         weights = models.trained_parameters(model)
@@ -261,8 +260,8 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 def read_data(settings: Settings) -> tuple[list[data.Utterance], list[data.Utterance], str]:
     """Utterances to train on, those held out for validation, and the fingerprint of all; prints what was read."""
-    _, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
-    utterances = data.read_corpus(settings.data, "train", settings.data_revision, settings.limit)
+    folder, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
+    utterances = data.read_corpus(folder, "train", settings.limit)
     cli.say(f"corpus: {data.describe(utterances)}")
     if not settings.validation:
         return utterances, [], data.fingerprint(utterances)
@@ -298,10 +297,10 @@ def batch_arithmetic(examples: int, settings: Settings) -> tuple[int, int]:
     return step_size, per_epoch
 
 
-def build_model(settings: Settings) -> "models.SpeechModel":
+def build_model(settings: Settings, checkpoint: "pretrained.Checkpoint") -> "models.SpeechModel":
     """The model with what is to be trained; prints what trains."""
     s = settings
-    model = models.load_base(s.model, s.revision, s.dtype, s.attention, s.speech_adapter, s.quantize)
+    model = models.load_base(checkpoint, s.dtype, s.attention, s.speech_adapter, s.quantize)
     models.add_adapter(model, s.rank, s.alpha, s.dropout)
     counts = models.set_trainable(model, s.strategy)
     model.keep_audio = True

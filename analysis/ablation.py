@@ -62,10 +62,10 @@ def main() -> None:
             written = answers.GENERATED + answers.SCORED
             owned.enter_context(files.own(other.output, "evaluate.py", answers.SETTINGS, written))
         processes.start()
-        settings = evaluate.choose_model(chosen[-1], settings)
+        checkpoint, settings = evaluate.choose_model(chosen[-1], settings)
         changed, rows = other_audio(evaluate.read_corpus(chosen[-1], settings), settings.how), []
         for other in others:
-            records = evaluate.generate(other, changed, settings)
+            records = evaluate.generate(other, checkpoint, changed, settings)
             if cli.process_rank() == 0:
                 rows += evaluate.score(records, other.label, None, other.output)
         if rows:

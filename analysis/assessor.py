@@ -135,7 +135,7 @@ class Assessor:
 
     @cached_property
     def model(self) -> "models.SpeechModel":
-        return evaluate.load(self.evaluation, evaluate.choose_model(self.evaluation, self.settings))
+        return evaluate.load(self.evaluation, *evaluate.choose_model(self.evaluation, self.settings))
 
     def __call__(
         self, recording: Recording | Sequence[Recording], text: str | Sequence[str | None] | None = None

@@ -81,10 +81,12 @@ def export(settings: Settings) -> str:
     held = training.dtype or models.default_dtype()
     dtype = settings.dtype or held
     with files.own(folder, "analysis.export", "README.md", ["[!.]*"], "folder"):
-        base, commit = pretrained.fetch(name, revision, BESIDE)
+        checkpoint = pretrained.find(name, revision)
+        pretrained.fetch(checkpoint, BESIDE)
+        base = checkpoint.folder
         if base.resolve() == folder.resolve():
             raise cli.InputError(f"{folder} holds the base model that the adapter belongs to: choose another folder")
-        model = evaluate.load(evaluation, evaluate.ModelSettings(model=str(base), dtype=held, attention="sdpa"))
+        model = evaluate.load(evaluation, checkpoint, evaluate.ModelSettings(dtype=held, attention="sdpa"))
         said = fold(model, dtype)
         rows = model.core.get_input_embeddings().weight.data
         rows[model.control_ids] = model.control.data.to(rows)
@@ -95,7 +97,7 @@ def export(settings: Settings) -> str:
             check_names(weights.keys(), like)
         for older in folder.glob("model*.safetensors*"):
             older.unlink()
-        made = training.model_copy(update={"model": name, "revision": commit, "dtype": dtype})
+        made = training.model_copy(update={"model": name, "revision": checkpoint.commit, "dtype": dtype})
         (folder / "README.md").write_text(card(made, said, scores(evaluation, settings.adapter), like is not None))
         for kind in (*BESIDE, "*.py") if like else BESIDE:
             for file in (like or base).glob(kind):

@@ -8,12 +8,13 @@ speech adapter, there in float16. Another answer says that weights, tokenizer or
 
 from dataclasses import dataclass
 
-import prompts
 from support import cli
 from support import run as runs
 from support.later import when_used
 
 with when_used():
+    import torch
+
     import model as models
     from support import pretrained
 
@@ -34,12 +35,11 @@ class Settings:
 def main() -> None:
     """Print the answer. Raises RunError where it is another one."""
     settings = cli.parse(Settings, __doc__)
-    commit = pretrained.check(settings.model, settings.revision, "none")
+    checkpoint = pretrained.find(settings.model, settings.revision)
     dtype = settings.dtype or models.default_dtype()
-    model = models.load_base(settings.model, commit, dtype, "sdpa", "none")
-    question = f"{prompts.USER}{QUESTION}{prompts.END}{prompts.ASSISTANT}"
-    answer = pretrained.write(model, question, max_new_tokens=NEW_TOKENS)
-    cli.say(f"{settings.model} ({commit or 'a folder'}, {dtype}): {answer!r}")
+    model = models.load_base(checkpoint, dtype, "sdpa", "none").eval()
+    (answer,) = pretrained.ask(model, models.generate, QUESTION, [torch.empty(0)], NEW_TOKENS)  # no recording
+    cli.say(f"{checkpoint}, {dtype}: {answer!r}")
     if answer != ANSWER:
         raise cli.RunError(
             f"transformers' own test of this checkpoint expects {ANSWER!r}: compare the commit, and the versions of "

@@ -191,7 +191,8 @@ def main() -> None:
     settings = cli.parse(Settings, __doc__)
     if os.path.lexists(settings.output):
         raise cli.InputError(f"{settings.output} exists already: remove it or choose another --output")
-    lexicon = of_corpus(data.read_corpus(settings.corpus, settings.split, settings.data_revision))
+    folder, _ = data.find_corpus(settings.corpus, settings.data_revision)
+    lexicon = of_corpus(data.read_corpus(folder, settings.split))
     lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
     with files.whole(settings.output) as temporary:
         temporary.write_text("".join(lines))

@@ -179,7 +179,7 @@ def learnt(evaluation: evaluate.Evaluation) -> tuple[str, data.Utterance | None]
         return "It was not fine-tuned, so its scores mean nothing.", None
     corpus = evaluation.training.data
     if Path(corpus).is_dir():
-        utterances = data.read_corpus(corpus, "test", limit=100)
+        utterances = data.read_corpus(Path(corpus), "test", limit=100)
         words = {word for utterance in utterances for word in utterance.text.upper().split()}
         if words <= tiny.LEXICON.keys():
             listed = ", ".join(sorted(words)).lower()

@@ -23,7 +23,7 @@ from bench.workload import clock, spread
 import data
 import model as models
 import prompts
-from support import cli, run
+from support import cli, pretrained, run
 
 ALL = 2500  # utterances of the test part
 
@@ -98,8 +98,7 @@ def load(options, utterances):
     if options.adapter:
         ((_, training),) = run.adapters(options.adapter, None)
         model = models.load_base(
-            training.model,
-            training.revision,
+            pretrained.find(training.model, training.revision),
             training.dtype,
             training.attention,
             training.speech_adapter,
@@ -120,7 +119,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
             workload.write_corpus(Path(folder), options.utterances)
-        utterances = data.read_corpus(options.data or folder, "test", limit=options.utterances)
+        utterances = data.read_corpus(Path(options.data or folder), "test", limit=options.utterances)
         name, model, limit = load(options, utterances)
         seconds = {name: [] for name in WAYS}
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):

@@ -83,7 +83,8 @@ def make_requests(settings):
     """The requests of a run, in a random order, with the answers that are right."""
     ((_, training),) = runs.adapters(settings.adapter, None)
     bad = round(HOSTILE * settings.requests)
-    utterances = data.read_corpus(training.data, "test", training.data_revision, settings.requests - bad)
+    corpus, _ = data.find_corpus(training.data, training.data_revision)
+    utterances = data.read_corpus(corpus, "test", settings.requests - bad)
     assess = assessor.Assessor(settings.adapter, settings.pronunciations)
     requests = []
     for number in range(settings.requests - bad):

@@ -194,7 +194,7 @@ def new_model(name, full, texts):
 
 def measure(name, corpus, full):
     """One contestant's run, as a dict."""
-    utterances = data.read_corpus(corpus, "train", limit=2 * STEP)
+    utterances = data.read_corpus(Path(corpus), "train", limit=2 * STEP)
     model = new_model(name, full, workload.texts_of(utterances))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # building the model is not measured

@@ -27,7 +27,7 @@ from transformers import (
 import data
 import model as models
 import prompts
-from support import files
+from support import files, pretrained
 import tiny
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -122,7 +122,8 @@ def new_model(shape, texts, seed=0, nf4=False):
             del network
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            return models.load_base(folder, None, models.default_dtype(), "sdpa", "none", "nf4")
+            checkpoint = pretrained.Checkpoint(folder, Path(folder))
+            return models.load_base(checkpoint, models.default_dtype(), "sdpa", "none", "nf4")
     return models.SpeechModel(network, tokenizer, extractor)
 
 

@@ -128,7 +128,8 @@ class Sample:
 def read_samples(settings: Settings) -> list[Sample]:
     """All recordings, checked. Raises InputError with one line for every one that cannot be used."""
     if settings.data:
-        utterances = data.read_corpus(settings.data, settings.split, limit=settings.limit)
+        folder, _ = data.find_corpus(settings.data, None)
+        utterances = data.read_corpus(folder, settings.split, settings.limit)
         return [Sample(u.id, "all", u.speaker, partial(sound.read_audio, u.recording), u.text) for u in utterances]
     root = settings.audio_dir
     folders = {name: root / name for name in CONDITIONS if (root / name).is_dir()} or {"all": root}

@@ -213,7 +213,8 @@ def make_clips(settings):
     speaker or a sound is in both splits.
     """
     rng = np.random.default_rng(settings.clip_seed)
-    utterances = [u for split in SPLITS for u in data.read_corpus(settings.data, split) if u.samples >= SHORTEST]
+    folder, _ = data.find_corpus(settings.data, None)
+    utterances = [u for split in SPLITS for u in data.read_corpus(folder, split) if u.samples >= SHORTEST]
     speech = split_sources([Source(u.id, u.speaker, u.recording) for u in utterances], settings, rng)
     sounds = split_sources(sound_sources(settings.sounds), settings, rng) if settings.sounds else None
     clips = []

@@ -30,6 +30,7 @@ LONGEST = 6  # characters of a word above numbers, where less than the widest fi
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
+MOMENT = 1  # seconds; what takes less has no progress bar
 SHOWN = 60  # characters of a wrong value that a message quotes
 LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
 Settings = TypeVar("Settings")
@@ -197,6 +198,33 @@ def fill(text: str, indent: int = 2) -> str:
     """Text in lines that fit, the second one and those after it indented. Paths and flags stay whole."""
     text, after = visible(text), " " * indent
     return textwrap.fill(text, width(), subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
+
+
+class Progress(tqdm):
+    """A progress bar of what takes more than a moment; a line for every twentieth of it where there is no terminal.
+
+    Of rank 0, on standard error.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        self.told, self.lines = 0, not sys.stderr.isatty()  # twentieths that have a line
+        options |= {"delay": MOMENT, "ncols": width(sys.stderr), "disable": process_rank() > 0}
+        super().__init__(*args, **options)
+        if self.lines:
+            self.mininterval, self.miniters, self.sp = 0, 1, None  # every update is looked at; nothing at the end
+
+    def display(self, *args, **options) -> None:
+        if self._time() - self.start_t < self.delay:  # a new description is shown without regard to `delay`
+            return
+        if not self.lines:
+            super().display(*args, **options)
+        elif self.total and (done := int(20 * self.n / self.total)) > self.told:
+            self.told = done
+            print(self, file=self.fp, flush=True)
+
+    def clear(self, *args, **options) -> None:
+        if not self.lines:
+            super().clear(*args, **options)
 
 
 def say(*notes: str) -> None:

@@ -71,14 +71,6 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-def write_large_model(folder):
-    """A checkpoint that no CPU should load; its weights are a hole, so it takes no room."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "phi4_multimodal"}')
-    with open(folder / "model.safetensors", "wb") as file:
-        file.truncate(int(pretrained.LARGEST_CPU_MODEL) + 1)
-
-
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch, tmp_path):
     """What a test writes to a relative path, such as out/, is its own."""
@@ -126,7 +118,7 @@ def new_model(checkpoint):
     """Makes a model as train.py does: speech adapter merged, fresh LoRA without dropout, chosen groups trainable."""
 
     def make(strategy="lora", speech_adapter="merge", rank=4, dtype="float32", quantize=None):
-        model = models.load_base(str(checkpoint), None, dtype, "sdpa", speech_adapter, quantize)
+        model = models.load_base(pretrained.find(checkpoint), dtype, "sdpa", speech_adapter, quantize)
         models.add_adapter(model, rank, 2 * rank, dropout=0.0)
         models.set_trainable(model, strategy)
         return model
@@ -136,7 +128,7 @@ def new_model(checkpoint):
 
 @pytest.fixture(scope="session")
 def examples(checkpoint, utterances):
-    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "none")
+    model = models.load_base(pretrained.find(checkpoint), "float32", "sdpa", "none")
     return data.make_examples(utterances, model.tokenizer, model.audio_id)
 
 

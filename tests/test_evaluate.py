@@ -18,7 +18,7 @@ import evaluate
 import metrics
 import model as models
 import prompts
-from support import answers, cli
+from support import answers, cli, pretrained
 from support import run as runs
 
 METRIC_KEYS = {
@@ -187,7 +187,7 @@ def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, str
     code, text = Process("evaluate", ["--adapter", "out", "--limit", 3, "--scoring", "expected"], tmp_path).wait()
     assert code == 0 and f"paper, {strategy}, epoch 3" in text, text
     written = [line for line in answers.read(tmp_path / "out" / "predictions.jsonl") if line["task"] == "APA"]
-    model = models.load_base(str(checkpoint), None, "float32", "sdpa", way, quantize)
+    model = models.load_base(pretrained.find(checkpoint), "float32", "sdpa", way, quantize)
     asked = data.read_corpus(corpus, "test", limit=3)
     untrained = models.answer(model.eval(), asked, ("expected",), tasks=["APA"])
     models.load_trained(model, tmp_path / "out" / "epoch-3", strategy)
@@ -207,7 +207,7 @@ def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(monkey
     evaluation.training = evaluation.training.model_copy(update={"speech_adapter": trained, "quantize": quantize})
     loaded, load_base = [], inspect.signature(models.load_base)
     monkeypatch.setattr(models, "load_base", lambda *args: loaded.append(load_base.bind(*args).arguments) or Mock())
-    evaluate.load(evaluation, settings(evaluation))
+    evaluate.load(evaluation, *settings(evaluation))
     assert (loaded[0]["speech_adapter"], loaded[0].get("quantize")) == ("merge", None)
 
 
@@ -221,8 +221,8 @@ def test_the_unmodified_model_is_asked_without_control_token(monkeypatch, evalua
         return seen[-1]
 
     monkeypatch.setattr(models, "question", spy)
-    evaluate.generate(evaluation, data.read_corpus(corpus, "test", limit=1), settings(evaluation))
-    model = evaluate.load(evaluation, settings(evaluation))
+    generate(evaluation, data.read_corpus(corpus, "test", limit=1))
+    model = evaluate.load(evaluation, *settings(evaluation))
     controls = [set(model.control_ids) & set(example.prompt_ids) for example in seen]
     assert [bool(found) for found in controls] == [not base] * 2
 
@@ -248,7 +248,8 @@ def settings(evaluation, **changes):
 
 
 def generate(evaluation, utterances, **changes):
-    return evaluate.generate(evaluation, utterances, settings(evaluation, **changes))
+    checkpoint, chosen = settings(evaluation, **changes)
+    return evaluate.generate(evaluation, checkpoint, utterances, chosen)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import data
 import evaluate
 import model as models
 import prompts
-from support import cli
+from support import cli, pretrained
 
 TOKENS = 24  # of an answer; a model that was changed at random never ends one
 # transformers' names and Microsoft's, as transformers' own conversion has them
@@ -59,13 +59,13 @@ def renamed(checkpoint, folder, prefix):
 
 def exported(folder, adapter, **settings):
     said = export.export(export.Settings(folder=folder, adapter=adapter, **settings))
-    return models.load_base(str(folder), None, "float32", "sdpa", "none").eval(), said
+    return models.load_base(pretrained.find(folder), "float32", "sdpa", "none").eval(), said
 
 
 def as_evaluated(adapter):
     asked = evaluate.ModelSettings(adapter=adapter)
     (evaluation,) = evaluate.evaluations(asked)
-    return evaluate.load(evaluation, evaluate.choose_model(evaluation, asked))
+    return evaluate.load(evaluation, *evaluate.choose_model(evaluation, asked))
 
 
 def answers(model, utterances):
@@ -76,7 +76,7 @@ def answers(model, utterances):
 
 @pytest.mark.parametrize("strategy, way", [("lora", "merge"), ("lora", "continue"), ("unfreeze", "none")])
 def test_an_exported_checkpoint_answers_as_the_adapter_did(train, checkpoint, corpus, tmp_path, strategy, way):
-    adapter, utterances = train(strategy, way), data.read_corpus(corpus, "test", None, 8)
+    adapter, utterances = train(strategy, way), data.read_corpus(corpus, "test", 8)
     texts, scores = answers(as_evaluated(adapter), utterances)
     bare = renamed(checkpoint, tmp_path / "bare", "")  # as transformers' converter names them
     own_texts, own_scores = answers(exported(tmp_path / "new", adapter, model=bare)[0], utterances)
@@ -85,7 +85,7 @@ def test_an_exported_checkpoint_answers_as_the_adapter_did(train, checkpoint, co
 
 
 def test_the_cards_lines_need_transformers_alone_and_give_the_same_answer(train, corpus, tmp_path):
-    adapter, (utterance,) = train(), data.read_corpus(corpus, "test", None, 1)
+    adapter, (utterance,) = train(), data.read_corpus(corpus, "test", 1)
     _, said = exported(tmp_path / "new", adapter)
     card = (tmp_path / "new/README.md").read_text()
     (tmp_path / "a.wav").write_bytes(utterance.recording())

@@ -9,7 +9,7 @@ import shutil
 import threading
 from urllib.parse import unquote, urlsplit
 
-from conftest import ROOT, script, write_large_model
+from conftest import ROOT, script
 from huggingface_hub import constants
 import pytest
 from safetensors.torch import load_file, save_file
@@ -97,7 +97,8 @@ def server(checkpoint, corpus, tmp_path_factory):
         (first / name).write_bytes(b"of no use")
     for split in ("train", "test"):
         hub_table(corpus, split).to_parquet(folder / "corpus" / "data" / f"{split}-00000-of-00001.parquet")
-    write_large_model(folder / "large")
+    (folder / "large").mkdir()
+    (folder / "large" / "config.json").write_text('{"model_type": "phi4_multimodal"}')
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         server.revisions = {(MODEL, REVISION): FIRST}  # {(repository, revision): commit}
         server.commits = {(MODEL, FIRST): first, ("some/large", FIRST): folder / "large"}
@@ -142,8 +143,8 @@ def test_the_default_ids_are_fetched_once_and_only_what_is_needed(life):
     parts = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
     needed = [f"{MODEL}/resolve/{FIRST}/{name}" for name in NEEDED]
     needed += [f"{CORPUS}/resolve/{data.HUB_CORPUS_REVISION}/{name}" for name in parts]
-    asked = 2 * [f"GET api/models/{MODEL}/revision/{REVISION}"] + [f"GET api/models/{MODEL}/tree/{FIRST}"]
-    asked += [f"GET api/{CORPUS}/{what}/{data.HUB_CORPUS_REVISION}" for what in ("revision", "tree")]
+    asked = [f"GET api/models/{MODEL}/revision/{REVISION}", f"GET api/models/{MODEL}/tree/{FIRST}"]
+    asked += [f"GET api/{CORPUS}/tree/{data.HUB_CORPUS_REVISION}"]
     assert sorted(requests) == sorted(asked + [f"{way} {file}" for file in needed for way in ("HEAD", "GET")])
 
 
@@ -184,11 +185,11 @@ def reach(server, tmp_path, monkeypatch):
 
 def test_without_a_gpu_a_large_model_is_refused_before_it_is_fetched(reach):
     reach()
-    assert pretrained.check(MODEL, REVISION, "merge") == FIRST
+    assert pretrained.find(MODEL, REVISION).commit == FIRST
     for offline in (False, True):
         seen = reach(offline=offline).seen
         with pytest.raises(cli.InputError, match="^some/large needs a CUDA GPU.*tiny.py.*$"):
-            pretrained.check("some/large", FIRST, "merge")
+            pretrained.find("some/large", FIRST)
         assert bool(seen) != offline and not [request for request in seen if "safetensors" in request]
 
 
@@ -211,6 +212,6 @@ def test_without_a_network_the_cache_serves_a_revision_that_moves(reach):
 def test_what_a_folder_lacks_is_not_looked_for_at_the_hub(reach, checkpoint):
     server = reach()
     shutil.copytree(checkpoint, "model", ignore=lambda *_: [pretrained.SPEECH_ADAPTER])  # a name like a hub id's
-    with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be read"):
-        models.load_base("model", None, "float32", "sdpa", "merge")
+    with pytest.raises(cli.InputError, match="model/speech-lora/adapter_config.json cannot be loaded"):
+        models.load_base(pretrained.find("model"), "float32", "sdpa", "merge")
     assert not server.seen

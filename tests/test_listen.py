@@ -3,6 +3,7 @@
 from dataclasses import asdict
 import json
 import os
+from pathlib import Path
 import shutil
 
 from conftest import ROOT, sound
@@ -123,7 +124,7 @@ def test_silence_beyond_the_corpus_margins_is_left_out_and_a_missed_word_is_not(
 
 @pytest.mark.skipif("SPEECHOCEAN762" not in os.environ, reason="SPEECHOCEAN762 does not name a corpus folder")
 def test_real_speech_is_speech_and_stays_whole():
-    for utterance in data.read_corpus(os.environ["SPEECHOCEAN762"], "test", limit=10):
+    for utterance in data.read_corpus(Path(os.environ["SPEECHOCEAN762"]), "test", limit=10):
         asked = assessor.ask(utterance.recording(), None, [])
         assert asked.speech > 2 * assessor.FASTEST * len(utterance.canonical) and sum(asked.trimmed) < 0.5
 

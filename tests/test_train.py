@@ -18,7 +18,7 @@ import data
 import evaluate
 import model as models
 import prompts
-from support import cli
+from support import cli, pretrained
 from support import run as runs
 import train
 
@@ -91,7 +91,7 @@ def test_one_optimiser_step_equals_transformers_trainer(monkeypatch, where, chec
     (line,), ours = read_lines(OUT / "log.jsonl"), weights_of(OUT / "epoch-1")
     assert line["learning_rate"] == 1e-3
 
-    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "continue")
+    model = models.load_base(pretrained.find(checkpoint), "float32", "sdpa", "continue")
     assert models.add_adapter(model, None, None, None).lora_dropout == 0
     models.set_trainable(model, strategy)
     utterances = data.read_corpus(corpus, "train", limit=32)
@@ -250,7 +250,7 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_marke
     assert [path.name for path, _ in runs.adapters(out, "best")] == [f"epoch-{1 + losses.index(min(losses))}"]
 
     _, held_out = data.hold_out_speakers(data.read_corpus(corpus, "train"), 0.25, 0)
-    model = models.load_base(str(checkpoint), None, "float32", "sdpa", "merge")
+    model = models.load_base(pretrained.find(checkpoint), "float32", "sdpa", "merge")
     models.load_trained(model, out / "epoch-4", "lora")
     examples = data.make_examples(held_out, model.tokenizer, model.audio_id)
     with torch.no_grad():
@@ -370,7 +370,7 @@ def test_what_only_this_machine_lacks_is_said_before_anything_slow(monkeypatch):
     "arguments, message",
     [
         (["--data", "no/such/folder"], "corpus folder no/such/folder does not exist"),
-        (["--model", TESTS], "holds no checkpoint"),
+        (["--model", TESTS], "config.json cannot be read: No such file"),
     ],
 )
 def test_a_users_mistake_ends_with_2_and_one_line_before_anything_slow(arguments, message, where, tmp_path):
