@@ -9,7 +9,7 @@ Writes predictions.jsonl (raw outputs), metrics.json and figure5.png into --outp
 Every number can be computed again from predictions.jsonl; predictions.settings.json says what wrote it.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 import gc
@@ -43,32 +43,34 @@ TABLE_3 = {
     "total_pcc": "total",
     "wer": "WER",
     "per": "PER",
-    "phone_agreement_f1": "F1",
+    "phone_agreement_f1": "agreement F1",
     "phone_agreement_precision": "P",
     "phone_agreement_recall": "R",
 }
 PAPER = {
-    ("base", 0): (-0.041, -0.017, -0.0493, -0.104, 0.97, 0.792, 0.143, 0.154, 0.134),
-    ("lora", 1): (0.547, 0.585, 0.567, 0.544, 0.15, 0.137, 0.686, 0.689, 0.682),
-    ("lora", 2): (0.637, 0.726, 0.709, 0.662, 0.139, 0.118, 0.722, 0.725, 0.719),
-    ("lora", 3): (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721),
-    ("lora", 4): (0.645, 0.733, 0.714, 0.668, 0.148, 0.121, 0.721, 0.723, 0.72),
-    ("unfreeze", 1): (0.535, 0.559, 0.564, 0.55, 0.159, 0.199, 0.575, 0.579, 0.57),
-    ("unfreeze", 2): (0.624, 0.668, 0.653, 0.634, 0.145, 0.154, 0.651, 0.651, 0.651),
-    ("unfreeze", 3): (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
-    ("unfreeze", 4): (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
+    "unmodified": (-0.041, -0.017, -0.0493, -0.104, 0.97, 0.792, 0.143, 0.154, 0.134),
+    "lora, epoch 1": (0.547, 0.585, 0.567, 0.544, 0.15, 0.137, 0.686, 0.689, 0.682),
+    "lora, epoch 2": (0.637, 0.726, 0.709, 0.662, 0.139, 0.118, 0.722, 0.725, 0.719),
+    "lora, epoch 3": (0.656, 0.727, 0.711, 0.675, 0.14, 0.114, 0.724, 0.728, 0.721),
+    "lora, epoch 4": (0.645, 0.733, 0.714, 0.668, 0.148, 0.121, 0.721, 0.723, 0.72),
+    "unfreeze, epoch 1": (0.535, 0.559, 0.564, 0.55, 0.159, 0.199, 0.575, 0.579, 0.57),
+    "unfreeze, epoch 2": (0.624, 0.668, 0.653, 0.634, 0.145, 0.154, 0.651, 0.651, 0.651),
+    "unfreeze, epoch 3": (0.621, 0.669, 0.655, 0.637, 0.148, 0.15, 0.663, 0.665, 0.662),
+    "unfreeze, epoch 4": (0.743, 0.717, 0.704, 0.666, 0.142, 0.142, 0.667, 0.671, 0.663),
 }
 # Ids of its test part, sorted, one a line, as SHA-256: labels may change, ids do not
 PAPER_CORPUS = "0eb5426df00d6fc77dcd5d64bbe80d6324c92a1fc2e0053a2b49ec1b227e6f25"
 PAPER_FIGURE_5 = {"human": -0.4463, "predicted": -0.3543}  # PCC of an utterance's PER with its accuracy score
+CANONICAL = "canonical phones: writing what should have been said, without listening."
 CLOSE = 0.05  # a number this near to the paper's is marked
 OUTPUTS = {f"{name}_mae": name for name in prompts.SCORES} | {
-    "detection_f1": "found: F1",
+    "detection_f1": "detection F1",
     "apa_unparsed": "unparsed APA",
     "mdd_unparsed": "unparsed MDD",
     "apa_truncated": "cut off APA",
     "mdd_truncated": "cut off MDD",
 }
+PVALUES = {f"{name}_pvalue": name for name in prompts.SCORES}
 
 
 @dataclass
@@ -86,11 +88,17 @@ class ModelSettings:
 
 
 @dataclass
-class Settings(ModelSettings):
-    predictions: Path | None = None  # score this file instead of generating
+class CorpusSettings:
+    """Which utterances; what is not given is as in the evaluation, or as in training."""
+
     data: str | None = None  # corpus folder or hub id
     data_revision: str | None = None  # of the hub id
     split: str = "test"  # of the corpus
+
+
+@dataclass
+class Settings(CorpusSettings, ModelSettings):
+    predictions: Path | None = None  # score this file instead of generating
     limit: cli.Count | None = None  # use only the first N utterances
     batch_size: cli.Count = 16  # utterances generated together, in all of their tasks
     # of APA: the written answer (the paper's), or the expectation of each score's distribution, or both
@@ -110,7 +118,8 @@ class Evaluation:
     label: str  # "base" or "epoch-N"; "predictions" for a saved file that stands alone
     output: Path
     adapter: Path | None = None  # None: the unmodified model
-    training: runs.TrainingSettings | None = None  # the adapter's; where there is one beside the unmodified model
+    # of the adapter, or of one beside the unmodified model; of a saved file what stands beside it
+    training: runs.TrainingSettings | answers.Writer | None = None
 
     @property
     def speech_adapter(self) -> runs.SpeechAdapter:
@@ -118,17 +127,17 @@ class Evaluation:
         return self.training.speech_adapter if self.adapter else "merge"
 
     @property
-    def paper_row(self) -> tuple[str, int] | None:
+    def paper_row(self) -> str | None:
         """Key of PAPER for the same strategy and epoch, or the best one (3) for later ones.
 
         None where it is not known what wrote the answers, or where the paper has no such row.
         """
         if self.label == "base":
-            return "base", 0
+            return "unmodified"
         if self.training is None or self.label != f"epoch-{self.training.epoch}":
             return None
-        strategy, epoch = self.training.strategy, self.training.epoch
-        return strategy, epoch if (strategy, epoch) in PAPER else 3
+        name = f"{self.training.strategy}, {self.label.replace('-', ' ')}"
+        return name if name in PAPER else f"{self.training.strategy}, epoch 3"
 
 
 def evaluations(settings: ModelSettings, output: Path | None = None) -> list[Evaluation]:
@@ -162,7 +171,7 @@ def saved_evaluation(path: Path, output: Path | None = None) -> Evaluation:
 # Generating
 
 
-Chosen = TypeVar("Chosen", bound=ModelSettings)
+Chosen = TypeVar("Chosen")  # ModelSettings, CorpusSettings, or both
 
 
 def choose_model(evaluation: Evaluation, settings: Chosen) -> tuple["pretrained.Checkpoint", Chosen]:
@@ -179,15 +188,20 @@ def choose_model(evaluation: Evaluation, settings: Chosen) -> tuple["pretrained.
     return checkpoint, replace(settings, **chosen | {"revision": checkpoint.commit})
 
 
-def read_corpus(evaluation: Evaluation, settings: Settings) -> list[data.Utterance]:
-    """The utterances of the corpus that was trained on, or of the one that is asked for."""
-    source = settings.data or getattr(evaluation.training, "data", data.HUB_CORPUS)
+def choose_corpus(evaluation: Evaluation, settings: Chosen) -> tuple[Path, Chosen]:
+    """The folder, and the settings with the corpus of the evaluation or its training where no other is asked for."""
+    source = settings.data or getattr(evaluation.training, "data", None) or data.HUB_CORPUS
     revision = settings.data_revision or getattr(evaluation.training, "data_revision", None) or data.HUB_CORPUS_REVISION
     folder, commit = data.find_corpus(source, revision)
     if settings.data_revision and not commit:
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
-    utterances = data.read_corpus(folder, settings.split, settings.limit)
-    cli.say(f"corpus: {source} ({settings.split}), {data.describe(utterances)}")
+    return folder, replace(settings, data=source, data_revision=commit)
+
+
+def read_corpus(folder: Path, settings: CorpusSettings, limit: int | None = None) -> list[data.Utterance]:
+    """The utterances of a corpus; folder, settings: of `choose_corpus`."""
+    utterances = data.read_corpus(folder, settings.split, limit)
+    cli.say(f"corpus: {settings.data} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
 
@@ -205,7 +219,7 @@ def load(evaluation: Evaluation, checkpoint: "pretrained.Checkpoint", settings: 
 def made_with(evaluation: Evaluation, utterances: Sequence[data.Utterance], settings: Settings) -> dict[str, Any]:
     """All that answers depend on, for predictions.settings.json."""
     weights = sorted(evaluation.adapter.glob("*.safetensors")) if evaluation.adapter else []
-    names = ("model", "revision", "dtype", "attention", "max_new_tokens")
+    names = ("model", "revision", "dtype", "attention", "max_new_tokens", "data", "data_revision")
     return {name: getattr(settings, name) for name in names} | {
         "evaluated": evaluation.label,
         "strategy": evaluation.training.strategy if evaluation.adapter else None,
@@ -215,11 +229,6 @@ def made_with(evaluation: Evaluation, utterances: Sequence[data.Utterance], sett
         "scoring": sorted(settings.scoring),
         "corpus": data.fingerprint(utterances),
     }
-
-
-def asked_of(utterances: Iterable[data.Utterance]) -> answers.Asked:
-    """What is to be answered, as answers.Asked."""
-    return {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
 
 
 def generate(
@@ -232,7 +241,8 @@ def generate(
 
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes.
     """
-    how, asked = made_with(evaluation, utterances, settings), asked_of(utterances)
+    asked = {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
+    how = made_with(evaluation, utterances, settings)
     written = answers.Answers(evaluation.output, asked, how, settings.resume)
     missing = [u for u in utterances if any((u.id, task) not in written.lines for task in u.tasks)]
     missing.sort(key=lambda utterance: utterance.samples)
@@ -257,32 +267,6 @@ def generate(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numbers as text
-
-
-def cells(
-    numbers: Mapping[str, float], columns: Iterable[str], near: Mapping[str, float] | tuple[()] = ()
-) -> list[str]:
-    """Numbers as text, "-" where there is none; those close to the one that `near` has for the key are marked."""
-    texts = []
-    for key in columns:
-        value = numbers.get(key, math.nan)
-        mark = "*" if key in near and abs(value - near[key]) <= CLOSE else ""
-        texts.append("-" if math.isnan(value) else f"{mark}{value:.3f}")
-    return texts
-
-
-def with_halves(rows: Iterable["Row"], columns: Collection[str]) -> cli.Rows:
-    """Rows for `show_table`: under each number half the width of its interval."""
-    lines = []
-    for row in rows:
-        found = [row.intervals.get(key, (math.nan, math.nan)) for key in columns]
-        halves = ["" if math.isnan(low) else f"\n±{(high - low) / 2:.3f}" for low, high in found]
-        lines.append((row.label, [text + half for text, half in zip(cells(row.numbers, columns, row.near), halves)]))
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Scoring
 
 
@@ -291,10 +275,14 @@ class Row:
     """One row of the tables."""
 
     label: str
-    paper_row: tuple | None  # key of PAPER; None for what is not compared with it
-    numbers: dict
-    intervals: dict  # key -> (low, high); empty where the file names no speakers
-    near: dict = field(default_factory=dict)  # the paper's numbers by key, where they are of the same utterances
+    numbers: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # none where the file names no speakers
+    reasons: dict[str, str] = field(default_factory=dict)  # why a correlation is missing
+    paper_row: str | None = None  # key of PAPER; None for what is not compared with it
+    near: dict[str, float] = field(default_factory=dict)  # the paper's numbers, where they are of the same utterances
+
+
+Table = tuple[str, Sequence[str], cli.Rows]  # caption, titles, rows
 
 
 def is_papers_corpus(records: list[dict]) -> bool:
@@ -303,41 +291,54 @@ def is_papers_corpus(records: list[dict]) -> bool:
     return hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest() == PAPER_CORPUS
 
 
-def rows_of(records: list[dict], label: str, paper_row: tuple[str, int] | None) -> list[Row]:
-    """A row for each scoring that predictions hold; prints why a number is missing."""
+def make_row(label: str, records: list[dict], scoring: str = "greedy") -> Row:
+    numbers, samples, reasons = metrics.score(records, scoring, resample=True)
+    return Row(label, numbers, {key: metrics.interval(values) for key, values in samples.items()}, reasons)
+
+
+def rows_of(records: list[dict], label: str, paper_row: str | None) -> list[Row]:
+    """A row for each scoring that predictions hold."""
     near = dict(zip(TABLE_3, PAPER[paper_row])) if paper_row and is_papers_corpus(records) else {}
-    rows = []
-    for scoring in metrics.scorings(records):
-        name = f"this run, {label}" + (", expected" if scoring == "expected" else "")
-        numbers, reasons = metrics.score(records, scoring)
-        rows.append(Row(name, paper_row, numbers, metrics.intervals(records, scoring), near))
-        for key, reason in reasons.items():
-            cli.say(f"{name}: no {key}: {reason}")
-    return rows
+    names = {"greedy": f"this run, {label}", "expected": f"this run, {label}, expected"}
+    rows = [make_row(names[scoring], records, scoring) for scoring in metrics.scorings(records)]
+    return [replace(row, paper_row=paper_row, near=near) for row in rows]
 
 
 def copying_floor(records: list[dict]) -> Row:
     """The row of a "model" that writes what should have been said: the PER and F1 that need no listening."""
     asked = [record for record in records if record["task"] == "MDD"]
     right = [prompts.mdd_target(r["reference"]["word_transcript"], r["reference"]["canonical"]) for r in asked]
-    copied = [record | {"output": output} for record, output in zip(asked, right)]
-    return Row("says everything right", None, metrics.score(copied)[0], metrics.intervals(copied, "greedy"))
+    return make_row("canonical phones", [r | {"output": output} for r, output in zip(asked, right)])
 
 
-def table_3(rows: list[Row], floors: list[Row]) -> tuple[str, list[str], cli.Rows]:
-    """Our rows, floors, and the paper's, as (caption, columns, rows)."""
-    paper = [(name, cells(dict(zip(TABLE_3, values)), TABLE_3)) for name, values in papers_rows(rows).items()]
-    return "Table 3", list(TABLE_3.values()), with_halves([*rows, *floors], TABLE_3) + paper
+def make_table(caption: str, columns: Mapping[str, str], rows: Iterable[Row]) -> Table:
+    """Numbers as text, with half the width of their intervals; columns: {key: title}.
+
+    "-" where there is none; a number close to the paper's is marked.
+    """
+    lines = []
+    for row in rows:
+        texts = []
+        for key in columns:
+            value, (low, high) = row.numbers.get(key, math.nan), row.intervals.get(key, (math.nan, math.nan))
+            text = f"{value:.1e}" if key in PVALUES else f"{value:.3f}"
+            mark = "*" if abs(value - row.near.get(key, math.nan)) <= CLOSE else ""
+            half = "" if math.isnan(low) else f"\n±{(high - low) / 2:.3f}"
+            texts.append("-" if math.isnan(value) else mark + text + half)
+        lines.append((row.label, texts))
+    return caption, [*columns.values()], lines
 
 
-def papers_rows(rows: list[Row]) -> dict[str, tuple[float, ...]]:
-    """{name: numbers} of the paper's rows of the strategies that were evaluated; "lora" where that is not known."""
-    strategies = {"base"} | ({row.paper_row[0] for row in rows if row.paper_row} - {"base"} or {"lora"})
-    return {paper_name(*key): values for key, values in PAPER.items() if key[0] in strategies}
-
-
-def paper_name(layers: str, epoch: int) -> str:
-    return "paper, unmodified" if layers == "base" else f"paper, {layers}, epoch {epoch}"
+def tables(rows: list[Row], floors: list[Row]) -> list[Table]:
+    """What is printed of our rows; Table 3 has floors, and the paper's rows of the strategies that were evaluated."""
+    strategies = {row.paper_row.split(",")[0] for row in rows if row.paper_row} - {"unmodified"}
+    names = [name for name in PAPER if name.split(",")[0] in {"unmodified", *(strategies or {"lora"})}]
+    paper = [Row(f"paper, {name}", dict(zip(TABLE_3, PAPER[name]))) for name in names]
+    return [
+        make_table("Table 3", TABLE_3, [*rows, *floors, *paper]),
+        make_table("Mean error of the scores, detection, answers that cannot be read or were cut off", OUTPUTS, rows),
+        make_table("p-values of the PCCs", PVALUES, rows),
+    ]
 
 
 def explain(rows: list[Row]) -> list[str]:
@@ -346,11 +347,11 @@ def explain(rows: list[Row]) -> list[str]:
     return [
         f"Measured on {utterances} utterances; the paper's rows are on the 2,500 of speechocean762's test part.",
         f"Scores are PCCs with human scores; the {metrics.LEVEL:.0%} interval is a bootstrap over speakers.",
-        "F1, P, R: phone agreement by position, a reading that can give the paper's figures. found: F1: detection of "
+        "agreement F1, P, R: of phones by position, a reading that can give the paper's figures. detection F1: of "
         "mispronunciations, the field's convention; more of it: python -m analysis.phones.",
-        "says everything right: writing what should have been said, without listening. cut off: the length limit came "
-        "before the end.",
-        *(f"*: within {CLOSE} of '{paper_name(*row.paper_row)}' ({row.label})" for row in rows if row.near),
+        f"{CANONICAL} cut off: the length limit came before the end.",
+        *(f"*: within {CLOSE} of 'paper, {row.paper_row}' ({row.label})" for row in rows if row.near),
+        *(f"{row.label}: no {key}: {reason}" for row in rows for key, reason in row.reasons.items()),
     ]
 
 
@@ -358,24 +359,20 @@ def draw_figure5(records: list[dict], path: Path) -> None:
     """The paper's Figure 5: PER of each utterance against its human and its predicted accuracy, with PCC."""
     from matplotlib.figure import Figure  # takes a second
 
-    assessed = {record["id"]: record for record in records if record["task"] == "APA"}
-    chosen = [r for r in records if r["task"] == "MDD" and r["id"] in assessed and r["reference"]["heard"]]
-    _, heard, written = metrics.phones_of(chosen)
-    pers = [metrics.error_rate([phones], [output]) for phones, output in zip(heard, written)]
-    asked = [assessed[record["id"]] for record in chosen]
-    scores = {
-        "human": [answer["reference"] for answer in asked],
-        "predicted": [prompts.parse_output("APA", answer["output"]) for answer in asked],
-    }
+    asked = [record for record in records if record["task"] == "MDD" and record["reference"]["heard"]]
+    _, heard, written = metrics.phones_of(asked)
+    pers = {r["id"]: metrics.error_rate([phones], [said]) for r, phones, said in zip(asked, heard, written)}
+    apa = [record for record in records if record["task"] == "APA" and record["id"] in pers]
+    accuracy, pers = metrics.assessment_rows(apa)[..., 0].T, np.array([pers[record["id"]] for record in apa])
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, values) in zip(axes, scores.items()):
-        x, y = [v["accuracy"] for v in values if v], [per for v, per in zip(values, pers) if v]
-        pcc, pvalue, _, reason = metrics.correlation(x, y)
+    for axis, name, scores in zip(axes, ("human", "predicted"), accuracy[::-1]):
+        x, y = scores[~np.isnan(scores)], pers[~np.isnan(scores)]  # without answers that cannot be read
+        pcc, pvalue, reason = metrics.correlation(x, y)
         title = f"PCC {pcc:.3f} (p = {pvalue:.1g}; paper {PAPER_FIGURE_5[name]:.3f})"
         jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(x))  # scores are whole: they would hide each other
-        axis.scatter(np.add(x, jitter), y, s=8, alpha=0.25, linewidths=0)
-        means = {score: np.mean([per for other, per in zip(x, y) if other == score]) for score in sorted(set(x))}
+        axis.scatter(x + jitter, y, s=8, alpha=0.25, linewidths=0)
+        means = {score: y[x == score].mean() for score in np.unique(x)}
         axis.plot(means.keys(), means.values(), "_", color="C1", markersize=18, markeredgewidth=2, label="mean")
         axis.set(xlabel=f"{name} accuracy score", xlim=(-0.5, 10.5), title=f"no PCC: {reason}" if reason else title)
         axis.grid(alpha=0.3)
@@ -385,7 +382,7 @@ def draw_figure5(records: list[dict], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def score(records: list[dict], label: str, paper_row: tuple[str, int] | None, folder: Path) -> list[Row]:
+def score(records: list[dict], label: str, paper_row: str | None, folder: Path) -> list[Row]:
     """Write metrics.json and figure5.png; returns the rows of Table 3."""
     rows = rows_of(records, label, paper_row)
     answers.write_metrics(rows, label, folder / "metrics.json")
@@ -395,17 +392,13 @@ def score(records: list[dict], label: str, paper_row: tuple[str, int] | None, fo
 
 def show(rows: list[Row], floors: list[Row]) -> None:
     """Print the tables, and what is in them."""
-    cli.show_table(*table_3(rows, floors), own=len(rows))
-    caption = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
-    cli.show_table(caption, list(OUTPUTS.values()), with_halves(rows, OUTPUTS), own=len(rows))
-    pvalues = [[f"{row.numbers[f'{name}_pvalue']:.1e}".replace("nan", "-") for name in prompts.SCORES] for row in rows]
-    cli.show_table("p-values of the PCCs", prompts.SCORES, list(zip((row.label for row in rows), pvalues)))
+    for caption, titles, lines in tables(rows, floors):
+        cli.show_table(caption, titles, lines, own=len(rows))
     print()
     cli.say(*explain(rows), "±: half of the interval; its ends are in metrics.json.")
 
 
 def main() -> None:
-    """Check what the command line asks for, own the folders that are written into, and evaluate."""
     settings = cli.parse(Settings, __doc__)
     saved = answers.read(settings.predictions) if settings.predictions else None
     if saved:
@@ -415,33 +408,40 @@ def main() -> None:
         chosen = [saved_evaluation(settings.predictions, settings.output)]
     else:
         chosen = evaluations(settings, settings.output)
-    mark, written = (
-        (answers.METRICS, answers.SCORED) if saved else (answers.SETTINGS, answers.GENERATED + answers.SCORED)
-    )
+    evaluate(chosen, saved, settings)
+
+
+def evaluate(
+    chosen: list[Evaluation],
+    saved: list[dict] | None,
+    settings: Settings,
+    change: Callable[[list[data.Utterance]], list[data.Utterance]] = list,
+) -> None:
+    """Own the folders that are written into, generate, unless answers were saved, and score; print the tables.
+
+    change: what is made of the corpus' utterances.
+    """
+    mark = answers.METRICS if saved else answers.SETTINGS
+    written, rows = answers.SCORED if saved else (*answers.GENERATED, *answers.SCORED), []
     with ExitStack() as owned:
         for evaluation in chosen:
             owned.enter_context(files.own(evaluation.output, "evaluate.py", mark, written))
-        evaluate(chosen, saved, settings)
-
-
-def evaluate(chosen: list[Evaluation], saved: list[dict] | None, settings: Settings) -> None:
-    """Generate, unless answers were saved, and score; print the tables."""
-    if not saved:
-        processes.start()
-        checkpoint, settings = choose_model(chosen[-1], settings)  # one for all
-        utterances = read_corpus(chosen[-1], settings)
-    rows = []
-    for evaluation in chosen:
-        records = saved or generate(evaluation, checkpoint, utterances, settings)
-        if cli.process_rank() == 0:
-            rows += score(records, evaluation.label, evaluation.paper_row, evaluation.output)
-    if rows:
-        show(rows, [copying_floor(records)])
-        names = answers.SCORED if saved else (answers.WHOLE, *answers.SCORED)
-        print()
-        cli.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
-    if not saved:
-        processes.end()
+        if not saved:
+            processes.start()
+            checkpoint, settings = choose_model(chosen[-1], settings)  # one for all
+            folder, settings = choose_corpus(chosen[-1], settings)
+            utterances = change(read_corpus(folder, settings, settings.limit))
+        for evaluation in chosen:
+            records = saved or generate(evaluation, checkpoint, utterances, settings)
+            if cli.process_rank() == 0:
+                rows += score(records, evaluation.label, evaluation.paper_row, evaluation.output)
+        if rows:
+            show(rows, [copying_floor(records)])
+            print()
+            names = [name for name in written if name not in (answers.PART, answers.SETTINGS)]
+            cli.say(f"written: {', '.join(names)} in {', '.join(str(e.output) for e in chosen)}")
+        if not saved:
+            processes.end()
 
 
 if __name__ == "__main__":

@@ -41,25 +41,18 @@ def ratio(numerator: float, denominator: float) -> float:
 # Scores
 
 
-def correlation(predicted: Sequence[float], human: Sequence[float]) -> tuple[float, float, float, str | None]:
-    """Pearson correlation, its two-sided p-value, and the mean absolute error in score points (0-10).
-
-    Returns (pcc, pvalue, mae, reason). Where the correlation does not exist, pcc and pvalue are nan and `reason`
-    says why; otherwise it is None.
-    """
+def correlation(predicted: np.ndarray, human: np.ndarray) -> tuple[float, float, str | None]:
+    """Pearson correlation of (N,) scores, its two-sided p-value, None; or nan, nan, and why there is none."""
     from scipy import stats  # takes a second
 
-    predicted, human, n = np.array(predicted, float), np.array(human, float), len(human)
-    numbers = score_numbers(predicted, human)
-    pcc, pvalue, reason = numbers["pcc"], math.nan, None
-    if not math.isnan(pcc):
-        pvalue = float(stats.pearsonr(predicted, human).pvalue)
-    elif n < 3:
-        reason = f"only {n} utterances" if n else "no scores"
-    else:
-        name, values = ("predicted", predicted) if predicted.std() <= SAME else ("human", human)
-        reason = f"all {n} {name} scores are {values[0]:g}"
-    return pcc, pvalue, numbers["mae"], reason
+    n = len(human)
+    if n < 3:
+        return math.nan, math.nan, f"only {n} utterances" if n else "no scores"
+    for name, values in (("predicted", predicted), ("human", human)):
+        if values.std() <= SAME:
+            return math.nan, math.nan, f"all {n} {name} scores are {values[0]:g}"
+    pcc, pvalue = stats.pearsonr(predicted, human)
+    return float(pcc), float(pvalue), None
 
 
 def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
@@ -69,6 +62,8 @@ def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
     scores over that of the human ones; mae, the mean absolute difference. The first three are nan for less than three
     utterances, and where scores do not vary: either for a correlation, the human ones for the ratio.
     """
+    from scipy import stats  # takes a second
+
     numbers = dict.fromkeys(("pcc", "spearman", "sd_ratio"), math.nan)
     numbers["mae"] = ratio(abs(predicted - human).sum(), len(human))
     if len(human) >= 3:
@@ -76,15 +71,9 @@ def score_numbers(predicted: np.ndarray, human: np.ndarray) -> dict[str, float]:
         if human_sd > SAME:
             numbers["sd_ratio"] = float(sd / human_sd)
         if min(sd, human_sd) > SAME:
-            found = np.corrcoef([predicted, human, _ranks(predicted), _ranks(human)])
+            found = np.corrcoef([predicted, human, *stats.rankdata([predicted, human], axis=1)])
             numbers |= {"pcc": float(found[0, 1]), "spearman": float(found[2, 3])}
     return numbers
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks of (N,) values, from 1/2; equal ones share the mean of theirs. Faster than scipy's."""
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    return (sizes.cumsum() - sizes / 2)[group]
 
 
 def expectation(probabilities: Sequence[float]) -> float:
@@ -342,7 +331,7 @@ def bootstrap(numbers_of: Callable, rows: np.ndarray, speakers: list[str], names
     numbers_of: rows -> numbers by key. speakers: of each row. names: all that are drawn from.
     """
     place = {name: i for i, name in enumerate(sorted(set(names)))}
-    column, rng = [place[speaker] for speaker in speakers], np.random.default_rng(seed)
+    column, rng = np.array([place[speaker] for speaker in speakers], int), np.random.default_rng(seed)
     draws = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), size=RESAMPLES)  # (RESAMPLES, names)
     found = [numbers_of(rows.repeat(times[column], axis=0)) for times in draws]
     return {key: np.array([numbers[key] for numbers in found]) for key in found[0]}
@@ -394,15 +383,23 @@ def scorings(records: list[dict]) -> list[str]:
     return [name for name, held in zip(SCORINGS, (greedy, expected)) if held]
 
 
-def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
-    """All numbers of a predictions file with flat keys, and by key the reason why a correlation is nan.
+def score(
+    records: list[dict], scoring: str = "greedy", resample: bool = False
+) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, str]]:
+    """All numbers of a predictions file with flat keys; by key those of other speakers; why a correlation is nan.
 
     Beside those of `assessment` and `diagnosis`: p-values, shares of outputs that were cut off, and `utterances`.
+    resample: for (RESAMPLES,) numbers in corpora of other speakers; none where less than two speakers are named.
     """
-    apa, reasons = assessment_rows(records, scoring), {}
-    numbers, read = assessment(apa) | diagnosis(diagnosis_rows(records)), parsed(apa)
+    apa, mdd = assessment_rows(records, scoring), diagnosis_rows(records)
+    numbers, samples, reasons = assessment(apa) | diagnosis(mdd), {}, {}
+    speakers = [[record.get("speaker") for record in records if record["task"] == task] for task in TASKS]
+    named = {*speakers[0], *speakers[1]}
+    if resample and None not in named and len(named) > 1:
+        samples = bootstrap(assessment, apa, speakers[0], named) | bootstrap(diagnosis, mdd, speakers[1], named)
+    read = parsed(apa)
     for name, pair in zip(SCORES, read.T):
-        _, numbers[f"{name}_pvalue"], _, reason = correlation(*pair)
+        _, numbers[f"{name}_pvalue"], reason = correlation(*pair)
         if reason:
             missing = len(apa) and not len(read)
             reasons[f"{name}_pcc"] = f"none of {len(apa)} outputs could be parsed" if missing else reason
@@ -410,20 +407,5 @@ def score(records: list[dict], scoring: str = "greedy") -> tuple[dict, dict]:
         cut = [record["truncated"] for record in records if record["task"] == task and "truncated" in record]
         numbers[f"{task.lower()}_truncated"] = ratio(sum(cut), len(cut))
     numbers["utterances"] = len({record["id"] for record in records})
-    return numbers, reasons
-
-
-def resamples(records: list[dict], scoring: str = "greedy") -> dict[str, np.ndarray]:
-    """The numbers in corpora of other speakers, (RESAMPLES,) by key; empty where less than two speakers are named."""
-    speakers = [[record.get("speaker") for record in records if record["task"] == task] for task in TASKS]
-    named = {*speakers[0], *speakers[1]}
-    if None in named or len(named) < 2:
-        return {}
-    found = bootstrap(assessment, assessment_rows(records, scoring), speakers[0], named)
-    found |= bootstrap(diagnosis, diagnosis_rows(records), speakers[1], named)
-    return {key: values for key, values in found.items() if key not in EVENTS}  # these grow with a corpus
-
-
-def intervals(records: list[dict], scoring: str = "greedy") -> dict[str, tuple[float, float]]:
-    """{key: (low, high)} of a predictions file; empty where it does not name two speakers or more."""
-    return {key: interval(samples) for key, samples in resamples(records, scoring).items()}
+    samples = {key: values for key, values in samples.items() if key not in EVENTS}  # these grow with a corpus
+    return numbers, samples, reasons

@@ -8,7 +8,6 @@ A drop near zero means that it does not: it answers what is likely in the corpus
 the evaluation, silence/ or swap/, as evaluate.py writes them.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 import io
@@ -20,11 +19,7 @@ from tyro.conf import Fixed, Positional, Suppress
 
 import data
 import evaluate
-from support import answers, cli, files, sound
-from support.later import when_used
-
-with when_used():
-    from support import processes
+from support import cli, sound
 
 
 @dataclass(kw_only=True)
@@ -57,22 +52,10 @@ def main() -> None:
     settings = cli.parse(Settings, __doc__)
     chosen = evaluate.evaluations(settings, settings.output)
     others = [replace(e, label=f"{e.label}, {settings.how}", output=e.output / settings.how) for e in chosen]
-    with ExitStack() as owned:
-        for other in others:
-            written = answers.GENERATED + answers.SCORED
-            owned.enter_context(files.own(other.output, "evaluate.py", answers.SETTINGS, written))
-        processes.start()
-        checkpoint, settings = evaluate.choose_model(chosen[-1], settings)
-        changed, rows = other_audio(evaluate.read_corpus(chosen[-1], settings), settings.how), []
-        for other in others:
-            records = evaluate.generate(other, checkpoint, changed, settings)
-            if cli.process_rank() == 0:
-                rows += evaluate.score(records, other.label, None, other.output)
-        if rows:
-            evaluate.show(rows, [])
-            for own, other in zip(chosen, others):
-                cli.say(f"how far it drops: python -m analysis.compare {own.output} --against {other.output}")
-        processes.end()
+    evaluate.evaluate(others, None, settings, partial(other_audio, how=settings.how))
+    if cli.process_rank() == 0:
+        for own, other in zip(chosen, others):
+            cli.say(f"how far it drops: python -m analysis.compare {own.output} --against {other.output}")
 
 
 if __name__ == "__main__":

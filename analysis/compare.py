@@ -9,12 +9,10 @@ runs, or of the means of two groups, has an interval and a p-value by a paired b
 Welch's t-test over their runs. --format csv or latex prints the table alone. Needs no model.
 """
 
-from collections.abc import Callable
 import csv
 from dataclasses import dataclass
 import math
 from pathlib import Path
-import statistics
 import sys
 from typing import Literal
 
@@ -68,16 +66,20 @@ def scorings_of(groups: list) -> list[list[str]]:
     return [shared or names[:1] for names in held]
 
 
-def numbers_of(group: list, scorings: list[str], measure: Callable[[list[dict], str], dict]) -> dict[str, list]:
-    """What `measure` gives of each run, by key; scores of a second scoring as expected_..., as in metrics.json."""
+def numbers_of(group: list, scorings: list[str], resample: bool = False) -> dict[str, np.ndarray]:
+    """By key a row for each run: its number, and with `resample` those in corpora of other speakers, where it has them.
+
+    Scores of a second scoring are called expected_..., as in metrics.json.
+    """
     found = {}
     for scoring in scorings:
-        each = [measure(run, scoring) for run in group]
-        for key in each[0]:
+        each = [metrics.score(run, scoring, resample) for run in group]
+        for key in each[0][0]:
+            values = np.array([[numbers[key], *samples.get(key, ())] for numbers, samples, _ in each])
             if scoring == scorings[0]:
-                found[key] = [numbers[key] for numbers in each]
+                found[key] = values
             elif key.startswith(prompts.SCORES):
-                found[f"{scoring}_{key}"] = [numbers[key] for numbers in each]
+                found[f"{scoring}_{key}"] = values
     return {key: values for key, values in found.items() if key not in COUNTS}
 
 
@@ -85,18 +87,14 @@ def numbers_of(group: list, scorings: list[str], measure: Callable[[list[dict], 
 # Tables
 
 
-def score(run: list[dict], scoring: str) -> dict:
-    return metrics.score(run, scoring)[0]
-
-
 def spread(group: list) -> tuple[list[str], cli.Rows]:
     """How much runs differ: columns and rows; a number is over the runs that have it."""
     rows = []
-    for key, values in numbers_of(group, scorings_of([group])[0], score).items():
-        values = [value for value in values if not math.isnan(value)]
-        if values:
-            deviation = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
-            mean, least, most = (f"{number:.3f}" for number in (statistics.fmean(values), min(values), max(values)))
+    for key, values in numbers_of(group, scorings_of([group])[0]).items():
+        values = values[~np.isnan(values)]
+        if len(values):
+            deviation = f"{values.std(ddof=1):.3f}" if len(values) > 1 else "-"
+            mean, least, most = (f"{number:.3f}" for number in (values.mean(), values.min(), values.max()))
             rows.append((key, [mean, deviation, least, most, str(len(values))]))
     return ["mean", "std", "min", "max", "runs"], rows
 
@@ -106,25 +104,19 @@ def differences(groups: list) -> tuple[list[str], cli.Rows]:
 
     Raises InputError where speakers are not named.
     """
-    scorings = scorings_of(groups)
-    means, samples = (
-        [numbers_of(group, names, measure) for group, names in zip(groups, scorings)]
-        for measure in (score, metrics.resamples)
-    )
-    if not all(samples):
-        raise cli.InputError("the predictions name no speakers, or one alone: evaluate the runs again")
+    found = [numbers_of(group, names, resample=True) for group, names in zip(groups, scorings_of(groups))]
     several, rows = min(map(len, groups)) > 1, []
-    for key in samples[0]:
-        ours, theirs = (np.array(numbers[key]) for numbers in means)
-        drawn = np.mean(samples[0][key], axis=0) - np.mean(
-            samples[1][key], axis=0
-        )  # (RESAMPLES,), of the same speakers
-        low, high = metrics.interval(drawn)
-        if math.isnan(low):
-            continue
-        texts = [f"{ours.mean():.3f}", f"{theirs.mean():.3f}", f"{ours.mean() - theirs.mean():+.3f}"]
-        texts += [f"{low:+.3f}", f"{high:+.3f}", pvalue_text(drawn)]
-        rows.append((key, texts + (welch(ours, theirs) if several else [])))
+    for key in found[0]:
+        ours, theirs = (numbers[key] for numbers in found)
+        means = ours.mean(axis=0), theirs.mean(axis=0)
+        difference = means[0] - means[1]  # first of the runs, then in each corpus of the same speakers
+        low, high = metrics.interval(difference[1:])
+        if not math.isnan(low):
+            texts = [f"{means[0][0]:.3f}", f"{means[1][0]:.3f}", f"{difference[0]:+.3f}"]
+            texts += [f"{low:+.3f}", f"{high:+.3f}", pvalue_text(difference[1:])]
+            rows.append((key, texts + (welch(ours[:, 0], theirs[:, 0]) if several else [])))
+    if not rows:
+        raise cli.InputError("the predictions name no speakers, or one alone: evaluate the runs again")
     names = ["A", "B", "A-B", "from", "to", "p"]
     return names + (["std A", "std B", "p, runs"] if several else []), rows
 

@@ -1,9 +1,9 @@
 """What does a number mean beside one that needs no pronunciation?
 
-    python -m analysis.floors out/predictions.jsonl                      # the corpus that was trained on
+    python -m analysis.floors out/predictions.jsonl                      # the corpus that was evaluated
     python -m analysis.floors answers.jsonl --data speechocean762/       # by default speechocean762, which is fetched
 
-Prints the tables of evaluate.py for saved predictions with three floors, and needs no model. "says everything right"
+Prints the tables of evaluate.py for saved predictions with three floors, and needs no model. "canonical phones"
 writes what should have been said. "writes nothing" flags every phone as mispronounced. "pauses and energy" is fitted on
 the train part of the corpus: least squares on eleven numbers of the waveform, none of which knows a phone or a word. On
 speechocean762 its correlations with the human scores are 0.57 (accuracy), 0.68 (fluency), 0.65 (prosodic) and 0.59
@@ -15,16 +15,14 @@ Shapes: S samples, F features, U utterances, K scores.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from tyro.conf import Positional
 
 import data
 import evaluate
-import metrics
 import prompts
-from support import answers, cli, files, sound
+from support import answers, cli, sound
 
 # Frames are those of the model's feature extractor: data.FRAME (25 ms) every data.HOP (10 ms).
 # Below -100 dBFS a 16-bit recording holds nothing but its own rounding; digital silence gets this level, not -inf.
@@ -51,12 +49,9 @@ FEATURES = (
 )
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(evaluate.CorpusSettings):
     predictions: Positional[Path]  # predictions.jsonl of evaluate.py
-    data: str | None = None  # corpus folder or hub id; default: that of the training, or speechocean762
-    data_revision: str | None = None  # of the hub id
-    split: str = "test"  # the part that was evaluated
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,43 +113,15 @@ def _design(utterances):
 # The command
 
 
-class Corpus(files.Shape):
-    """What settings.json of train.py says of the corpus."""
-
-    data: str
-    data_revision: str | None = None
-
-
-class Source(Protocol):
-    """The settings that name a corpus: those of this command, and of analysis.report."""
-
-    data: str | None
-    data_revision: str | None
-    split: str
-
-
-def training_settings(folder: Path) -> Path:
-    """Where train.py wrote its settings: in the evaluated folder, or above base/, the unmodified model's."""
-    return (folder.parent if folder.name == "base" else folder) / "settings.json"
-
-
-def find_corpus(settings: Source, folder: Path) -> evaluate.Settings:
-    """Where the utterances are: as the settings say, else as in the training whose evaluation is in the folder."""
-    path = training_settings(folder)
-    training = files.read_json(path, Corpus) if path.is_file() and not settings.data else settings
-    revision = settings.data_revision or training.data_revision
-    return evaluate.Settings(data=training.data, data_revision=revision, split=settings.split)
-
-
-def find_utterances(records: list[dict], evaluation: evaluate.Evaluation, corpus: evaluate.Settings) -> list:
+def find_utterances(records: list[dict], folder: Path, settings: evaluate.CorpusSettings) -> list[data.Utterance]:
     """The utterances that were evaluated. Raises InputError where the corpus has other ones, or other labels."""
-    known = {utterance.id: utterance for utterance in evaluate.read_corpus(evaluation, corpus)}
+    known = {utterance.id: utterance for utterance in evaluate.read_corpus(folder, settings)}
     for record in records:
         utterance = known.get(record["id"])
         if utterance is None or data.reference(utterance, record["task"]) != record["reference"]:
             raise cli.InputError(
-                f"{ascii(record['id'])} ({record['task']}) is not in {corpus.data or data.HUB_CORPUS} "
-                f"({corpus.split}), or has other labels there: give --data, --data-revision and --split as they were"
+                f"{ascii(record['id'])} ({record['task']}) is not in {settings.data} ({settings.split}), or has other "
+                f"labels there: give --data, --data-revision and --split as they were"
             )
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
@@ -165,7 +132,7 @@ def phone_floors(records: list[dict]) -> list[evaluate.Row]:
     silent = [record | {"output": prompts.mdd_target("", [])} for record in asked]
     if not asked:
         return []
-    return [evaluate.copying_floor(asked), _row("writes nothing", silent)]
+    return [evaluate.copying_floor(asked), evaluate.make_row("writes nothing", silent)]
 
 
 def score_floors(records: list[dict], train: list, test: list) -> list[evaluate.Row]:
@@ -176,20 +143,16 @@ def score_floors(records: list[dict], train: list, test: list) -> list[evaluate.
         return []
     fitted = pauses_and_energy(scored, test)
     answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in asked]
-    return [_row("pauses and energy", answered)]
-
-
-def _row(label, records):
-    return evaluate.Row(label, None, metrics.score(records)[0], metrics.intervals(records))
+    return [evaluate.make_row("pauses and energy", answered)]
 
 
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
     records = answers.read(settings.predictions)
     evaluation = evaluate.saved_evaluation(settings.predictions)
-    corpus = find_corpus(settings, settings.predictions.parent)
-    test = find_utterances(records, evaluation, corpus)
-    train = evaluate.read_corpus(evaluation, replace(corpus, split="train"))
+    folder, settings = evaluate.choose_corpus(evaluation, settings)
+    test = find_utterances(records, folder, settings)
+    train = evaluate.read_corpus(folder, replace(settings, split="train"))
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
     evaluate.show(rows, phone_floors(records) + score_floors(records, train, test))
     cli.say(NOTE)

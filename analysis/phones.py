@@ -19,7 +19,7 @@ import metrics
 from support import answers, cli
 
 DETECTION = {  # the field's convention; what each is, in metrics.detection_scores
-    "detection_f1": "F1",
+    "detection_f1": "detection F1",
     "detection_precision": "P",
     "detection_recall": "R",
     "detection_far": "FAR",
@@ -29,11 +29,10 @@ DETECTION = {  # the field's convention; what each is, in metrics.detection_scor
     "per_del": "del",
     "per_ins": "ins",
 }
-NOTES = [
+NOTE = (
     "Detection: found mispronunciations, the field's convention; FAR, FRR, DER: false acceptance, false rejection, "
-    "diagnosis error.",
-    "says everything right: writing what should have been said, without listening.",
-]
+    "diagnosis error."
+)
 INSTEAD = 4  # confusions shown of one phone
 CONFUSIONS = 12  # the most frequent ones are printed
 COLUMNS = ["heard", "precision", "recall", "written instead (-: nothing)"]
@@ -69,7 +68,7 @@ def phone_report(heard: list[list[str]], written: list[list[str]]) -> list[dict]
     ]
 
 
-def phone_tables(records: list[dict]) -> list[tuple[str, list[str], cli.Rows]]:
+def phone_tables(records: list[dict]) -> list[evaluate.Table]:
     """Each phone with how well it is recognised, and the most frequent confusions of all: two tables."""
     _, heard, written = metrics.phones_of(records)
     report = phone_report(heard, written)
@@ -77,20 +76,14 @@ def phone_tables(records: list[dict]) -> list[tuple[str, list[str], cli.Rows]]:
     for entry in report:
         instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
         if entry["phone"]:
-            texts = evaluate.cells(entry, ("precision", "recall"))
+            texts = [f"{entry[key]:.3f}".replace("nan", "-") for key in ("precision", "recall")]
             phones.append((entry["phone"], [str(entry["support"]), *texts, instead]))
         for written, count in entry["confusions"]:
             share = f"{count / entry['support']:.3f}" if entry["phone"] else "-"
             pairs.append((f"{entry['phone'] or 'nothing'} > {written or 'nothing'}", count, share))
     often = sorted(pairs, key=lambda pair: -pair[1])[:CONFUSIONS]
-    return [
-        ("Phones", COLUMNS, phones),
-        (
-            "Phones heard > written most often",
-            ["times", "share"],
-            [(name, [str(n), share]) for name, n, share in often],
-        ),
-    ]
+    often = [(name, [str(count), share]) for name, count, share in often]
+    return [("Phones", COLUMNS, phones), ("Phones heard > written most often", ["times", "share"], often)]
 
 
 def main() -> None:
@@ -102,13 +95,11 @@ def main() -> None:
     phones, confusions = phone_tables(transcribed)
     compare.print_table(settings.format, *phones)
     if settings.format == "table":
-        numbers, _ = metrics.score(transcribed)
-        row = evaluate.Row("this run", None, numbers, metrics.intervals(transcribed))
-        rows = evaluate.with_halves([row, evaluate.copying_floor(transcribed)], DETECTION)
+        rows = evaluate.make_row("this run", transcribed), evaluate.copying_floor(transcribed)
         cli.show_table(*confusions)
-        cli.show_table("Detection", list(DETECTION.values()), rows, own=1)
+        cli.show_table(*evaluate.make_table("Detection", DETECTION, rows), own=1)
         print()
-        cli.say(*NOTES, "±: half of the interval.")
+        cli.say(NOTE, evaluate.CANONICAL, "±: half of the interval.")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import evaluate
 import metrics
 import prompts
 from support import answers, cli, files
+from support import run as runs
 from support.later import when_used
 
 with when_used():
@@ -42,13 +43,12 @@ RAW = 400  # characters of an unparsed output that are shown
 LOW, HIGH = prompts.SCORE_RANGE
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(evaluate.CorpusSettings):
+    """The corpus is needed for recordings and floors of the scores."""
+
     run: Positional[Path]  # folder with predictions.jsonl of evaluate.py
     output: Path | None = None  # folder for the page and its pictures; default: that one
-    data: str | None = None  # corpus folder or hub id, for recordings and floors; default: that of the training
-    data_revision: str | None = None  # of the hub id
-    split: str = "test"  # the part that was evaluated
 
 
 def read_corpus(settings: Settings, records: list[dict], evaluation: evaluate.Evaluation) -> tuple[list, list, list]:
@@ -56,19 +56,17 @@ def read_corpus(settings: Settings, records: list[dict], evaluation: evaluate.Ev
 
     Raises InputError only for a corpus that the user named: a page without recordings is better than none.
     """
-    corpus = floors.find_corpus(settings, settings.run)
-    if not corpus.data:
-        return [], [], ["Without recordings and floors of the scores: the corpus is not known, give --data."]
+    tested = []
     try:
-        tested = floors.find_utterances(records, evaluation, corpus)
+        if not (settings.data or getattr(evaluation.training, "data", None)):
+            raise cli.InputError("the corpus is not known, give --data.")
+        folder, asked = evaluate.choose_corpus(evaluation, settings)
+        tested = floors.find_utterances(records, folder, asked)
+        return tested, evaluate.read_corpus(folder, replace(asked, split="train")), []
     except cli.InputError as error:
-        if settings.data:
+        if settings.data and not tested:
             raise
-        return [], [], [f"Without recordings and floors of the scores: {error}"]
-    try:
-        return tested, evaluate.read_corpus(evaluation, replace(corpus, split="train")), []
-    except cli.InputError as error:
-        return tested, [], [f"Without floors of the scores: {error}"]
+        return tested, [], [f"Without {'' if tested else 'recordings and '}floors of the scores: {error}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,11 +84,16 @@ PUBLISHED = {
     "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, math.nan, math.nan),
     "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.6385, 0.0272),
 }
+NONE = (math.nan, math.nan)  # no interval
+RANKS = {"pcc": "PCC", "spearman": "Spearman", "sd_ratio": "spread", "mae": "mean error"}
+SPREAD = (
+    "Spearman: correlation of ranks. spread: standard deviation of the predicted scores over that of the human ones."
+)
 BEST = "HMamba (2025) \u2020"  # in every number of the list
 VERDICTS = {
     "better": "better than the floor",
-    "unclear": "unclear: the interval holds the floor",
-    "not better": "not better",
+    "unclear": "not clearly better than the floor",  # which lies in the interval
+    "not better": "not better than the floor",
 }
 
 
@@ -102,6 +105,7 @@ class Standing:
     value: float
     interval: tuple[float, float]
     floor: float  # the best number of any floor
+    floor_name: str
     paper: float
     best: float  # of BEST
 
@@ -125,20 +129,21 @@ def standings(row: evaluate.Row, floor_rows: list[evaluate.Row], papers_corpus: 
     best = dict(zip(NUMBERS, PUBLISHED[BEST])) if papers_corpus else {}
     found = []
     for key in NUMBERS:
-        known = [floor.numbers[key] for floor in floor_rows if not math.isnan(floor.numbers[key])]
-        floor = (min if key in LESS_IS_BETTER else max)(known, default=math.nan)
-        value, interval = row.numbers[key], row.intervals.get(key, (math.nan, math.nan))
-        found.append(Standing(key, value, interval, floor, row.near.get(key, math.nan), best.get(key, math.nan)))
+        known = [(floor.numbers[key], floor.label) for floor in floor_rows if not math.isnan(floor.numbers[key])]
+        floor = (min if key in LESS_IS_BETTER else max)(known, default=(math.nan, ""))
+        value, interval = row.numbers[key], row.intervals.get(key, NONE)
+        found.append(Standing(key, value, interval, *floor, row.near.get(key, math.nan), best.get(key, math.nan)))
     return found
 
 
 def sentence(found: list[Standing]) -> str:
     """Which numbers are better than their floors: the one thing to know of a run."""
-    names = {verdict: [NUMBERS[s.key] for s in found if s.verdict == verdict] for verdict in VERDICTS}
-    if not any(names.values()):
-        return "Nothing could be compared with a floor."
-    parts = [f"{verdict}: {', '.join(named) or 'none'}" for verdict, named in names.items()]
-    return f"Beside floors that need no pronunciation: {'; '.join(parts)}."
+    parts = []
+    for verdict, text in VERDICTS.items():
+        for floor in dict.fromkeys(s.floor_name for s in found if s.verdict == verdict):
+            names = [NUMBERS[s.key] for s in found if (s.verdict, s.floor_name) == (verdict, floor)]
+            parts.append(f"{text} '{floor}' in {', '.join(names)}")
+    return f"This run is {'; '.join(parts)}." if parts else "Nothing could be compared with a floor."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,8 +206,8 @@ def draw_scores(rows: np.ndarray) -> "figures.Figure":
     figure.get_layout_engine().set(h_pad=0.08)  # inches; or a title touches the label above
     ticks, limits = range(LOW, HIGH + 1, 2), (LOW - 0.7, HIGH + 0.7)
     for axis, name, pair in zip(figure.subplots(2, 2).flat, prompts.SCORES, metrics.parsed(rows).T):
-        pcc, _, mae, reason = metrics.correlation(*pair)
-        title = f"no PCC: {reason}" if reason else f"PCC {pcc:.3f}, mean error {mae:.2f}"
+        numbers, (*_, reason) = metrics.score_numbers(*pair), metrics.correlation(*pair)
+        title = f"no PCC: {reason}" if reason else "PCC {pcc:.3f}, spread {sd_ratio:.2f}".format(**numbers)
         cells, counts = np.unique(np.floor(pair[::-1].T + 0.5), axis=0, return_counts=True)
         axis.plot((LOW, HIGH), (LOW, HIGH), "--", color=GREY, linewidth=1)
         axis.scatter(*cells.T, s=LARGEST**2 * counts / max(counts, default=1), color=BLUE, linewidths=0)
@@ -338,7 +343,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str, str], str]:
     """What was evaluated, as {name: text}, and all settings that are known of it, as JSON text."""
-    places = {"answers": settings.run / answers.SETTINGS, "training": floors.training_settings(settings.run)}
+    places = {"answers": settings.run / answers.SETTINGS, "training": settings.run / runs.MARK}
     known = {name: files.read_json(path, dict) for name, path in places.items() if path.is_file()}
     speakers = {record.get("speaker") for record in records} - {None}
     written = (settings.run / answers.WHOLE).stat().st_mtime
@@ -350,25 +355,25 @@ def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str
     return found, json.dumps(known, indent=2)
 
 
-Table = tuple[str, list[str], cli.Rows]  # caption, columns, rows
-
-
 def make_tables(
     rows: list[evaluate.Row], floor_rows: list[evaluate.Row], records: list[dict], papers_corpus: bool
-) -> tuple[list[Table], list[Table]]:
-    """The tables of the page, as texts: those that are shown, and those that are folded."""
-    halves = evaluate.with_halves
-    outputs = "Mean error of the scores, detection, answers that cannot be read or came to the length limit"
-    detection = [*rows[:1], *(row for row in floor_rows if not math.isnan(row.numbers["per"]))]
-    shown = [
-        evaluate.table_3(rows, floor_rows),
-        (outputs, list(evaluate.OUTPUTS.values()), halves(rows, evaluate.OUTPUTS)),
-        ("Detection", list(phones.DETECTION.values()), halves(detection, phones.DETECTION)),
-    ]
-    folded = phones.phone_tables(records)
+) -> tuple[list[evaluate.Table], list[evaluate.Table]]:
+    """The tables of the page: those that are shown, and those that are folded."""
+    first, others = rows[0], [row for row in floor_rows if not math.isnan(row.numbers["per"])]
+    ranks = []
+    for name in prompts.SCORES:
+        keys = {f"{name}_{key}": key for key in RANKS}
+        of_name = (
+            {keys[key]: value for key, value in of.items() if key in keys} for of in (first.numbers, first.intervals)
+        )
+        ranks.append(evaluate.Row(name, *of_name))
+    *shown, pvalues = evaluate.tables(rows, floor_rows)
+    shown.append(evaluate.make_table("Correlation, ranks and spread of the scores", RANKS, ranks))
+    shown.append(evaluate.make_table("Detection", phones.DETECTION, [first, *others]))
+    folded = [pvalues, *phones.phone_tables(records)]
     if papers_corpus:
-        lines = [(name, evaluate.cells(dict(zip(NUMBERS, values)), NUMBERS)) for name, values in PUBLISHED.items()]
-        folded.append(("Published systems, on the same utterances", list(NUMBERS.values()), lines))
+        published = [evaluate.Row(name, dict(zip(NUMBERS, values))) for name, values in PUBLISHED.items()]
+        folded.append(evaluate.make_table("Published systems, on the same utterances", NUMBERS, published))
     return shown, [table for table in folded if table[2]]
 
 
@@ -389,10 +394,10 @@ def make_page(
     pictures = draw(records, found)
     named, everything = facts(settings, records, evaluation.label)
     shown, folded = make_tables(rows, floor_rows, records, papers_corpus)
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
-    text = page.render(
+    text = template.render(
         signature=files.signature("analysis.report"),
         title=f"Pronunciation evaluation: {evaluation.label}",
         lead=sentence(found),
@@ -401,10 +406,9 @@ def make_page(
         pictures={name.removesuffix(".png"): data_uri("image/png", content) for name, content in pictures.items()},
         papers_corpus=papers_corpus,
         best=BEST,
-        notes=[*notes, *evaluate.explain(rows), *phones.NOTES],
+        notes=[*notes, *evaluate.explain(rows), phones.NOTE, floors.NOTE, SPREAD],
         tables=shown,
         folded=folded,
-        own=len(rows),
         utterances=len(every),
         worst=[(entry, *recording(known.get(entry.id))) for entry in every[:SHOWN]],
         first=FIRST,

@@ -95,11 +95,13 @@ class Metrics(files.Shape):
 
 
 class Writer(files.Shape):
-    """What of predictions.settings.json is read again: which model wrote the answers."""
+    """What of predictions.settings.json is read again: which model wrote the answers, and to which corpus."""
 
     evaluated: str  # its label
     strategy: Strategy | None = None  # of its training; None for the unmodified model
     epoch: int | None = None
+    data: str | None = None  # None: of an older version of this project
+    data_revision: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

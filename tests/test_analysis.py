@@ -191,12 +191,12 @@ def copied(corpus, tmp_path_factory):
     return write(tmp_path_factory.mktemp("predictions") / "predictions.jsonl", lines)
 
 
-def test_the_floors_of_a_run_are_those_of_the_corpus_that_was_trained_on(monkeypatch, copied, corpus, tmp_path, capsys):
+def test_the_floors_of_a_run_are_those_of_the_corpus_it_was_asked_about(monkeypatch, copied, corpus, tmp_path, capsys):
     shutil.copy(copied, tmp_path)
-    (tmp_path / "settings.json").write_text(json.dumps({"data": str(corpus)}))
+    (tmp_path / answers.SETTINGS).write_text(json.dumps({"evaluated": "base", "data": str(corpus)}))
     run(monkeypatch, floors, tmp_path / "predictions.jsonl")
     printed = capsys.readouterr().out.splitlines()
-    wanted = ["this run, predictions", "says everything right", "writes nothing", "pauses and energy"]
+    wanted = ["this run, base", "canonical phones", "writes nothing", "pauses and energy"]
     assert [name for line in printed if (name := line[2:].split("  ")[0]) in wanted][:4] == wanted
     train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
     (fitted,) = floors.score_floors(answers.read(copied), train, test[:12])

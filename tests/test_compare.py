@@ -50,7 +50,7 @@ def test_two_runs_are_subtracted_on_the_same_speakers(monkeypatch, capsys, seeds
     printed = run(monkeypatch, capsys, compare, first, "--against", second / "predictions.jsonl", "--format", "csv")
     row = table(printed)["per"]
     ours, theirs = score(first, "per"), score(second, "per")
-    samples = [metrics.resamples(lines)["per"] for lines in compare.read_runs((first, second))]
+    samples = [metrics.score(lines, resample=True)[1]["per"] for lines in compare.read_runs((first, second))]
     low, high = metrics.interval(samples[0] - samples[1])
     expected = [f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}", f"{low:+.3f}", f"{high:+.3f}"]
     assert list(row.values()) == [*expected, compare.pvalue_text(samples[0] - samples[1])]
@@ -72,7 +72,7 @@ def test_two_groups_of_seeds_are_compared_by_their_means(monkeypatch, capsys, se
     assert row["A-B"] == f"{statistics.fmean(ours) - statistics.fmean(theirs):+.3f}"
     assert (row["std A"], row["p, runs"]) == (f"{statistics.stdev(ours):.3f}", f"{welch:.3f}")
     groups = map(compare.read_runs, (seeds[:3], seeds[3:]))
-    drawn = [np.mean([metrics.resamples(lines)["per"] for lines in group], axis=0) for group in groups]
+    drawn = [np.mean([metrics.score(run, resample=True)[1]["per"] for run in group], axis=0) for group in groups]
     assert float(row["from"]) == pytest.approx(metrics.interval(drawn[0] - drawn[1])[0], abs=6e-4)
     assert {"accuracy_spearman", "accuracy_sd_ratio"} <= rows.keys()
 
@@ -167,7 +167,7 @@ def test_phones_confusions_and_detection_are_printed(monkeypatch, capsys, tmp_pa
     path = write(tmp_path / "predictions.jsonl", records(speakers=3))
     printed = run(monkeypatch, capsys, phones, path)
     ours, copied, *_ = (
-        line.split()[-9:] for line in printed.splitlines() if line.startswith(("  says everything right  ", "> this"))
+        line.split()[-9:] for line in printed.splitlines() if line.startswith(("  canonical phones  ", "> this"))
     )
     assert copied == ["0.000", "-", "0.000", "1.000", "0.000", "-", "0.250", "0.000", "0.000"]
     assert ours == ["0.667", "0.500", "1.000", "0.000", "0.333", "0.000", "0.000", "0.250", "0.000"]

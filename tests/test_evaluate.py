@@ -28,36 +28,22 @@ METRIC_KEYS = {
 }
 
 
-def main(monkeypatch, *arguments, script=evaluate):
+def main(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
-    script.main()
-
-
-def read(evaluation):
-    return answers.read(evaluation.output / "predictions.jsonl")
-
-
-def outputs(records):
-    return [record["output"] for record in records]
+    evaluate.main()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Table 3
 
 
-def test_a_number_is_marked_when_within_005_of_the_papers():
-    paper = dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora", 3]))
-    cells = evaluate.cells(paper | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}, evaluate.TABLE_3, near=paper)
-    assert cells[0] == "*0.656" and cells[4] == "*0.091" and cells[5] == "0.165"
-
-
 @pytest.mark.parametrize(
     "label, strategy, epoch, row",
     [
-        ("base", "unfreeze", 2, ("base", 0)),
-        ("epoch-2", "lora", 2, ("lora", 2)),
-        ("epoch-4", "unfreeze", 4, ("unfreeze", 4)),
-        ("epoch-9", "lora", 9, ("lora", 3)),
+        ("base", "unfreeze", 2, "unmodified"),
+        ("epoch-2", "lora", 2, "lora, epoch 2"),
+        ("epoch-4", "unfreeze", 4, "unfreeze, epoch 4"),
+        ("epoch-9", "lora", 9, "lora, epoch 3"),
         ("predictions", None, None, None),
         ("epoch-2, silence", "lora", 2, None),
     ],
@@ -69,26 +55,29 @@ def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, strategy, epo
 
 
 def test_the_table_has_the_papers_rows_of_the_strategy_the_floor_and_ours_with_intervals():
-    named, unnamed = (evaluate.rows_of(lines, "x", ("unfreeze", 3)) for lines in (records(12, 4), records(12)))
+    named, unnamed = (evaluate.rows_of(lines, "x", "unfreeze, epoch 3") for lines in (records(12, 4), records(12)))
     assert named[0].intervals and not unnamed[0].intervals
-    _, columns, rows = evaluate.table_3(named, [evaluate.copying_floor(records(12))])
-    names = [name for name, _ in rows]
+    table_3, *_ = evaluate.tables(named, [evaluate.copying_floor(records(12))])
+    names = [name for name, _ in table_3[2]]
     assert names == [
-        *("this run, x", "says everything right"),
+        *("this run, x", "canonical phones"),
         "paper, unmodified",
         *(f"paper, unfreeze, epoch {epoch}" for epoch in (1, 2, 3, 4)),
     ]
-    assert all(len(cells) == len(columns) for _, cells in rows) and "\n±" in rows[0][1][0]
+    assert all(len(cells) == 9 for _, cells in table_3[2]) and "\n±" in table_3[2][0][1][0]
 
 
-def test_numbers_are_marked_on_the_papers_corpus_alone(monkeypatch):
-    lines = records(12, 4)
-    (row,) = evaluate.rows_of(lines, "x", ("lora", 3))
-    assert not row.near
+def test_numbers_within_005_of_the_papers_are_marked_on_its_corpus_alone(monkeypatch):
+    paper = dict(zip(evaluate.TABLE_3, evaluate.PAPER["lora, epoch 3"]))
+    row = evaluate.Row("x", paper | {"per": 0.114 + 0.051, "wer": 0.14 - 0.049}, near=paper)
+    _, _, [(_, texts)] = evaluate.make_table("", evaluate.TABLE_3, [row])
+    assert texts[0] == "*0.656" and texts[4] == "*0.091" and texts[5] == "0.165"
+    lines = records(12)
+    assert not evaluate.rows_of(lines, "x", "lora, epoch 3")[0].near
     ids = "\n".join(sorted({line["id"] for line in lines}))
     monkeypatch.setattr(evaluate, "PAPER_CORPUS", hashlib.sha256(ids.encode()).hexdigest())
-    (row,) = evaluate.rows_of(lines, "x", ("lora", 3))
-    assert row.near["wer"] == 0.14 and not evaluate.rows_of(lines, "x", None)[0].near
+    assert evaluate.rows_of(lines, "x", "lora, epoch 3")[0].near == paper
+    assert not evaluate.rows_of(lines, "x", None)[0].near
 
 
 def test_a_saved_file_is_scored_without_loading_torch(tmp_path):
@@ -148,6 +137,8 @@ def test_every_epoch_and_the_base_give_a_row_and_files_and_a_saved_file_the_same
         for key, value in metrics.score(lines)[0].items():
             assert saved[key] == (None if math.isnan(value) else value)
         saved_file = tmp_path / "out" / label / "predictions.jsonl"
+        _, asked = evaluate.choose_corpus(evaluate.saved_evaluation(saved_file), evaluate.CorpusSettings())
+        assert (asked.data, asked.data_revision) == (str(corpus), None)
         main(monkeypatch, "--predictions", saved_file, "--output", tmp_path / f"again-{label}")
         assert json.loads((tmp_path / f"again-{label}" / "metrics.json").read_text()) == saved
         again = [line.split() for line in capsys.readouterr().out.splitlines() if f"this run, {label}" in line]
@@ -158,7 +149,7 @@ def test_what_wrote_a_saved_file_is_not_known_where_it_stands_alone(tmp_path):
     path = write(tmp_path / "predictions.jsonl", records())
     assert evaluate.saved_evaluation(path) == evaluate.Evaluation("predictions", tmp_path)
     (tmp_path / "predictions.settings.json").write_text('{"evaluated": "epoch-1", "strategy": "lora", "epoch": 1}')
-    assert evaluate.saved_evaluation(path).paper_row == ("lora", 1)
+    assert evaluate.saved_evaluation(path).paper_row == "lora, epoch 1"
     renamed = shutil.copy(path, tmp_path / "mine.jsonl")
     assert evaluate.saved_evaluation(Path(renamed)).label == "predictions"
     (tmp_path / "predictions.jsonl.part").touch()  # of an evaluation that goes on, whose settings these are
@@ -201,10 +192,9 @@ def test_what_was_trained_is_what_is_evaluated(checkpoint, corpus, tmp_path, str
     assert np.abs(found[0] - found[1]).max() < near < 0.05 < np.abs(found[2] - found[1]).max()
 
 
-@pytest.mark.parametrize("trained, quantize", [("merge", "nf4"), ("continue", None)])
-def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(monkeypatch, evaluation, trained, quantize):
+def test_the_unmodified_model_has_its_speech_adapter_and_is_not_quantised(monkeypatch, evaluation):
     evaluation.adapter = None
-    evaluation.training = evaluation.training.model_copy(update={"speech_adapter": trained, "quantize": quantize})
+    evaluation.training = evaluation.training.model_copy(update={"speech_adapter": "continue", "quantize": "nf4"})
     loaded, load_base = [], inspect.signature(models.load_base)
     monkeypatch.setattr(models, "load_base", lambda *args: loaded.append(load_base.bind(*args).arguments) or Mock())
     evaluate.load(evaluation, *settings(evaluation))
@@ -275,7 +265,7 @@ def test_outputs_are_in_the_corpus_order_whatever_the_batches_are(evaluation, co
         assert [(line["id"], line["task"]) for line in lines] == [(u.id, t) for u in utterances for t in prompts.TASKS]
         assert [line["speaker"] for line in lines[::2]] == [u.speaker for u in utterances]
         assert [u.samples for batch in answered for u in batch] == sorted(u.samples for u in utterances)
-        texts.append(outputs(lines))
+        texts.append([line["output"] for line in lines])
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -317,7 +307,7 @@ def test_a_line_that_answers_something_else_is_generated_again_and_a_broken_one_
         part.write_text("".join([*lines[:2], foreign, *lines[3:]]))
         answered.clear()
         generate(evaluation, utterances, resume=True)
-        assert outputs(read(evaluation)) == [json.loads(line)["output"] for line in lines]
+        assert file.read_text() == whole
         assert [[u.id for u in batch] for batch in answered] == [[utterances[1].id]]
     for broken in ("{\n", lines[0]):
         part.write_text("".join([*lines[:2], broken, *lines[3:]]))
@@ -341,7 +331,7 @@ def test_expected_scores_are_a_second_row_of_distributions_without_unparsed_outp
         assert list(line["scores"]) == list(prompts.SCORES)
         for distribution in line["scores"].values():
             assert len(distribution) == 11 and sum(distribution) == pytest.approx(1, abs=1e-5)
-    rows = evaluate.score(lines, "epoch-2", ("lora", 2), evaluation.output)
+    rows = evaluate.score(lines, "epoch-2", "lora, epoch 2", evaluation.output)
     assert [row.label for row in rows] == ["this run, epoch-2", "this run, epoch-2, expected"]
     saved = json.loads((evaluation.output / "metrics.json").read_text())
     assert saved["expected_total_mae"] == rows[1].numbers["total_mae"] and "expected_per" not in saved
@@ -351,14 +341,12 @@ def test_expected_scores_are_a_second_row_of_distributions_without_unparsed_outp
 # What is written, and what is left alone
 
 
-@pytest.mark.parametrize("name", [answers.WHOLE, answers.METRICS])
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
-def test_what_something_else_wrote_is_not_replaced(monkeypatch, run, tmp_path, name, make):
+def test_what_something_else_wrote_is_not_replaced(monkeypatch, run, tmp_path):
     (tmp_path / "out").mkdir()
-    make(tmp_path / "out" / name)
-    with pytest.raises(cli.InputError, match=f"{name} is there already.*another --output"):
+    (tmp_path / "out" / answers.METRICS).symlink_to("nowhere")
+    with pytest.raises(cli.InputError, match="metrics.json is there already.*another --output"):
         main(monkeypatch, "--adapter", run[0] / "out", "--output", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == [".pronunciation-evaluate.py.lock", name]
+    assert sorted(os.listdir(tmp_path / "out")) == [".pronunciation-evaluate.py.lock", answers.METRICS]
 
 
 def test_a_saved_file_is_scored_twice_beside_it_and_never_overwritten(monkeypatch, tmp_path):

@@ -39,11 +39,11 @@ def mdd(id, phones="W IH S IY", text="WE SEE", **more):
     return {"id": id, "task": "MDD", "output": prompts.mdd_target(text, phones.split()), "reference": reference} | more
 
 
-def evaluated(folder, lines, label="epoch-3"):
+def evaluated(folder, lines, label="epoch-3", **corpus):
     """A folder as evaluate.py leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     epoch = int(label[6:]) if label.startswith("epoch-") else None
-    how = {"evaluated": label, "strategy": "lora" if epoch else None, "epoch": epoch, "model": "given/model"}
+    how = {"evaluated": label, "strategy": "lora" if epoch else None, "epoch": epoch, "model": "given/model"} | corpus
     (folder / "predictions.settings.json").write_text(json.dumps(how))
     write(folder / "predictions.jsonl", lines)
     return folder
@@ -56,8 +56,8 @@ def page_of(tmp_path):
     def make(lines, utterances=(), label="epoch-3"):
         run = evaluated(tmp_path / "of-lines", lines)
         os.utime(run / "predictions.jsonl", (0, 0))
-        wrote = SimpleNamespace(label=label, paper_row=("lora", 3))
-        return report.make_page(report.Settings(run), lines, wrote, (utterances, [], []))[0]
+        wrote = SimpleNamespace(label=label, paper_row="lora, epoch 3")
+        return report.make_page(report.Settings(run=run), lines, wrote, (utterances, [], []))[0]
 
     return make
 
@@ -97,7 +97,7 @@ def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_inte
 
 def row(label="this run", intervals=(), **numbers):
     numbers = dict.fromkeys(report.NUMBERS, math.nan) | numbers
-    return evaluate.Row(label, ("lora", 3), numbers, dict(intervals))
+    return evaluate.Row(label, numbers, dict(intervals))
 
 
 FLOORS = [row("copying", per=0.3, detection_f1=0.0), row("silence", per=1.0, detection_f1=0.5, accuracy_pcc=0.6)]
@@ -118,7 +118,9 @@ def test_a_number_is_better_than_its_floor_when_its_whole_interval_is(key, value
     run = row(intervals={key: interval} if interval else {}, **{key: value})
     found = report.standings(run, FLOORS, False)
     assert {s.key: s.verdict for s in found}[key] == verdict
-    assert (f"{verdict}: {report.NUMBERS[key]}" if verdict else "Nothing could be") in report.sentence(found)
+    floor = {"per": "copying"}.get(key, "silence")
+    text = f"{report.VERDICTS[verdict]} '{floor}' in {report.NUMBERS[key]}." if verdict else "Nothing could be"
+    assert text in report.sentence(found)
 
 
 def test_the_papers_numbers_stand_beside_its_own_corpus_alone(page_of, monkeypatch):
@@ -208,25 +210,24 @@ def lines(corpus):
     ]
 
 
-@pytest.mark.parametrize("folder, label", [(".", "epoch-2"), ("base", "base")])
-def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus, lines, tmp_path, folder, label):
-    """The corpus is that of the training, whose settings lie in the folder of the run."""
-    run = evaluated(tmp_path / "out" / folder, lines, label)
-    (tmp_path / "out" / "settings.json").write_text(json.dumps({"data": str(corpus), "rank": 16}))
+def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus, lines, tmp_path):
+    """The corpus is the one that was evaluated."""
+    run = evaluated(tmp_path, lines, data=str(corpus))
+    (tmp_path / "settings.json").write_text('{"rank": 16}')
     for _ in range(2):  # its own page is replaced
         make(monkeypatch, run)
     page = (run / "report.html").read_text(encoding="utf-8")
-    captions = ["Table 3", "Mean error", "Detection", "Phones", "Phones heard"]
+    captions = ["Table 3", "Mean error", "Correlation, ranks", "Detection", "p-values", "Phones", "Phones heard"]
     places = [re.search(f"<caption>{caption}", page).start() for caption in captions]
     assert places == sorted(places) and page.count("<audio ") == 6 and "&#34;rank&#34;: 16" in page
-    for floor in ("says everything right", "writes nothing", "pauses and energy"):
+    for floor in ("canonical phones", "writes nothing", "pauses and energy"):
         assert f'<th scope="row">{floor}</th>' in page
     assert all((run / picture).read_bytes().startswith(b"\x89PNG") for picture in report.PICTURES)
 
 
 def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(monkeypatch, corpus, lines, tmp_path):
-    run, page = evaluated(tmp_path / "out", lines), tmp_path / "page" / "report.html"
-    (run / "settings.json").write_text(json.dumps({"data": str(tmp_path / "gone")}))
+    run = evaluated(tmp_path / "out", lines, data=str(tmp_path / "gone"))
+    page = tmp_path / "page" / "report.html"
     make(monkeypatch, run, "--output", page.parent)
     assert "<audio " not in page.read_text() and "Without recordings" in page.read_text()
     with pytest.raises(cli.InputError, match="gone"):

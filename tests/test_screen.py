@@ -34,15 +34,15 @@ def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, mon
     lines = records(12, speakers=4)
     for line in lines[::2]:
         line |= {"scores": one_hot(3, low=4), "tokens": 9}
-    ours, floors = evaluate.rows_of(lines, "epoch-3", ("lora", 3)), [evaluate.copying_floor(lines)]
+    ours, floors = evaluate.rows_of(lines, "epoch-3", "lora, epoch 3"), [evaluate.copying_floor(lines)]
     evaluate.show(ours, floors)
     cli.say(f"{'word ' * 40}in /{'x' * 120}", "second")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2:] == [f"  /{'x' * 120}", "second"] and max(map(len, printed[:-2])) <= columns
-    for row in [*ours, *floors]:
-        numbers = evaluate.cells(row.numbers, evaluate.TABLE_3, row.near)
+    for name, texts in evaluate.tables(ours, floors)[0][2]:
+        numbers = [text.split("\n")[0] for text in texts]
         (place,) = (number for number, line in enumerate(printed) if line.split()[-9:] == numbers)
-        assert printed[place].startswith(">") == (row in ours)
+        assert printed[place].startswith(">") == name.startswith("this run")
     low, high = ours[0].intervals["per"]
     assert any(f"±{(high - low) / 2:.3f}" in line for line in printed)
 
