@@ -266,7 +266,7 @@ def test_a_browser_records_shows_the_words_and_plays(running, assess, chromium, 
     assert tones.argmax() * data.SAMPLE_RATE / len(heard) == pytest.approx(440, abs=2)  # the file's
     assert text("#words ol li") == ["W", "IY", "K", "AO>AA", "L", "IH>AH", "-T"]
     assert text("#words b") == ["WE", "CALL\nMispronunciation", "IT\nMispronunciation"]
-    assert text("#scores figure b") == ["6.8"] * 4 and text("#heard")[0].startswith("WE <b>")
+    assert text("#scores figure b") == ["6.0"] * 4 and text("#heard")[0].startswith("WE <b>")
     seconds = browser.execute_script("return document.querySelector('audio').duration")
     assert seconds == pytest.approx(len(heard) / data.SAMPLE_RATE, abs=0.01)
     logged = [entry["message"] for entry in browser.get_log("browser")]
