@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 import hashlib
+import importlib.util
 from itertools import islice
 import json
 import math
@@ -29,7 +30,7 @@ from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import Field
 
 import prompts
 from support import cli, files, sound
@@ -90,17 +91,18 @@ class Utterance:
 # The corpus
 
 
-def read_corpus(folder: Path, split: str, limit: int | None = None) -> list[Utterance]:
+def read_corpus(folder: Path, split: str, limit: int | None = None, reader: Path | None = None) -> list[Utterance]:
     """The utterances of one split, all of them checked.
 
-    folder: in the layout of the public release, or of the hub's data set; limit: only the first N. Raises InputError
-    with one line for every bad record or recording.
+    folder: in the layout of the public release, or of the hub's data set, or of `reader`, a Python file: see
+    `load_reader`. limit: only the first N. Raises InputError with one line for every utterance that cannot be used.
     """
-    reader = (read_hub if any(folder.glob("data/*.parquet")) else read_folder)(folder, split)
+    read = load_reader(reader) if reader else read_hub if any(folder.glob("data/*.parquet")) else read_folder
     utterances, problems = {}, []
-    for id, make in islice(reader, limit):
+    for id, make in islice(read(folder, split), limit):
         try:
             utterance = make()
+            check(utterance)
             if utterances.setdefault(utterance.id, utterance) is not utterance:
                 raise cli.InputError(f"another utterance has the id {utterance.id}")
         except cli.InputError as error:
@@ -125,16 +127,50 @@ def find_corpus(source: str | Path, revision: str | None) -> tuple[Path, str | N
     return files.fetch(source, revision, "dataset", HUB_FILES)
 
 
+def check(utterance: Utterance) -> None:
+    """Raises InputError for labels that must not be trained on or scored, whichever reader they are from."""
+    if not utterance.tasks:
+        raise cli.InputError("it has neither scores nor words")
+    for text in (utterance.text, *(word.text for word in utterance.words)):
+        if not text.strip() or len(text) > LONGEST or re.search("[\x00-\x1f\x7f\ud800-\udfff]|<\\|", text):
+            raise cli.InputError(f"text {text!r:.40}: a line of text, without <| which starts a control token")
+    for phone in utterance.canonical + utterance.heard:
+        if not re.fullmatch(r"[^\s\d|]+", phone) or len(phone) > LONGEST or not phone.isprintable():
+            raise cli.InputError(f"phones, {phone!r:.40}: each is one sign such as AH, without stress")
+    if not all(word.canonical for word in utterance.words):
+        raise cli.InputError("phones: a word has no canonical ones")
+    low, high = prompts.SCORE_RANGE
+    for name, score in (utterance.scores or {}).items():
+        if type(score) is not int or not low <= score <= high:
+            raise cli.InputError(f"{name} {score!r:.40}: a whole number from {low} to {high}")
+
+
 Reader = Iterator[tuple[str, Callable[[], Utterance]]]
 
 
-def read_folder(root: Path, split: str) -> Reader:
-    """A reader: the public release, in the order of its list of the split.
+def load_reader(path: Path) -> Callable[[Path, str], Reader]:
+    """The function `read(folder, split)` of a Python file.
 
-    A reader yields (id, make) of each utterance; make() returns the Utterance, or raises InputError with what is wrong
-    with this one. Of an utterance it must know id, recording, length, speaker, and scores or words or both: what has no
-    scores gives no APA example, what has no words no MDD example. Another corpus is another such function.
+    It yields (id, make) of each utterance; make() returns the Utterance, or raises InputError with what is wrong with
+    this one. The file is run, so the command line alone may name it: see `reader_again`.
     """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or not path.is_file():
+        raise cli.InputError(f"--data-reader {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.read
+
+
+def reader_again(given: Path | None, trained: str | Path | None) -> Path | None:
+    """The reader that the command line names. One that a settings file names is not run: it may come from anywhere."""
+    if trained and not given:
+        raise cli.InputError(f"the corpus was read by {trained}, which would be run: give --data-reader {trained}")
+    return given
+
+
+def read_folder(root: Path, split: str) -> Reader:
+    """The public release, in the order of its list of the split."""
     records, speakers = _read_records(root / "resource" / "scores.json"), _read_list(root / split / "utt2spk")
     for id, path in _read_list(root / split / "wav.scp").items():
         recording = partial(files.read_bytes, str(root / path))
@@ -167,7 +203,7 @@ def _once(path, pairs):
 
 
 def read_hub(folder: Path, split: str) -> Reader:
-    """A reader: the hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
+    """The hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
     try:
@@ -191,8 +227,9 @@ def _utterance(id, recording, record, speaker):
         raise cli.InputError("no speaker")
     record = files.check(Record, record, "its record")
     scores = {name: getattr(record, name) for name in prompts.SCORES}
+    scores = {name: int(score) if score.is_integer() else score for name, score in scores.items()}  # 8 is also 8.0
     words = tuple(map(_word, record.words))
-    return Utterance(id, recording, read_length(recording), record.text, scores, words, speaker)
+    return Utterance(id, recording, read_length(recording), record.text.strip(), scores, words, speaker)
 
 
 def read_length(recording: Callable[[], bytes]) -> int:
@@ -202,53 +239,23 @@ def read_length(recording: Callable[[], bytes]) -> int:
     return len(audio)
 
 
-def _text(text):
-    if re.search(r"[\x00-\x1f\x7f]|<\|", text):
-        raise ValueError("a line of text, without <| which starts a control token")
-    return text
-
-
-def _phone(text):
-    phone = re.sub(r"\d", "", text)  # stress
-    if not re.fullmatch(r"[^\s|]+", phone) or not phone.isprintable():
-        raise ValueError("a phone is one sign such as AH0")
-    return phone
-
-
-def _whole(number):
-    if not number.is_integer():  # Field(multiple_of=1) lets 7.9999999999 pass
-        raise ValueError("not a whole number")
-    return int(number)
-
-
-def _as_list(phones):
-    return phones.split() if isinstance(phones, str) else phones
-
-
-LOWEST, HIGHEST = prompts.SCORE_RANGE
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST), AfterValidator(_text)]
-Phone = Annotated[str, StringConstraints(max_length=LONGEST), AfterValidator(_phone)]
-Phones = Annotated[list[Phone], Field(min_length=1), BeforeValidator(_as_list)]
-Score = Annotated[float, Field(ge=LOWEST, le=HIGHEST), AfterValidator(_whole)]  # 8 may be written as 8.0
-
-
 class Mispronunciation(files.Shape):
     index: Annotated[int, Field(ge=0)]  # of the canonical phone within its word
-    heard: Phone = Field(alias="pronounced-phone")
+    heard: str = Field(alias="pronounced-phone")
 
 
 class RatedWord(files.Shape):
-    text: Text
-    phones: Phones
+    text: str
+    phones: list[str] | str
     mispronunciations: list[Mispronunciation]
 
 
 class Record(files.Shape):  # of an utterance, in scores.json and on the hub
-    text: Text
-    accuracy: Score
-    fluency: Score
-    prosodic: Score
-    total: Score
+    text: str
+    accuracy: float
+    fluency: float
+    prosodic: float
+    total: float
     words: Annotated[list[RatedWord], Field(min_length=1)]
 
 
@@ -258,15 +265,17 @@ def _word(record):
     Stress digits are gone; `<DEL>` means nothing was heard; `<unk>` and starred phones (close to the phone, but not it)
     are labels of their own. Raises InputError for an index that is outside, or that has two labels.
     """
+    phones = record.phones.split() if isinstance(record.phones, str) else record.phones
     labels = {label.index: label.heard for label in record.mispronunciations}
-    if len(labels) < len(record.mispronunciations) or max(labels, default=0) >= len(record.phones):
+    if len(labels) < len(record.mispronunciations) or max(labels, default=0) >= len(phones):
         indices = sorted(label.index for label in record.mispronunciations)
         raise cli.InputError(
-            f"word {record.text!r:.40}: mispronunciation index twice, or outside its {len(record.phones)} phones: "
+            f"word {record.text!r:.40}: mispronunciation index twice, or outside its {len(phones)} phones: "
             f"{indices!r:.80}"
         )
-    heard = [labels.get(index, phone) for index, phone in enumerate(record.phones)]
-    return Word(record.text, tuple(record.phones), tuple(phone for phone in heard if phone != "<DEL>"), len(labels))
+    heard = [labels.get(index, phone) for index, phone in enumerate(phones)]
+    canonical, heard = (tuple(re.sub(r"\d", "", phone) for phone in part) for part in (phones, heard))  # stress
+    return Word(record.text.strip(), canonical, tuple(phone for phone in heard if phone != "<DEL>"), len(labels))
 
 
 def log_mel(utterance: Utterance, extractor: Callable[..., Mapping[str, Sequence[ArrayLike]]]) -> ArrayLike:

@@ -93,6 +93,7 @@ class CorpusSettings:
 
     data: str | None = None  # corpus folder or hub id
     data_revision: str | None = None  # of the hub id
+    data_reader: Path | None = None  # Python file that reads another layout: docs/own-data.md
     split: str = "test"  # of the corpus
 
 
@@ -195,12 +196,14 @@ def choose_corpus(evaluation: Evaluation, settings: Chosen) -> tuple[Path, Chose
     folder, commit = data.find_corpus(source, revision)
     if settings.data_revision and not commit:
         raise cli.InputError(f"--data-revision {revision} is of a hub id, and {source} is a folder: leave it out")
-    return folder, replace(settings, data=source, data_revision=commit)
+    trained = None if settings.data else getattr(evaluation.training, "data_reader", None)
+    reader = data.reader_again(settings.data_reader, trained)
+    return folder, replace(settings, data=source, data_revision=commit, data_reader=reader)
 
 
 def read_corpus(folder: Path, settings: CorpusSettings, limit: int | None = None) -> list[data.Utterance]:
     """The utterances of a corpus; folder, settings: of `choose_corpus`."""
-    utterances = data.read_corpus(folder, settings.split, limit)
+    utterances = data.read_corpus(folder, settings.split, limit, settings.data_reader)
     cli.say(f"corpus: {settings.data} ({settings.split}), {data.describe(utterances)}")
     return utterances
 
@@ -225,6 +228,7 @@ def made_with(evaluation: Evaluation, utterances: Sequence[data.Utterance], sett
         "strategy": evaluation.training.strategy if evaluation.adapter else None,
         "epoch": evaluation.training.epoch if evaluation.adapter else None,
         "adapter": str(evaluation.adapter),
+        "data_reader": settings.data_reader and str(settings.data_reader),
         "written": [file.stat().st_mtime_ns for file in weights],  # another training writes the same names
         "scoring": sorted(settings.scoring),
         "corpus": data.fingerprint(utterances),

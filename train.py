@@ -70,6 +70,7 @@ class Settings(Method):
     # The run's: where, how fast, how it is shown. With --resume they may change
     data: str = HUB_CORPUS  # corpus folder in the release's layout, or hub id
     data_revision: str | None = HUB_CORPUS_REVISION  # of the hub id; the labels changed in April 2026
+    data_reader: Path | None = None  # Python file that reads another layout: docs/own-data.md
     max_tokens: cli.Count = 2048  # an example longer than this is an error, never cut
     micro_batch: cli.Count | None = None  # examples computed at once on a device; not given: --batch-size
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
@@ -84,15 +85,14 @@ class Settings(Method):
 def resumed(settings: Settings) -> Settings:
     """The settings of the run in --output, with those of this command line that are no part of the method.
 
-    Raises InputError when there is a run and --resume is not given, or another method is.
+    Raises InputError when another method is given than that of the run.
     """
     path = settings.output / runs.MARK
-    if not path.exists():
-        if settings.resume:
-            cli.say(f"no run in {settings.output}: it begins at the start")
-        return settings
     if not settings.resume:
-        raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it be")
+        return settings
+    if not path.exists():
+        cli.say(f"no run in {settings.output}: it begins at the start")
+        return settings
     saved = files.read_json(path, Settings)
     if files.read_json(path, dict).get("prompts") != prompts.digest():
         raise cli.InputError(f"the run in {settings.output} was begun with other prompts: choose another --output")
@@ -100,6 +100,7 @@ def resumed(settings: Settings) -> Settings:
         given, was = getattr(settings, name), getattr(saved, name)
         if given != was:
             raise cli.InputError(f"{cli.flag(name)} {given}: the run in {settings.output} has {was}; leave it out")
+    data.reader_again(settings.data_reader, saved.data_reader)
     ours = {field.name for field in fields(Settings)} - {field.name for field in fields(Method)}
     given = {name: getattr(settings, name) for name in ours if cli.given(name)}
     return replace(saved, **given | {"resume": True, "output": settings.output})
@@ -261,7 +262,7 @@ def as_json(settings: Settings) -> dict[str, Any]:
 def read_data(settings: Settings) -> tuple[list[data.Utterance], list[data.Utterance], str]:
     """Utterances to train on, those held out for validation, and the fingerprint of all; prints what was read."""
     folder, settings.data_revision = data.find_corpus(settings.data, settings.data_revision)
-    utterances = data.read_corpus(folder, "train", settings.limit)
+    utterances = data.read_corpus(folder, "train", settings.limit, settings.data_reader)
     cli.say(f"corpus: {data.describe(utterances)}")
     if not settings.validation:
         return utterances, [], data.fingerprint(utterances)

@@ -41,6 +41,7 @@ Pair = tuple[str | None, str | None]  # canonical phone, None: it was added; hea
 class Settings:
     corpus: Positional[str]  # folder in the release's layout, or hub id
     data_revision: str | None = None  # of the hub id
+    data_reader: Path | None = None  # Python file that reads another layout: docs/own-data.md
     split: str = "train"  # of the corpus
     output: Path = Path("pronunciations.txt")  # file to write
 
@@ -192,7 +193,7 @@ def main() -> None:
     if os.path.lexists(settings.output):
         raise cli.InputError(f"{settings.output} exists already: remove it or choose another --output")
     folder, _ = data.find_corpus(settings.corpus, settings.data_revision)
-    lexicon = of_corpus(data.read_corpus(folder, settings.split))
+    lexicon = of_corpus(data.read_corpus(folder, settings.split, reader=settings.data_reader))
     lines = [f"{word} {' '.join(phones)}\n" for word, variants in lexicon.items() for phones in variants]
     with files.whole(settings.output) as temporary:
         temporary.write_text("".join(lines))

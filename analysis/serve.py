@@ -178,7 +178,7 @@ def learnt(evaluation: evaluate.Evaluation) -> tuple[str, data.Utterance | None]
     if not evaluation.adapter:
         return "It was not fine-tuned, so its scores mean nothing.", None
     corpus = evaluation.training.data
-    if Path(corpus).is_dir():
+    if Path(corpus).is_dir() and not evaluation.training.data_reader:
         utterances = data.read_corpus(Path(corpus), "test", limit=100)
         words = {word for utterance in utterances for word in utterance.text.upper().split()}
         if words <= tiny.LEXICON.keys():

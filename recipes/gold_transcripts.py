@@ -50,6 +50,7 @@ class Settings:
 
     audio_dir: Path | None = None  # recordings without text; clean/ and noisy/ in it are reported apart (document)
     data: str | None = None  # corpus with human text instead: speechocean762's folder or its hub id
+    data_reader: Path | None = None  # Python file that reads another layout: docs/own-data.md
     split: Literal["train", "test"] = "train"  # part of --data
     limit: cli.Count | None = None  # only the first N recordings, of clean/ and noisy/ each (document: 100)
     validation: cli.Fraction = 0.2  # share of speakers, or file names, to measure on (public code: of error samples)
@@ -129,7 +130,7 @@ def read_samples(settings: Settings) -> list[Sample]:
     """All recordings, checked. Raises InputError with one line for every one that cannot be used."""
     if settings.data:
         folder, _ = data.find_corpus(settings.data, None)
-        utterances = data.read_corpus(folder, settings.split, settings.limit)
+        utterances = data.read_corpus(folder, settings.split, settings.limit, settings.data_reader)
         return [Sample(u.id, "all", u.speaker, partial(sound.read_audio, u.recording), u.text) for u in utterances]
     root = settings.audio_dir
     folders = {name: root / name for name in CONDITIONS if (root / name).is_dir()} or {"all": root}

@@ -48,6 +48,7 @@ class Settings:
     """A source in brackets: as published by the first authors, or our choice."""
 
     data: Path | None = None  # corpus folder in speechocean762's layout, or hub id: speech is cut from it
+    data_reader: Path | None = None  # Python file that reads another layout: docs/own-data.md
     sounds: Path | None = None  # folder of sounds without speech, another kind of NONSPEECH
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = get_args(Kind)  # of NONSPEECH (published: white alone)
     train_clips: cli.Count = 480  # equally many of each class, duration and SNR (our choice)
@@ -214,7 +215,8 @@ def make_clips(settings):
     """
     rng = np.random.default_rng(settings.clip_seed)
     folder, _ = data.find_corpus(settings.data, None)
-    utterances = [u for split in SPLITS for u in data.read_corpus(folder, split) if u.samples >= SHORTEST]
+    utterances = [u for split in SPLITS for u in data.read_corpus(folder, split, reader=settings.data_reader)]
+    utterances = [utterance for utterance in utterances if utterance.samples >= SHORTEST]
     speech = split_sources([Source(u.id, u.speaker, u.recording) for u in utterances], settings, rng)
     sounds = split_sources(sound_sources(settings.sounds), settings, rng) if settings.sounds else None
     clips = []

@@ -102,6 +102,7 @@ class Writer(files.Shape):
     epoch: int | None = None
     data: str | None = None  # None: of an older version of this project
     data_revision: str | None = None
+    data_reader: str | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

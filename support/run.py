@@ -86,6 +86,7 @@ class TrainingSettings(files.Shape):
     data: str
     revision: str | None = None
     data_revision: str | None = None
+    data_reader: str | None = None
     dtype: Dtype | None = None
     attention: Attention | None = None
     quantize: Quantize | None = None
@@ -105,8 +106,11 @@ def open_run(settings: Any, record: dict[str, Any], corpus: str, per_epoch: int)
     data; per_epoch: steps of an epoch. Raises InputError when another run has the folder, or what is there does not
     fit. Collective.
     """
+    path = settings.output / MARK
     with files.own(settings.output, "train.py", MARK, WRITTEN), ExitStack() as opened:
-        write_json(settings.output / MARK, {"written_by": files.signature("train.py")} | record)
+        if not settings.resume and cli.process_rank() == 0 and path.exists():
+            raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it")
+        write_json(path, {"written_by": files.signature("train.py")} | record)
         run = Run(settings, corpus, per_epoch, opened)
         try:
             yield run

@@ -28,7 +28,9 @@ def record(**fields):
 
 
 def checked(record):
-    return data._utterance("u", lambda: SECOND, record, "0001")
+    utterance = data._utterance("u", lambda: SECOND, record, "0001")
+    data.check(utterance)
+    return utterance
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_a_field_of_another_shape_is_named_in_one_short_line(field):
         for part in path:
             owner = owner[part]
         owner.pop(last) if value is MISSING else owner.update({last: value})
-        with pytest.raises(cli.InputError, match=r"words\.0|" + last) as error:
+        with pytest.raises(cli.InputError, match=r"words\.0|phones|" + last) as error:
             checked(bad)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
 

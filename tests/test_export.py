@@ -104,7 +104,7 @@ def test_the_cards_lines_need_transformers_alone_and_give_the_same_answer(train,
 def test_the_lines_beside_an_adapter_load_the_model_that_was_trained(train, corpus, way, quantize):
     folder = train("lora" if quantize else "unfreeze", way, quantize=quantize)
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    given, utterances = {"FOLDER": folder}, data.read_corpus(corpus, "test", None, 2)
+    given, utterances = {"FOLDER": folder}, data.read_corpus(corpus, "test", limit=2)
     exec(code, given)
     (texts, scores), (own_texts, own_scores) = (answers(m, utterances) for m in (as_evaluated(folder), given["model"]))
     assert own_texts == texts and torch.equal(own_scores, scores)

@@ -19,10 +19,11 @@ MAY_IMPORT = {  # of the project's own; bench and tests may import all
     "support": {"prompts", "support"},
     "analysis": {*METHOD, "support", "analysis"},
     "recipes": {"data", "metrics", "support", "recipes"},
+    "docs": {"data", "support"},
 }
 WITHOUT_TORCH = {"prompts", "metrics", "data"}  # nowhere in the file
 TORCH_WHEN_NEEDED = {"train", "evaluate", "tiny", "analysis"}  # only when_used, or inside functions that need a model
-OWN = {*METHOD, "support", "analysis", "recipes", "bench", "tests"}
+OWN = {*METHOD, "support", "analysis", "recipes", "bench", "tests", "docs"}
 
 
 def imported(nodes):

@@ -261,9 +261,15 @@ def test_a_run_is_not_gone_on_with_under_other_prompts(begun, monkeypatch):
         settings(monkeypatch, "--resume")
 
 
-def test_a_run_that_is_there_is_not_begun_again(begun, monkeypatch):
-    with pytest.raises(cli.InputError, match="out/settings.json is there already: --resume .*--output"):
-        settings(monkeypatch)
+def test_a_run_that_is_there_is_not_begun_again_and_a_wrong_path_is_named_first(begun, short_run, monkeypatch):
+    for more, message in (
+        (["--model", "none"], "model none"),
+        (["--data", "none"], "corpus folder none"),
+        ([], "out/"),
+    ):
+        with pytest.raises(cli.InputError, match=message) as error:
+            short_run(monkeypatch, *more)
+    assert "out/settings.json is there already: --resume goes on" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "epoch-1/mine", "checkpoints/step-00000001.pt"])
