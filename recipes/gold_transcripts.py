@@ -310,12 +310,12 @@ def choose_training(lines, samples, recogniser):
 
     A time mask needs room for its span.
     """
-    by_id, chosen, too_short = {sample.id: sample for sample in samples}, [], []
+    chosen, too_short = [], []
     config = recogniser.network.config
     span = config.mask_time_length if config.mask_time_prob else 1
-    for line in lines:
+    for line, sample in zip(lines, samples, strict=True):
         if line["gold"] and line["gold"] != line["baseline"]:
-            target, sample = recogniser.encode(line["gold"]), by_id[line["id"]]
+            target = recogniser.encode(line["gold"])
             frames = recogniser.network._get_feat_extract_output_lengths(len(sample.audio()))
             if frames < max(common.frames_needed(target), span):
                 too_short.append(sample.id)
@@ -505,7 +505,7 @@ def run(settings: Settings) -> None:
         del llm  # its memory is needed
         by_id = {line["id"]: line for line in lines}
         parts = [[by_id[sample.id] for sample in part] for part in (training, held_out)]
-        chosen, too_short = choose_training(parts[0], samples, recogniser)
+        chosen, too_short = choose_training(parts[0], training, recogniser)
         counts = count(lines, parts, chosen, too_short)
         if len(chosen) < FEWEST:
             raise cli.RunError(

@@ -625,9 +625,10 @@ def wer_with_interval(references, hypotheses, samples, seed):
     over = "signer" if len({sample.signer for sample in samples}) > 1 else "id"
     names = [getattr(sample, over) for sample in samples]
     low, high = metrics.interval(common.resampled_ratio(counts[:, :3].sum(axis=1), counts[:, 3], names, seed))
-    parts = dict(zip(("sub", "del", "ins"), (counts.sum(axis=0)[:3] / counts.sum(axis=0)[3]).tolist()))
-    result = {"wer": metrics.error_rate(references, hypotheses), "low": low, "high": high}
-    return result | {"resampled": "signers" if over == "signer" else "sequences", **parts}
+    *errors, words = counts.sum(axis=0).tolist()
+    parts = {name: number / words for name, number in zip(("sub", "del", "ins"), errors)}
+    resampled = "signers" if over == "signer" else "sequences"
+    return {"wer": sum(errors) / words, "low": low, "high": high, "resampled": resampled, **parts}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Which reading of the paper to trust: three runs on held-out speakers (docs/running.md, "Which run to start").
+#
+#     ./sweep.sh out                                                # the real model; a folder for each reading in out/
+#     ./sweep.sh out/tiny --model tiny/model --data tiny/corpus     # what follows the folder goes to train.py
+#
+# It ends at the first failure, or when train.py is asked to stop; the same line goes on from there.
+set -euo pipefail
+cd "$(dirname "$0")"
+folder=${1:?"give a folder for the runs, such as ./sweep.sh out"}
+
+try() {  # name of the reading, flags of train.py
+    out=$folder/$1
+    if [ ! -e "$out/curves.png" ]; then  # which train.py draws last
+        python train.py --output "$out" --resume --validation 0.1 "${@:2}"
+        [ -e "$out/curves.png" ]  # asked to stop, it has saved and ended without an error
+    fi
+    [ -e "$out/metrics.json" ] || python evaluate.py --adapter "$out" --epochs best --resume
+}
+try default "${@:2}"
+try faster --learning-rate 2e-4 "${@:2}"
+try continue --speech-adapter continue "${@:2}"
+
+ranked=$(cd "$folder" && grep -H '"best": true' {default,faster,continue}/validation.jsonl | LC_ALL=C sort -k6g)
+best=${ranked%%/*}
+for name in default faster continue; do
+    [ "$name" = "$best" ] || python -m analysis.compare "$folder/$best" --against "$folder/$name"
+done
+echo "Loss on held-out speakers, the lowest first. Trust $best, and read its numbers above:"
+echo "$ranked"
