@@ -59,3 +59,8 @@ def test_every_flag_that_a_recipes_section_shows_is_one_of_its_script(recipe):
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", section))
     fields = {cli.flag(name) for name in re.findall(r"^    (\w+): ", source, flags=re.MULTILINE)}
     assert len(flags) > 5 and flags <= fields
+
+
+def test_ruff_has_one_version_before_a_commit_and_in_the_check():
+    pinned = re.search(r"^ruff==(\S+)", (ROOT / "tests" / "requirements.txt").read_text(), re.MULTILINE)[1]
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
