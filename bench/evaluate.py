@@ -34,7 +34,7 @@ class Settings:
     full: bool = False  # the full-size model; needs a CUDA GPU
     adapter: Path | None = None  # epoch folder of train.py; default: random weights
     utterances: cli.Count = 32  # of the test part
-    batch_size: cli.Count = 16  # as of evaluate.py
+    batch_size: cli.Count = 32  # as of evaluate.py
     runs: cli.Count = 5  # of each way
 
 

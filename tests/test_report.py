@@ -92,7 +92,7 @@ def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_inte
     page = page_of(lines)
     assert page == page_of(lines) and "<dd>epoch-3, 1970-01-01 00:00 UTC</dd>" in page
     assert '<tr class="own"><th scope="row">this run, epoch-3</th>' in page
-    assert "<td>1.000 <small>±0.000</small></td>" in page
+    assert '<td title="total">1.000 <small>±0.000</small></td>' in page
 
 
 def row(label="this run", intervals=(), **numbers):
@@ -255,18 +255,26 @@ LONG = [
 
 
 @pytest.mark.slow
-def test_in_a_browser_nothing_is_cut_light_or_dark_and_recordings_play(tmp_path, page_of, chromium):
+def test_in_a_browser_and_on_paper_nothing_is_cut_and_recordings_play(tmp_path, page_of, chromium):
     from PIL import Image
 
     (tmp_path / "report.html").write_text(page_of(LONG, [utterance("long")], label="A" * 80), encoding="utf-8")
     browser = chromium("autoplay-policy=no-user-gesture-required")
-    for width, mode, back in ((1280, "light", (255, 255, 255)), (400, "dark", (0x14, 0x17, 0x1B))):
+    white, black = (255, 255, 255), (0x14, 0x17, 0x1B)
+    for width, media, mode, back in (
+        (1280, "screen", "light", white),
+        (400, "screen", "dark", black),
+        (700, "print", "dark", white),
+    ):
         screen = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         feature = {"name": "prefers-color-scheme", "value": mode}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [feature]})
         browser.get((tmp_path / "report.html").as_uri())
-        browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+        if media == "screen":  # on paper all is unfolded
+            browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+        heights = "return [...document.querySelectorAll('details table')].map((t) => t.getBoundingClientRect().height)"
+        assert min(browser.execute_script(heights)) > 20
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         picture = Image.open(io.BytesIO(browser.find_element("css selector", "img").screenshot_as_png)).convert("RGB")
         assert max(picture.getcolors(1 << 20))[1] == back
