@@ -3,6 +3,7 @@
 #
 #     ./sweep.sh out                                                # the real model; a folder for each reading in out/
 #     ./sweep.sh out/tiny --model tiny/model --data tiny/corpus     # what follows the folder goes to train.py
+#     RUN="torchrun --nproc-per-node 4" ./sweep.sh out              # on four GPUs
 #
 # It ends at the first failure, or when train.py is asked to stop; the same line goes on from there.
 set -euo pipefail
@@ -12,10 +13,10 @@ folder=${1:?"give a folder for the runs, such as ./sweep.sh out"}
 try() {  # name of the reading, flags of train.py
     out=$folder/$1
     if [ ! -e "$out/curves.png" ]; then  # which train.py draws last
-        python train.py --output "$out" --resume --validation 0.1 "${@:2}"
+        ${RUN:-python} train.py --output "$out" --resume --validation 0.1 "${@:2}"
         [ -e "$out/curves.png" ]  # asked to stop, it has saved and ended without an error
     fi
-    [ -e "$out/metrics.json" ] || python evaluate.py --adapter "$out" --epochs best --resume
+    [ -e "$out/metrics.json" ] || ${RUN:-python} evaluate.py --adapter "$out" --epochs best --resume
 }
 try default "${@:2}"
 try faster --learning-rate 2e-4 "${@:2}"
