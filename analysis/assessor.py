@@ -21,20 +21,22 @@ from typing import Literal
 import numpy as np
 import soundfile
 
-from analysis.pronunciations import PHONES, Lexicon, Words, meant, of_dictionary, of_file, of_text
+from analysis.pronunciations import PHONES, Lexicon, Words, ipa, meant, of_dictionary, of_file, of_text
 import data
 import evaluate
 import metrics
 import prompts
 from support import cli, sound
+from support import run as runs
 from support.later import when_used
 
 with when_used():
     import model as models
 
-VERSION = 1  # of the result; another one means that a field has another name or meaning
+VERSION = 2  # of the result; another one means that a field has another name or meaning
 LONGEST = 30  # seconds; the corpus' longest utterance has 20.4 s, so the model was trained on nothing longer
 BATCH = 16  # recordings answered together
+SHOWN = 5  # runs that are suggested
 # s of silence that stay before and after speech: of speechocean762's recordings 95 % have no more, by silero-vad
 MARGINS = (0.8, 0.7)
 # Only what is this much quieter than speech is silence (20 dB): silero-vad misses words of 2 in 100 recordings.
@@ -63,19 +65,22 @@ class Doubt:
 class Heard:
     words: str
     phones: list[str]
+    ipa: list[str | None]  # the same phones; None: <unk>
 
 
 @dataclass(frozen=True)
 class Phone:
     canonical: str | None  # None: it was added
     heard: str | None  # None: it is missing
+    canonical_ipa: str | None
+    heard_ipa: str | None  # None: it is missing, or <unk>
 
 
 @dataclass(frozen=True)
 class Word:
     word: str
     ErrorType: Literal["None", "Mispronunciation", "Omission", "Insertion"]  # the name that services have for it
-    share_of_phones_right: float
+    accuracy: float  # share of its phones that were said right, 0-1; counted, not scored
     phones: list[Phone]
 
 
@@ -88,6 +93,7 @@ class Result:
     warnings: list[Doubt]
     heard: Heard | None  # None where it says nothing
     words: list[Word] | None  # of the text
+    completeness: float | None  # share of the text's words that were said, 0-1; counted, not scored
     version: int = VERSION
 
 
@@ -171,7 +177,12 @@ class Assessor:
 
 
 def evaluation_of(settings: evaluate.ModelSettings) -> evaluate.Evaluation:
-    """The one model that the settings name. Raises InputError where that is not one."""
+    """The one model that the settings name. Raises InputError where that is not one, naming those that are here."""
+    if not (settings.adapter or settings.base):
+        marks = [mark for runs_in in ("*", "*/*") for mark in Path().glob(f"{runs_in}/epoch-*/{runs.MARK}")]
+        here = sorted({f"--adapter {mark.parent.parent}" for mark in marks})
+        trained = f"here are {', '.join(here[:SHOWN])}" if here else "train.py writes one for --adapter"
+        raise cli.InputError(f"no model is named: {trained}; --base takes the unmodified one")
     if settings.epochs == "all" or (settings.adapter and settings.base):
         raise cli.InputError("one model listens: leave out --epochs all, and give --adapter or --base")
     (evaluation,) = evaluate.evaluations(settings)
@@ -264,14 +275,16 @@ def result(question: Question, distributions: dict[str, Sequence[float]], output
     warnings = find_doubts(question, truncated, phones, words, scores["accuracy"].expected)
     codes = {warning.code for warning in warnings}
     nothing_heard = phones is None or codes.intersection(NOTHING_HEARD)
+    words = None if nothing_heard else words
     return Result(
         file=question.utterance.id,
         text=question.text,
         trimmed=question.trimmed,
         scores=None if codes.intersection(FORBIDS) else scores,
         warnings=warnings,
-        heard=None if nothing_heard else Heard(transcript["word_transcript"], phones),
-        words=None if nothing_heard else words,
+        heard=None if nothing_heard else Heard(transcript["word_transcript"], phones, [*map(ipa, phones)]),
+        words=words,
+        completeness=words and sum(word.ErrorType != "Omission" for word in words) / len(words),
     )
 
 
@@ -285,14 +298,14 @@ def _word(word, pairs):
         error = "Omission"
     else:
         error = "Insertion" if share == 1 else "Mispronunciation"
-    return Word(word, error, share, [Phone(*pair) for pair in pairs])
+    return Word(word, error, share, [Phone(*pair, *map(ipa, pair)) for pair in pairs])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # When an answer is not to be believed. A model scores noise, too; these are the signs that it did. The limits come from
 # speechocean762's test part, with the phones that raters heard; beside each stands what was measured
 
-HEARD = PHONES | {"<unk>"}  # of the corpus' labels; a star may follow
+HEARD = {*PHONES, "<unk>"}  # of the corpus' labels; a star may follow
 FORBIDS = ("no_speech", "too_short", "another_sentence")  # scores
 NOTHING_HEARD = ("no_speech", "too_short")  # so what the model wrote says nothing
 

@@ -7,10 +7,10 @@
 A recording is checked before a model scores it, and the answer is shown word by word. Of the pronunciations that
 --pronunciations and the CMU dictionary have of a word, the one that is closest to what was heard counts:
 
-    WE    W IY
-    CALL  K AO>AA L       AO was heard as AA
-    IT    -IH T           IH was not heard
-    BEAR  B EH R +AH      AH was added
+    WE    100%  W IY         w i
+    CALL   67%  K AO>AA L    k ɔ>ɑ l      AO was heard as AA
+    IT     50%  -IH T        -ɪ t         IH was not heard
+    BEAR  100%  B EH R +AH   b ɛ ɹ +ʌ     AH was added
 """
 
 from dataclasses import asdict, dataclass
@@ -78,15 +78,21 @@ def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
     else:
         lines.append("no scores")
     if result.heard:
-        texts = f"words heard   {result.heard.words}", f"phones heard  {' '.join(result.heard.phones)}"
+        phones, ipa = " ".join(result.heard.phones), " ".join(phone or "?" for phone in result.heard.ipa)
+        texts = f"words heard   {result.heard.words}", f"phones heard  {phones}", f"in IPA        {ipa}"
         lines += ["", *(cli.fill(text, indent=14) for text in texts)]
     if result.words:
-        width = max(len(word.word) for word in result.words)
-        marked = [
-            f"{cli.visible(word.word):{width}}  {' '.join(_mark(p.canonical, p.heard, colour) for p in word.phones)}"
-            for word in result.words
-        ]
-        lines += ["", *marked, "", LEGEND]
+        said = sum(word.ErrorType != "Omission" for word in result.words)
+        lines += [f"completeness  {result.completeness:.0%}: {said} of {len(result.words)} words were said", ""]
+        rows = [[_mark(phone) for phone in word.phones] for word in result.words]
+        longest = max(len(word.word) for word in result.words)
+        widest = max(len(" ".join(text for _, text, _ in row)) for row in rows)
+        for word, row in zip(result.words, rows):
+            texts, ipa = (" ".join(mark[i] for mark in row) for i in (1, 2))
+            marks = " ".join(f"\x1b[{ANSI[kind]}m{text}\x1b[0m" if colour else text for kind, text, _ in row)
+            space = " " * (widest - len(texts))
+            lines.append(f"{cli.visible(word.word):{longest}}  {word.accuracy:4.0%}  {marks}{space}   {ipa}")
+        lines += ["", LEGEND]
     return "\n".join(lines)
 
 
@@ -95,17 +101,20 @@ def _bars(distribution):
     return "".join(BARS[round((len(BARS) - 1) * probability / most)] for probability in distribution)
 
 
-def _mark(canonical, heard, colour):
-    kind = metrics.kind_of(canonical, heard)
-    text = {"same": canonical, "substituted": f"{canonical}>{heard}", "missing": f"-{canonical}", "added": f"+{heard}"}
-    said = cli.visible(text[kind])
-    return f"\x1b[{ANSI[kind]}m{said}\x1b[0m" if colour else said
+def _mark(phone):
+    """(kind, mark in ARPAbet, mark in IPA) of a phone."""
+    kind = metrics.kind_of(phone.canonical, phone.heard)
+    form = {"same": "{0}", "substituted": "{0}>{1}", "missing": "-{0}", "added": "+{1}"}[kind]
+    return kind, form.format(phone.canonical, phone.heard), form.format(phone.canonical_ipa, phone.heard_ipa or "?")
 
 
 def main() -> None:
     settings = cli.parse(Settings, __doc__)
     try:
-        results = assessor.Assessor(settings, settings.pronunciations)(*zip(*recordings_of(settings)))
+        assess = assessor.Assessor(settings, settings.pronunciations)
+        if not (assess.evaluation.training and assess.evaluation.training.quantize):
+            sys.modules.setdefault("bitsandbytes", None)  # PEFT would load it, with torch's compiler: two seconds
+        results = assess(*zip(*recordings_of(settings)))
         failed = [result for result in results if isinstance(result, assessor.Refusal)]
         if len(failed) == len(results):  # no model was loaded
             raise cli.InputError("; ".join(dict.fromkeys(result.error for result in failed)))

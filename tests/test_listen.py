@@ -59,27 +59,31 @@ def test_what_is_not_to_be_believed_has_a_warning_and_some_forbid_scores(how, co
 def test_a_result_is_plain_json_with_the_fields_of_the_docs():
     found = json.loads(json.dumps(asdict(example())))
     table = (ROOT / "docs" / "scores.md").read_text()
-    assert all(f"`{field}`" in table for field in (*found, *found["words"][0], "error"))
+    phone = {"canonical": "IH", "heard": "AH", "canonical_ipa": "ɪ", "heard_ipa": "ʌ"}
+    assert all(f"`{field}`" in table for field in (*found, *found["words"][0], *phone, "error"))
     assert list(found["scores"]) == list(prompts.SCORES)
     assert found["scores"]["accuracy"] == {"expected": 6.75, "mode": 6, "distribution": PEAKED}
     assert found["words"][2] == {
         "word": "IT",
         "ErrorType": "Mispronunciation",
-        "share_of_phones_right": 0.0,
-        "phones": [{"canonical": "IH", "heard": "AH"}, {"canonical": "T", "heard": None}],
+        "accuracy": 0.0,
+        "phones": [phone, {"canonical": "T", "heard": None, "canonical_ipa": "t", "heard_ipa": None}],
     }
 
 
 @pytest.mark.parametrize(
-    "phones, errors",
+    "phones, errors, accuracies, completeness",
     [
-        ("W IY K AO IH T", ["None", "Mispronunciation", "None"]),
-        ("K AO L IH T", ["Omission", "None", "None"]),
-        ("W IY K AO L AH IH T", ["None", "Insertion", "None"]),
+        ("W IY K <unk> IH T", ["None", "Mispronunciation", "None"], [1, 1 / 3, 1], 1),
+        ("K AO L IH T", ["Omission", "None", "None"], [0, 1, 1], 2 / 3),
+        ("W IY K AO L AH IH T", ["None", "Insertion", "None"], [1, 1, 1], 1),
     ],
 )
-def test_a_word_has_the_error_type_that_services_name(phones, errors):
-    assert [word.ErrorType for word in example(phones).words] == errors
+def test_a_word_has_its_error_and_accuracy_and_the_sentence_its_completeness(phones, errors, accuracies, completeness):
+    found = example(phones)
+    assert [word.ErrorType for word in found.words] == errors and found.completeness == completeness
+    assert [word.accuracy for word in found.words] == accuracies
+    assert found.heard.ipa == [pronunciations.PHONES.get(phone) for phone in phones.split()]
 
 
 def test_the_terminal_shows_scores_transcript_and_marks():
@@ -87,9 +91,10 @@ def test_the_terminal_shows_scores_transcript_and_marks():
     lines = plain.splitlines()
     assert lines[:2] == ["my.wav", "left out: 0.0 s of silence before speech, 1.2 s after"]
     assert [line.split() for line in lines[4:8]] == [[name, "6.8", "6", "█▄▄"] for name in prompts.SCORES]
-    assert lines[9:15] == [
-        *("words heard   WE CALL AT", "phones heard  W IY K AA L AH", ""),
-        *("WE    W IY", "CALL  K AO>AA L", "IT    IH>AH -T"),
+    assert lines[9:17] == [
+        *("words heard   WE CALL AT", "phones heard  W IY K AA L AH", "in IPA        w i k ɑ l ʌ"),
+        *("completeness  100%: 3 of 3 words were said", ""),
+        *("WE    100%  W IY        w i", "CALL   67%  K AO>AA L   k ɔ>ɑ l", "IT      0%  IH>AH -T    ɪ>ʌ -t"),
     ]
     assert "\x1b" not in plain and "\x1b[31mAO>AA\x1b[0m" in coloured
 
@@ -161,6 +166,16 @@ def test_a_batch_has_the_results_of_single_recordings_and_a_bad_one_loses_no_oth
         for ours, alone in zip((batched.scores or {}).values(), (single.scores or {}).values(), strict=True):
             assert ours.distribution == pytest.approx(alone.distribution, abs=1e-5)
         assert (batched.heard, batched.words) == (single.heard, single.words)
+
+
+def test_without_an_adapter_the_runs_that_are_here_are_named(monkeypatch, tmp_path):
+    for name in ("out/epoch-1", "seeds/seed-0/epoch-2"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "settings.json").touch()
+    with pytest.raises(
+        cli.InputError, match="no model is named: here are --adapter out, --adapter seeds/seed-0; --base"
+    ):
+        main(monkeypatch, "a.wav")
 
 
 def test_recordings_with_a_text_each_are_json_and_a_bad_one_ends_with_1(monkeypatch, run, folder, capsys):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from analysis import listen, pronunciations
+from analysis import assessor, listen, pronunciations
 import data
 import metrics
 from support import cli
@@ -35,7 +35,7 @@ THEME_PARK = words(THEME="TH IY M", PARK="P AA R K")
 )
 def test_marks_say_what_became_of_every_phone(sentence, heard, marks):
     found = pronunciations.meant(sentence, heard.split())
-    assert [" ".join(listen._mark(*pair, colour=False) for pair in pairs) for pairs in found] == marks
+    assert [" ".join(listen._mark(assessor.Phone(*pair, None, None))[1] for pair in pairs) for pairs in found] == marks
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,9 +1,11 @@
 """The service over HTTP, on the loopback."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 import json
+from pathlib import Path
 import re
 import signal
 import socket
@@ -32,6 +34,7 @@ LEXICON = {"WE": [("W", "IY")], "CALL": [("K", "AO", "L")], "IT": [("IH", "T")]}
 def answered(questions):
     """Results with a mark of every kind, whatever was recorded; the distributions tell recordings apart."""
     output = json.dumps({"word_transcript": "WE <b>", "phoneme_transcript": "W IY K AA L AH"})
+    questions = [replace(question, trimmed=(1.2, 0.0)) for question in questions]
     lengths = [question.utterance.samples / data.SAMPLE_RATE for question in questions]
     scores = [dict.fromkeys(prompts.SCORES, [0] * 6 + [1 - x / 100, x / 200, x / 200, 0, 0]) for x in lengths]
     return [assessor.result(question, how, output, False) for question, how in zip(questions, scores)]
@@ -242,32 +245,72 @@ def test_the_page_runs_its_own_script_alone_and_says_what_the_model_knows(runnin
     assert "It knows &lt;few&gt; words." in page and f'data-text="{utterances[0].text}"' in page
 
 
-@pytest.mark.slow
-def test_a_browser_records_shows_the_words_and_plays(running, assess, chromium, monkeypatch, tmp_path):
-    asked, file = [], tmp_path / "microphone.wav"
-    monkeypatch.setattr(assess, "answer", lambda questions: asked.extend(questions) or answered(questions))
+@pytest.fixture
+def page(running, chromium, tmp_path):
+    """The page in Chromium, whose microphone hears three seconds of a tone."""
+    file = tmp_path / "microphone.wav"
     file.write_bytes(sound(tone(3.0, 48_000), 48_000, subtype="PCM_16"))
     microphone = "use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"
     browser = chromium(*microphone, f"use-file-for-fake-audio-capture={file}")
-
-    def text(selector):
-        return [element.text for element in browser.find_elements("css selector", selector)]
-
     browser.get(f"http://127.0.0.1:{running[0]}/")
-    browser.execute_script(f"document.getElementById('text').value = '{SENTENCE}'")
-    browser.find_element("id", "record").click()
-    wait(lambda: text("#record") == ["Stop"])
-    time.sleep(1.5)
-    browser.find_element("id", "record").click()
-    wait(lambda: text("#words b"))
+    return browser
+
+
+def texts(browser, selector):
+    return [element.text for element in browser.find_elements("css selector", selector)]
+
+
+@pytest.mark.slow
+def test_the_keyboard_alone_records_and_the_answer_is_announced_and_plays(page, assess, monkeypatch):
+    asked = []
+    monkeypatch.setattr(assess, "answer", lambda questions: asked.extend(questions) or answered(questions))
+
+    def press(keys):
+        page.switch_to.active_element.send_keys(keys)
+        return page.switch_to.active_element.get_attribute("id")
+
+    page.switch_to.active_element.send_keys("\ue004")  # Tab
+    press("\ue009a" + "\ue000" + SENTENCE)  # Control and A, in the place of the sentence that is there
+    assert press("\ue004") == "record"
+    press(" ")
+    wait(lambda: texts(page, "#record") == ["Stop"])
+    wait(lambda: texts(page, "#clock") == ["1 of 30 s"])
+    assert 0.3 < float(page.find_element("id", "level").get_attribute("value")) < 0.7
+    assert press(" ") == "record"
+    wait(lambda: texts(page, "#words b"))
+    assert page.switch_to.active_element.get_attribute("id") == "record"  # where the next try begins
+    (state,) = page.find_elements("css selector", "[aria-live=polite]")
+    assert state.text == "accuracy 6.0, fluency 6.0, prosodic 6.0, total 6.0, 2 of 3 words marked"
+
     heard = read_audio(asked[0].utterance.recording)
     assert asked[0].text == SENTENCE and 1.0 < len(heard) / data.SAMPLE_RATE < 5
     tones = np.abs(np.fft.rfft(heard))
     assert tones.argmax() * data.SAMPLE_RATE / len(heard) == pytest.approx(440, abs=2)  # the file's
-    assert text("#words ol li") == ["W", "IY", "K", "AO>AA", "L", "IH>AH", "-T"]
-    assert text("#words b") == ["WE", "CALL\nMispronunciation", "IT\nMispronunciation"]
-    assert text("#scores figure b") == ["6.0"] * 4 and text("#heard")[0].startswith("WE <b>")
-    seconds = browser.execute_script("return document.querySelector('audio').duration")
+    assert texts(page, "#words ol li") == ["W w", "IY i", "K k", "AO>AA ɔ>ɑ", "L l", "IH>AH ɪ>ʌ", "-T -t"]
+    assert texts(page, "#words b") == ["WE", "CALL\nMispronunciation, 67 % right", "IT\nMispronunciation, 0 % right"]
+    assert texts(page, "#scores figure b") == ["6.0"] * 4 and texts(page, "#heard")[0].startswith("WE <b>")
+    assert texts(page, "#complete") == ["Completeness, the share of the words that were said: 100 %"]
+    assert texts(page, "#trimmed") == ["Silence that was left out: 1.2 s before, 0.0 s after speech."]
+    seconds = page.execute_script("return document.querySelector('audio').duration")
     assert seconds == pytest.approx(len(heard) / data.SAMPLE_RATE, abs=0.01)
-    logged = [entry["message"] for entry in browser.get_log("browser")]
+    logged = [entry["message"] for entry in page.get_log("browser")]
     assert [line for line in logged if "deprecated" not in line] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_has_no_fault_that_axe_finds(page, recordings, tmp_path, scheme):
+    package = find_spec("axe_core_python")
+    if not package:
+        pytest.skip("axe-core-python is not installed")
+    (tmp_path / "a.wav").write_bytes(recordings[0])
+    media = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    page.execute_script((Path(package.submodule_search_locations[0]) / "axe.min.js").read_text())
+    for shown in (False, True):
+        if shown:
+            page.execute_script(f"document.getElementById('text').value = '{SENTENCE}'")
+            page.find_element("id", "file").send_keys(str(tmp_path / "a.wav"))
+            wait(lambda: texts(page, "#words b"))
+        found = page.execute_async_script("axe.run().then(arguments[0], arguments[0])")
+        assert [fault["nodes"] for fault in found["violations"]] == [] and len(found["passes"]) > 15
