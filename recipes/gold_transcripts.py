@@ -392,7 +392,7 @@ def compare(lines, reference, before, after):
 
 
 def evaluate(training, held_out, settings):
-    """All numbers on the held-out lines, and how good the gold is on both parts, by condition and reference."""
+    """Print and return all numbers on the held-out lines by condition and reference, and of the gold on both parts."""
     # With --oracle the gold is the human text, so one reference is enough and its own quality says nothing
     references = ["human"] if settings.oracle else ["gold", "human"]
     conditions = sorted({line["condition"] for line in held_out})
@@ -402,23 +402,19 @@ def evaluate(training, held_out, settings):
     measured, quality = {}, {}
     for part, lines in parts.items():
         measured[part] = {reference: compare(lines, reference, "baseline", "tuned") for reference in references}
+        for reference, numbers in measured[part].items():
+            show(f"held out, {part}, against {reference} text", numbers, settings)
     for part, lines in {} if settings.oracle else {"training": training, "held_out": held_out}.items():
         quality[part] = compare([line for line in lines if line["gold"]], "human", "baseline", "gold")
+        show(f"how good the gold is, {part}, against human text", quality[part], settings)
     return {"held_out": measured, "gold_quality": quality}
 
 
-def show(results: dict, groups: str) -> None:
-    """Print the tables. groups: what was held out together, "speakers" or "file names"."""
-    cli.say("", results["gold"])
-    for part, by_reference in results["held_out"].items():
-        for reference, numbers in by_reference.items():
-            show_comparison(f"held out, {part}, against {reference} text", numbers, groups)
-    for part, numbers in results["gold_quality"].items():
-        show_comparison(f"how good the gold is, {part}, against human text", numbers, groups)
-    cli.say("", in_words(results["counts"]))
+def held_out_by(settings):
+    return "speakers" if settings.data else "file names"
 
 
-def show_comparison(title, numbers, groups):
+def show(title, numbers, settings):
     if numbers is None:
         return
     rows = []
@@ -428,7 +424,7 @@ def show_comparison(title, numbers, groups):
             interval = " to ".join(f"{value:{sign}.3f}" for value in of["wer_interval"])
             pvalue = f"{of['wer_pvalue']:.3f}" if "wer_pvalue" in of else ""
             rows.append((name, [f"{of['wer']:{sign}.3f}", interval, pvalue, f"{of['cer']:{sign}.3f}", *counts]))
-    caption = f"{title}: {numbers['samples']:,} samples of {numbers['speakers']} {groups}"
+    caption = f"{title}: {numbers['samples']:,} samples of {numbers['speakers']} {held_out_by(settings)}"
     cli.show_table(caption, ["WER", "95 %", "p", "CER", "with errors", "empty"], rows)
 
 
@@ -496,9 +492,8 @@ def run(settings: Settings) -> None:
         np.random.seed(settings.seed)  # time masks are drawn from it
         recogniser = Recogniser(settings.recogniser, settings.time_mask)
         llm = None if settings.oracle else Llm(settings.llm, settings.quantize, settings.max_new_tokens)
-        groups = "speakers" if settings.data else "file names"
         speakers = len({sample.speaker for sample in held_out})
-        cli.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {groups} held out")
+        cli.say(f"{len(samples):,} recordings; {len(held_out):,} of {speakers} {held_out_by(settings)} held out")
 
         transcripts = recogniser.transcribe(samples, "transcribing")
         lines = write_gold(samples, transcripts, recogniser, llm, settings)
@@ -518,11 +513,15 @@ def run(settings: Settings) -> None:
         lines = [line | {"tuned": text} for line, text in zip(parts[1], tuned, strict=True)]
         common.write_lines(settings.output / "held_out.jsonl", lines)
         gold = ORACLE if settings.oracle else f"gold: written by {settings.llm}, which hears nothing"
+        cli.say("", gold)
         results = {"gold": gold, **evaluate(parts[0], lines, settings), "counts": counts}
         results |= {"training": trained, "settings": record}
         write_json(settings.output / RESULTS, results)
-        show(results, groups)
-        cli.say(f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it")
+        cli.say(
+            "",
+            in_words(counts),
+            f"trained in {trained['seconds']:.0f} s: {trained['path']}; all numbers: {RESULTS} beside it",
+        )
 
 
 def count(lines, parts, chosen, too_short):

@@ -487,12 +487,8 @@ def steps_of(model, samples, settings, epoch):
     order = rng.permutation(len(samples))
     for first in range(0, len(order), settings.batch_size):
         batch = make_batch([samples[i] for i in order[first : first + settings.batch_size]], model, rng)
-        yield mean_loss(model, batch)
-
-
-def mean_loss(model, batch):
-    """The (ids, loss) of a step: the mean over its sequences, of the loss by gloss."""
-    yield [sample.id for sample in batch.samples], sequence_losses(model, batch)[0].sum() / len(batch.samples)
+        losses, _ = sequence_losses(model, batch)
+        yield [([sample.id for sample in batch.samples], losses.sum() / len(losses))]  # the mean over its sequences
 
 
 def sequence_losses(model, batch):
@@ -648,15 +644,13 @@ def write_synthetic(folder, seed, splits=None):
     raw = sum(width for name, width in SYNTHETIC.items() if name != "temporal")
     postures = rng.normal(size=(len(SYNTHETIC_GLOSSES) // 2, 2, raw))  # (movements, from and to, F)
     movements = [pair for posture in postures for pair in (posture, posture[::-1])]
-    signers = 0
     with files.whole(folder) as temporary:
         temporary.mkdir()
         (temporary / "features.json").write_text(json.dumps(SYNTHETIC) + "\n")
         for split, (sequences, split_signers) in (splits or SYNTHETIC_SPLITS).items():
             (temporary / split).mkdir()
-            names = [f"Signer{signers + i:02d}" for i in range(1, split_signers + 1)]
+            names = [f"{split}-signer-{i:02d}" for i in range(split_signers)]
             bodies = {name: (rng.normal(0, 0.3, raw), rng.uniform(0.8, 1.2)) for name in names}
-            signers += split_signers
             lines = ["id|folder|signer|annotation"]
             for i in range(sequences):
                 id, signer = f"{split}-{i:04d}", names[i % split_signers]
