@@ -19,7 +19,7 @@ demo: .venv/installed
 		echo "out/ holds something that is not the demo's: move it away first"; exit 2; fi
 	rm -rf tiny/model tiny/corpus
 	.venv/bin/python tiny.py --steps $(PRETRAINING_STEPS) --train-speakers $(TRAIN_SPEAKERS) --seed $(SEED)
-	rm -rf out/log.jsonl out/epoch-* out/base out/checkpoints out/validation.jsonl out/curves.png \
+	rm -rf out/log.jsonl out/epoch-* out/base out/checkpoints out/curves.png \
 		out/predictions.* out/metrics.json out/figure5.png out/report.html out/results.png out/scores.png out/confusion.png \
 		out/settings.json
 	.venv/bin/python train.py --model tiny/model --data tiny/corpus --rank 16 --alpha 32 --dropout 0 --learning-rate 3e-3 \

@@ -206,6 +206,7 @@ def read_hub(folder: Path, split: str) -> Reader:
     """The hub's data set. Audio stays encoded: soundfile decodes it, not torchcodec."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(str(folder), split=split)
     except (OSError, ValueError) as error:

@@ -16,12 +16,10 @@ import gc
 import hashlib
 import math
 from pathlib import Path
-import sys
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
 import data
 import metrics
@@ -246,7 +244,7 @@ def generate(
 
     Batches hold utterances of similar length. Under torchrun the processes share them, and rank 0 writes.
     """
-    asked = {(u.id, task): (data.reference(u, task), u.speaker) for u in utterances for task in u.tasks}
+    asked = [(utterance.id, task) for utterance in utterances for task in utterance.tasks]
     how = made_with(evaluation, utterances, settings)
     written = answers.Answers(evaluation.output, asked, how, settings.resume)
     missing = [u for u in utterances if any((u.id, task) not in written.lines for task in u.tasks)]
@@ -260,8 +258,7 @@ def generate(
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
     done = len(utterances) - len(missing)
-    bar = {"initial": done, "unit": "utterance", "ncols": cli.width(sys.stderr), "disable": rank > 0}
-    with tqdm(total=len(utterances), **bar) as bar:
+    with cli.Progress(total=len(utterances), initial=done, unit="utterance") as bar:
         for first in range(0, len(missing), together):
             batches = missing[first : first + together]
             own = batches[rank * size : (rank + 1) * size]

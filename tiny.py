@@ -20,13 +20,11 @@ import math
 import os
 from pathlib import Path
 import re
-import sys
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 import soundfile
-from tqdm import tqdm
 
 import data
 import prompts
@@ -352,7 +350,7 @@ class Pretraining:
     def _train(self, name, steps, loss_of, *modules):
         parameters = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(parameters, betas=self.BETAS, weight_decay=self.WEIGHT_DECAY, fused=True)
-        bar = tqdm(range(steps), desc=name, unit="step", ncols=cli.width(sys.stderr))
+        bar = cli.Progress(range(steps), desc=name, unit="step")
         for step in bar:
             cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimiser.param_groups:

@@ -240,9 +240,10 @@ def train(settings: Settings) -> None:
                 run.record({"learning_rate": rate, **numbers})  # saves when due; ends here when to stop
 
             run.say(f"epoch {epoch}: {models.describe_moved(model)}")
-            models.save_trained(model, settings.output / f"epoch-{epoch}", record | {"epoch": epoch})
-            if held_out and epoch not in run.validated:
+            if held_out:
                 run.record_validation(validate(model, held_out, settings.micro_batch))
+            saved = record | {"epoch": epoch, "validation_loss": run.losses.get(epoch)}
+            models.save_trained(model, settings.output / f"epoch-{epoch}", saved)
             if run.out_of_patience():
                 break
         run.finish()

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 import torch
-from tqdm import tqdm
 
 import data
 import metrics
 from support import cli, files
+from support.files import write_json
 from support.later import when_used
-from support.run import write_json
 
 with when_used():  # sign_language trains without them
     import peft
@@ -199,7 +198,7 @@ def train(network, optimiser, steps_of: Callable, per_epoch: int, warmup: int, s
     steps_of: an epoch -> for each of its steps what `update` takes; per_epoch: so many; warmup: in steps.
     """
     steps = settings.epochs * per_epoch
-    with open(folder / "log.jsonl", "w") as log, tqdm(total=steps, desc="training", unit="step") as bar:
+    with open(folder / "log.jsonl", "w") as log, cli.Progress(total=steps, desc="training", unit="step") as bar:
         for epoch in range(1, settings.epochs + 1):
             network.train()
             for parts in steps_of(epoch):

@@ -32,14 +32,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 import transformers
 
 import data
 import metrics
 from recipes import common
 from support import cli, files, pretrained, sound
-from support.run import write_json
+from support.files import write_json
 
 COMMAND = "recipes.gold_transcripts"
 
@@ -208,7 +207,9 @@ class Recogniser:
     def transcribe(self, samples, title):
         """Greedy transcripts of samples, in their order."""
         self.network.eval()
-        return [self.decode(self.logits(sample.audio())) for sample in tqdm(samples, desc=title, unit="recording")]
+        return [
+            self.decode(self.logits(sample.audio())) for sample in cli.Progress(samples, desc=title, unit="recording")
+        ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def rewrite_all(transcripts, llm, settings):
     # Similar lengths together: little padding
     order = sorted((i for i, text in enumerate(transcripts) if text), key=lambda i: len(transcripts[i]))
     answers, size = [None] * len(transcripts), settings.llm_batch
-    for start in tqdm(range(0, len(order), size), desc="rewriting", unit="batch"):
+    for start in cli.Progress(range(0, len(order), size), desc="rewriting", unit="batch"):
         chosen = order[start : start + size]
         for i, answer in zip(chosen, llm.rewrite([transcripts[i] for i in chosen]), strict=True):
             answers[i] = answer

@@ -33,13 +33,12 @@ from safetensors.torch import save_file
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from tqdm import tqdm
 
 import metrics
 from recipes import common
 from support import cli, files
+from support.files import write_json
 from support.later import when_used
-from support.run import write_json
 
 with when_used():
     from support import pretrained
@@ -252,7 +251,7 @@ def feature_statistics(samples, groups):
     """
     *ends, width = np.cumsum(list(groups.values()))
     count, sums, squares, missing = 0, np.zeros(width), np.zeros(width), Counter()
-    for sample in tqdm(samples, desc="statistics", leave=False, disable=None):
+    for sample in cli.Progress(samples, desc="statistics"):
         frames = read_features(sample.path, width).astype(np.float64)  # (T, F)
         count, sums, squares = count + len(frames), sums + frames.sum(axis=0), squares + (frames**2).sum(axis=0)
         for name, part in zip(groups, np.split(frames == 0, ends, axis=1)):
@@ -544,7 +543,7 @@ def transcribe(model, samples, batch_size, searches):
     model.eval()
     losses, read = [], {}
     ordered = sorted(samples, key=lambda sample: -sample.frames)  # little padding
-    for first in tqdm(range(0, len(ordered), batch_size), desc="transcribe", leave=False, disable=None):
+    for first in cli.Progress(range(0, len(ordered), batch_size), desc="transcribe"):
         batch = make_batch(ordered[first : first + batch_size], model)
         batch_losses, log_probs = sequence_losses(model, batch)
         losses += [loss for loss, sample in zip(batch_losses.tolist(), batch.samples) if sample.possible]

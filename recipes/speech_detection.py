@@ -29,14 +29,13 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 import transformers
 
 import data
 import metrics
 from recipes import common
 from support import cli, files, pretrained, sound
-from support.run import write_json
+from support.files import write_json
 
 COMMAND = "recipes.speech_detection"
 TINY = "tiny"
@@ -225,7 +224,7 @@ def make_clips(settings):
             (folder / split).mkdir(parents=True)
             speakers = iter(speech[split])
             others = iter(sounds[split]) if sounds else None
-            for number in tqdm(range(count), desc=f"{split} clips", unit="clip", leave=False):
+            for number in cli.Progress(range(count), desc=f"{split} clips", unit="clip"):
                 clip, wave = one_clip(split, number, speakers, others, settings.kinds, rng)
                 soundfile.write(folder / split / f"{clip.id}.wav", wave, data.SAMPLE_RATE, subtype="PCM_16")
                 clips.append(clip)

@@ -1,6 +1,6 @@
 """Answers on disk: predictions.jsonl, kept as it comes and whole in the end, and metrics.json; checked when read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -150,8 +150,7 @@ def write_metrics(rows: list[Any], label: str, path: Path) -> None:
             values |= found
         else:
             values |= {f"expected_{key}": v for key, v in found.items() if key.startswith(prompts.SCORES)}
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps({k: None if v != v else v for k, v in values.items()}, indent=2) + "\n")
+    files.write_json(path, {key: None if value != value else value for key, value in values.items()})
 
 
 def writer(path: Path) -> Writer | None:
@@ -163,23 +162,22 @@ def writer(path: Path) -> Writer | None:
 
 
 Key = tuple[str, str]  # id of an utterance, task
-Asked = Mapping[Key, tuple[dict[str, Any], str | None]]  # reference and speaker of each answer, in the corpus' order
 
 
 class Answers:
     """predictions.jsonl of one evaluation, while it is generated; with `resume` it starts with what is there.
 
-    asked: what is to be answered; how: plain values that the answers depend on: with others `resume` raises InputError,
-    as for a broken file. Collective: every rank must make it, and call `add` and `finish`. Rank 0 writes.
+    asked: what is to be answered, in order; how: plain values that the answers depend on, the corpus' digest
+    too: with others `resume` raises InputError, as for a broken file. Collective: every rank must make it, and call
+    `add` and `finish`. Rank 0 writes.
     """
 
-    def __init__(self, folder: Path, asked: Asked, how: dict[str, Any], resume: bool) -> None:
+    def __init__(self, folder: Path, asked: Sequence[Key], how: dict[str, Any], resume: bool) -> None:
         self.asked = asked
         self.whole, self.part, settings = (folder / name for name in GENERATED)
-        lines = _resumed(folder, asked, how) if resume else {}
+        lines = _resumed(folder, how) if resume else {}
         self.lines = processes.gather(lines)[0]  # {key: JSON text}; rank 0 decides, before it writes
-        with files.whole(settings) as temporary:
-            temporary.write_text(json.dumps({"written_by": files.signature("evaluate.py")} | how, indent=2) + "\n")
+        files.write_json(settings, {"written_by": files.signature("evaluate.py")} | how)
         self._write(self.part, self.lines.values())
 
     def add(self, answers: Iterable[dict[str, Any]]) -> None:
@@ -192,9 +190,7 @@ class Answers:
                 file.write("".join(line + "\n" for line in new.values()))
 
     def finish(self) -> list[dict[str, Any]]:
-        """Write predictions.jsonl, and return it. Raises RunError where an answer is missing."""
-        if missing := self.asked.keys() - self.lines.keys():
-            raise cli.RunError(f"{len(missing)} of {len(self.asked)} answers are missing, such as {min(missing)}")
+        """Write predictions.jsonl, and return it."""
         self._write(self.whole, [self.lines[key] for key in self.asked])
         if cli.process_rank() == 0:
             self.part.unlink()
@@ -205,7 +201,8 @@ class Answers:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _resumed(folder, asked, how):
+def _resumed(folder, how):
+    """{key: JSON text} of the answers that an evaluation left."""
     whole, part, settings = (folder / name for name in GENERATED)
     path = part if part.exists() else whole
     if not path.exists():
@@ -216,18 +213,7 @@ def _resumed(folder, asked, how):
             f"--resume: the outputs in {folder} are of another model, corpus or setting: give the same ones, "
             f"or choose another --output"
         )
-    try:
-        return _answers(path, asked)
-    except cli.InputError as error:
-        raise cli.InputError(f"--resume: {error}; leave out --resume to start again") from error
-
-
-def _answers(path, asked):
-    """{key: JSON text} of a file's answers to what is asked."""
-    texts = files.read_text(path).split("\n")
-    records = read(path, cut_off=True)
-    said = {_key(record): ((record["reference"], record.get("speaker")), text) for record, text in zip(records, texts)}
-    return {key: text for key, (reference, text) in said.items() if asked.get(key) == reference}
+    return {_key(record): text for record, text in zip(read(path, cut_off=True), files.read_text(path).split("\n"))}
 
 
 def _key(record):

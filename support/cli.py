@@ -7,14 +7,17 @@ Text is as wide as the terminal, at most a page; plain where the output is a fil
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
+import ctypes
 import importlib.util
 import io
 import os
+from pathlib import Path
 import re
+import signal
 import sys
 import textwrap
-from threading import Thread
 import time
+import tomllib
 from typing import Annotated, TextIO, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -32,7 +35,7 @@ RANK_0_FIRST = 3  # seconds that another process waits with an error message
 LARGEST = 2**31 - 1  # of a whole number; what counts utterances, steps or tokens is far below
 MOMENT = 1  # seconds; what takes less has no progress bar
 SHOWN = 60  # characters of a wrong value that a message quotes
-LAUNCHER_SEEN = 1.0  # seconds between two looks at whether torchrun lives
+PR_SET_PDEATHSIG = 1  # of Linux: a signal to this process when its parent ends
 Settings = TypeVar("Settings")
 Rows = Sequence[tuple[str, Sequence[str]]]  # a name, and the texts of its cells
 
@@ -60,13 +63,14 @@ def parse(settings: type[Settings], description: str) -> Settings:
     """The command line as an instance of `settings`, a dataclass: one field a flag, its comment the flag's help.
 
     Fields may have pydantic's types, such as those above, and tyro's Positional. Raises InputError for what is not a
-    flag, and for a value that its type does not allow. `--help` prints and ends the process.
+    flag, and for a value that its type does not allow. `--help` and `--version` print and end the process.
     """
+    if "--version" in sys.argv[1:]:
+        print("pronunciation", version())
+        sys.exit()
     for before, text in zip(sys.argv, sys.argv[1:]):
         if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
             raise InputError(f"{(text or before).rstrip('=')} is empty: give it a value, or leave it out")
-        if re.search("[\x00-\x1f\x7f\ud800-\udfff]", text):  # Python writes bytes that are not UTF-8 as surrogates
-            raise InputError(f"{ascii(text)} is not UTF-8 or holds a control character: rename it")
     main = sys.modules["__main__"].__spec__  # of `python -m`
     program = f"python -m {main.name}" if main else f"python {os.path.basename(sys.argv[0])}"
     lines = textwrap.indent(description, " ", lambda line: True)  # tyro joins those that begin with none
@@ -81,6 +85,11 @@ def parse(settings: type[Settings], description: str) -> Settings:
         raise InputError(_one_line(said.getvalue())) from None
     except ValidationError as error:
         raise InputError(flag(reason(error))) from error
+
+
+def version() -> str:
+    """Of this project, as pyproject.toml declares it."""
+    return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
 
 
 def _one_line(panel):
@@ -114,22 +123,21 @@ def reason(error: ValidationError) -> str:
         return f"{field} is missing"
     if fault["type"] == "json_invalid":
         return fault["msg"]
-    try:
-        value = ascii(fault["input"])
-    except RecursionError:
-        value = "a deeply nested value"
+    value = ascii(fault["input"])
     value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
     return f"{field + ' ' if field else ''}{value}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def run_script(name: str, main: Callable[[], None]) -> None:
-    """Call main(). An InputError, a RunError or the system's error becomes one line and an exit code: 2, 1, 1.
+    """Call main(). InputError, RunError, the system's error and Ctrl-C become one line and an exit code: 2, 1, 1, 130.
 
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # not under another launcher, which may leave its processes to themselves
-        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other.
+        # Files are renamed when they are whole, so nothing half written is left in a file's place.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     sys.stdout.reconfigure(errors="replace")  # a log that takes no ± gets a question mark
     code = _exit_code(name, main)
     if "RANK" in os.environ:
@@ -141,13 +149,6 @@ def run_script(name: str, main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def _end_with(launcher):
-    """torchrun ends its processes itself, unless it was killed: then they would go on, or wait for each other."""
-    while os.getppid() == launcher:
-        time.sleep(LAUNCHER_SEEN)
-    os._exit(1)  # files are renamed when they are whole, so nothing half written is left in a file's place
-
-
 def _exit_code(name, main):
     try:
         main()
@@ -156,6 +157,10 @@ def _exit_code(name, main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
         return 1
+    except KeyboardInterrupt:
+        if process_rank() == 0:
+            print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (InputError, RunError, OSError) as error:
         if process_rank():
             time.sleep(RANK_0_FIRST)

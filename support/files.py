@@ -9,14 +9,12 @@ from contextlib import contextmanager
 import errno
 import fnmatch
 from functools import cache
+import json
 import os
 from pathlib import Path
-import re
 import shutil
-import socket
-import stat
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -30,7 +28,6 @@ with when_used():
     from huggingface_hub import constants
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
-LARGEST = 2**31  # bytes of a file that is read at once: more than a recording or a list of answers has
 Value = TypeVar("Value")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,21 +41,14 @@ class Shape(BaseModel):
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a regular file; a FIFO or a device would hang or never end. Raises InputError."""
+    """Content of a regular file; a FIFO would be waited for, a device read for ever. Raises InputError."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} is not a regular file")
-            if status.st_size > LARGEST:
-                raise InputError(f"{path} has {status.st_size:,} bytes, more than {LARGEST:,}")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is not a regular file")
+        with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _without_waiting(path, flags):
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -109,8 +99,8 @@ def _adapter(shape):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
 
-OURS = "pronunciation"  # begins the name of a lock, and of what is being written
-HOST = re.sub(r"\W", "", socket.gethostname())
+OURS = "pronunciation"  # begins the name of a lock
+NEW = f".{OURS}-new-"  # and of what is being written
 
 
 def signature(command: str) -> str:
@@ -124,7 +114,7 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
 
     A lock keeps a second start of the command out. Then the folder must be new to the command: nothing in it has a name
     of `writes` (glob patterns), or the file `mark` in it says `"pronunciation/COMMAND"`, as the command writes it
-    before all else. Makes the folder, and removes what a killed process of this machine left half written. The system
+    before all else. Makes the folder, and removes what a killed start of the command left half written. The system
     frees the lock with the process, however that ends. Raises InputError. Rank 0 owns for all.
     """
     if process_rank():
@@ -145,9 +135,8 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
         print(visible(f"{folder} cannot be locked: see to it that no other run writes into it"), file=sys.stderr)
     try:
         _check_ours(folder, command, mark, writes, setting)
-        for left in [*folder.glob(f".{OURS}-*"), *folder.glob(f"*/.{OURS}-*")]:
-            if (writer := re.match(rf".{OURS}-{HOST}-(\d+)-", left.name)) and not _lives(int(writer[1])):
-                _remove(left)
+        for left in [left for pattern in writes for left in folder.glob(NEW + pattern)]:
+            _remove(left)
         yield
     finally:
         lock.release()
@@ -166,14 +155,6 @@ def _check_ours(folder, command, mark, writes, setting):
         )
 
 
-def _lives(process):
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return error.errno != errno.ESRCH
-    return True
-
-
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path for a file or folder; what is written there is synced to disk, then renamed to `path`.
@@ -185,7 +166,7 @@ def whole(path: Path) -> Iterator[Path]:
     if process_rank():
         yield Path(os.devnull)
         return
-    temporary = path.with_name(f".{OURS}-{HOST}-{os.getpid()}-{path.name}")
+    temporary = path.with_name(NEW + path.name)
     try:
         _remove(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +174,10 @@ def whole(path: Path) -> Iterator[Path]:
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
         if path.is_dir():
-            _remove_older(path, temporary)
+            if foreign := _names(path) - _names(temporary):
+                what = f"it holds {min(foreign)}, which was not written here; move it away"
+                raise RunError(f"{path} cannot be written: {what}")
+            shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException as error:
@@ -204,14 +188,13 @@ def whole(path: Path) -> Iterator[Path]:
         raise RunError(f"{path} cannot be written: {reason}") from error
 
 
-def _remove_older(folder, newer):
-    there, written = ({file.relative_to(root) for file in root.rglob("*")} for root in (folder, newer))
-    foreign = there - written
-    if foreign or not newer.is_dir():
-        _remove(newer)
-        what = f"holds {min(foreign)}" if foreign else "is a folder"
-        raise RunError(f"{folder} cannot be written: it {what}, which was not written here; move it away")
-    shutil.rmtree(folder)
+def write_json(path: Path, values: Any) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _names(folder):
+    return {file.relative_to(folder) for file in folder.rglob("*")}
 
 
 def _sync(path):

@@ -5,8 +5,6 @@ The training loop asks it in one line for each of these, so that nothing stands 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
-from itertools import pairwise, zip_longest
 import json
 import math
 import os
@@ -21,15 +19,14 @@ from typing import Annotated, Any, Literal
 import zipfile
 
 import numpy as np
-from pydantic import Field, PositiveInt
-from tqdm import tqdm
+from pydantic import Field
 
 import prompts
 from support import cli, files
 from support.later import when_used
 
 with when_used():
-    from matplotlib import figure, ticker
+    from matplotlib import figure
     import torch
 
     from support import processes
@@ -46,34 +43,14 @@ Quantize = Literal["nf4"]
 Weights = dict[str, "torch.nn.Parameter"]  # of what trains, by name
 
 MARK = "settings.json"
-WRITTEN = (MARK, "log.jsonl", "validation.jsonl", "curves.png", "epoch-*", "checkpoints")
+WRITTEN = (MARK, "log.jsonl", "curves.png", "epoch-*", "checkpoints")
 KEPT = 2  # checkpoints: the newest, and the one before it in case the newest cannot be read
-ESTIMATE_AFTER = 10  # steps
-SMOOTHED = 50  # our choice: a point of the smoothed curves is a mean over one part of so many to either side
+SMOOTHED = 25  # our choice: a point of the smoothed curves is a mean over one part of so many
 PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
 class Stopped(Exception):
     """Ends a run that was asked to stop, after it has saved."""
-
-
-class LogLine(files.Shape):
-    """What of a line of log.jsonl is read again."""
-
-    step: PositiveInt
-    loss: float
-    learning_rate: float
-    epoch: PositiveInt
-    gradient_norm: float
-
-
-class ValidationLine(files.Shape):
-    """A line of validation.jsonl: the loss per supervised token on held-out speakers after an epoch."""
-
-    epoch: PositiveInt
-    step: PositiveInt
-    loss: float
-    best: bool  # the lowest so far (our choice of epoch: the loss is what training lowers)
 
 
 class TrainingSettings(files.Shape):
@@ -92,6 +69,7 @@ class TrainingSettings(files.Shape):
     quantize: Quantize | None = None
     max_tokens: cli.Count = 2048
     prompts: str | None = None  # their digest; None: of an older version of this project
+    validation_loss: float | None = None  # per supervised token, on held-out speakers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,7 +88,7 @@ def open_run(settings: Any, record: dict[str, Any], corpus: str, per_epoch: int)
     with files.own(settings.output, "train.py", MARK, WRITTEN), ExitStack() as opened:
         if not settings.resume and cli.process_rank() == 0 and path.exists():
             raise cli.InputError(f"{path} is there already: --resume goes on with that run, another --output leaves it")
-        write_json(path, {"written_by": files.signature("train.py")} | record)
+        files.write_json(path, {"written_by": files.signature("train.py")} | record)
         run = Run(settings, corpus, per_epoch, opened)
         try:
             yield run
@@ -129,7 +107,6 @@ class Run:
         self.step = int(self._checkpoint.stem[5:]) if self._checkpoint else 0  # the last one that is done
         self.epoch = max(1, math.ceil(self.step / per_epoch))
         self._opened = opened
-        self._timed = self._seconds = 0  # steps since the start of this process, and what they took
 
     def start(self, weights: Weights, optimiser: "torch.optim.Optimizer", record: dict[str, Any]) -> None:
         """Put a checkpoint back, and begin to log; collective. weights: {name: parameter} of what trains."""
@@ -137,14 +114,15 @@ class Run:
         if self._checkpoint:
             restore(self._checkpoint, self.corpus, weights, optimiser)
             self.say(f"resumed after step {self.step}")
-        (self.validated, *_) = processes.gather(self._read_validated())
+        earlier = [self.output / f"epoch-{epoch}" / MARK for epoch in range(1, self.epoch)]
+        earlier = [files.read_json(path, TrainingSettings) for path in earlier if path.exists()]
+        self.losses = {saved.epoch: saved.validation_loss for saved in earlier if saved.validation_loss is not None}
         self._began = self._saved = time.perf_counter()
         enter = self._opened.enter_context
         self._stop = enter(StopRequest())
         self._log = enter(_open_log(self.output / "log.jsonl", self.step))
         self._track = enter(_tracker(self.settings.track, self.output, record, self.step))
-        bar = {"bar_format": PROGRESS, "ncols": cli.width(sys.stderr), "disable": cli.process_rank() > 0}
-        self._bar = enter(tqdm(total=self.steps, initial=self.step, **bar))
+        self._bar = enter(cli.Progress(total=self.steps, initial=self.step, bar_format=PROGRESS))
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are not done; the one of a checkpoint at its end comes again, for what follows its steps."""
@@ -165,15 +143,12 @@ class Run:
         line |= {"tokens_per_second": numbers["tokens"] / seconds, "memory_gb": peak_memory()}
         print(json.dumps(line), file=self._log, flush=True)
         self._track(self.step, line)
-        self._bar.update()
         self._bar.set_postfix_str(
             f"{line['tokens_per_second']:,.0f} tokens/s, loss {line['loss']:.3f}, lr {line['learning_rate']:.1e}, "
-            f"grad {line['gradient_norm']:.2f}"
+            f"grad {line['gradient_norm']:.2f}",
+            refresh=False,
         )
-        self._timed, self._seconds = self._timed + 1, self._seconds + seconds
-        if self._timed == ESTIMATE_AFTER and self.step < self.steps:
-            rest = timedelta(seconds=round(self._seconds / self._timed * (self.steps - self.step)))
-            self.say(f"{self._timed} steps took {self._seconds:.1f} s: about {rest} (h:mm:ss) for the others")
+        self._bar.update()
         self._save_when_due()
         self._clock = time.perf_counter()
 
@@ -192,27 +167,18 @@ class Run:
         if cli.process_rank() == 0:
             cli.say(text)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Validation
-
-    def _read_validated(self):
-        path = self.output / "validation.jsonl"
-        lines = files.read_lines(path, ValidationLine) if path.exists() else []
-        return {line.epoch: line for line in lines if line.step <= self.step}
-
     def record_validation(self, loss: float) -> None:
-        """Log this epoch's loss on held-out speakers: validation.jsonl has a line an epoch, the best one marked."""
-        self.validated[self.epoch] = ValidationLine(epoch=self.epoch, step=self.step, loss=loss, best=False)
+        """Note and show this epoch's loss on held-out speakers; the lowest is the best, as training lowers it."""
+        if not math.isfinite(loss):
+            raise cli.RunError(f"loss {loss} on held-out speakers after epoch {self.epoch}")
+        self.losses[self.epoch] = loss
         best = self._best_epoch()
         verdict = "the best so far" if self.epoch == best else f"epoch {best} is the best so far"
         self.say(f"epoch {self.epoch}: loss {loss:.3f} on held-out speakers; {verdict}")
-        lines = [line.model_dump() | {"best": line.epoch == best} for line in self.validated.values()]
-        with files.whole(self.output / "validation.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self._track(self.step, {"validation_loss": loss})
 
     def _best_epoch(self):
-        return min(self.validated, key=lambda epoch: self.validated[epoch].loss)
+        return min(self.losses, key=self.losses.get)
 
     def out_of_patience(self) -> bool:
         """Whether --patience epochs have gone by without a lower validation loss; says so."""
@@ -226,8 +192,10 @@ class Run:
         """Draw the curves, and say what there is."""
         self._bar.close()
         if cli.process_rank() == 0:
+            lines = [json.loads(line) for line in files.read_text(self.output / "log.jsonl").splitlines()]
+            drawn = curves(lines, {epoch * self.per_epoch: loss for epoch, loss in self.losses.items()})
             with files.whole(self.output / "curves.png") as temporary:
-                curves(self.output).savefig(temporary, format="png", dpi=150)
+                drawn.savefig(temporary, format="png", dpi=150)
         seconds = time.perf_counter() - self._began
         self.say(f"{self.step} steps, {seconds:.0f} s, peak memory {peak_memory():.1f} GB")
         self.say(f"adapters in {self.output}/epoch-*; next: python evaluate.py --adapter {self.output}/")
@@ -262,11 +230,6 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: all that a run needs to go on to the same weights, to the bit
 
@@ -294,7 +257,8 @@ def save(folder: Path, step: int, weights: Weights, optimiser: "torch.optim.Opti
         except RuntimeError as error:
             # where the disk is full, torch speaks of positions in the file, and the system's reason is behind it
             raise error.__context__ or error from error
-    for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
+    unfinished = folder.glob(f"{files.NEW}*")  # of a process that was killed
+    for old in [*unfinished, *sorted(folder.glob("step-*.pt"))[:-KEPT]]:
         old.unlink()
 
 
@@ -305,8 +269,6 @@ def restore(path: Path, corpus: str, weights: Weights, optimiser: "torch.optim.O
     many processes as there were. Raises InputError for no whole checkpoint, or one of another model or corpus.
     """
     try:
-        if not path.is_file():  # a FIFO would be waited for, a device read for ever
-            raise ValueError("not a regular file")
         with zipfile.ZipFile(path) as archive:  # torch.save writes a checksum of each tensor, and torch.load reads none
             if spoilt := archive.testzip():
                 raise ValueError(f"the checksum of {spoilt} is wrong")
@@ -342,14 +304,13 @@ def restore(path: Path, corpus: str, weights: Weights, optimiser: "torch.optim.O
 
 @contextmanager
 def _open_log(path, step):
-    """log.jsonl to append to, without the lines of steps that will be done again; for rank 0 alone."""
+    """log.jsonl, a line a step, to append to, without the lines of steps that will be done again; for rank 0 alone."""
     if cli.process_rank():
         yield open(os.devnull, "w")
         return
-    known = files.read_lines(path, LogLine, cut_off=True) if path.exists() else []
-    texts = files.read_text(path).split("\n") if known else []
+    lines = files.read_text(path).split("\n")[:-1] if path.exists() else []  # the last one may have been cut off
     with files.whole(path) as temporary:
-        temporary.write_text("".join(text + "\n" for text, line in zip(texts, known) if line.step <= step))
+        temporary.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
     with open(path, "a") as file:
         yield file
 
@@ -374,39 +335,22 @@ def _tracker(service, output, settings, step) -> Iterator[Callable[[int, dict], 
         yield lambda step, numbers: None
 
 
-def curves(run: Path) -> "figure.Figure":
-    """Loss, learning rate and gradient norm of every step in log.jsonl, and validation.
-
-    Raises InputError for a log that cannot be read.
-    """
-    lines = files.read_lines(run / "log.jsonl", LogLine, cut_off=True)
-    steps = [line.step for line in lines]
-    picture = figure.Figure(figsize=(6.4, 5), layout="constrained")
-    axes = picture.subplot_mosaic([["loss", "loss"], ["learning_rate", "gradient_norm"]], height_ratios=(3, 2))
-    titles = {"loss": "loss per supervised token", "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
-    for key, title in titles.items():
-        values = [getattr(line, key) for line in lines]
-        smooth = key != "learning_rate"
-        dots = "." if len(lines) < 20 else None
-        axes[key].plot(steps, values, "C0", linewidth=1, alpha=0.35 if smooth else 1, marker=dots, label="each step")
-        if smooth:
-            reach = len(values) // SMOOTHED
-            means = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-            axes[key].plot(steps, means, "C0", label="smoothed")
-            axes[key].set_yscale("log")  # otherwise the first steps are all that one sees
-            axes[key].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes[key].yaxis.set_major_formatter("{x:g}")
-            axes[key].yaxis.set_minor_formatter(ticker.NullFormatter())
-        for earlier, later in pairwise(lines):
-            if earlier.epoch != later.epoch:
-                axes[key].axvline(earlier.step + 0.5, color="C7", linestyle=":", linewidth=1)
-        axes[key].set(title=title, xlabel="step")
-        axes[key].grid(alpha=0.3)
-    if (run / "validation.jsonl").exists():
-        epochs = files.read_lines(run / "validation.jsonl", ValidationLine)
-        axes["loss"].plot([e.step for e in epochs], [e.loss for e in epochs], "oC1", label="held-out speakers")
-    axes["loss"].set_xlabel("step; dotted: the end of an epoch")
-    axes["loss"].legend()
+def curves(lines: list[dict[str, float]], validated: dict[int, float]) -> "figure.Figure":
+    """Loss and gradient norm of every step, and smoothed. lines: of log.jsonl; validated: {step: loss} of epochs."""
+    picture = figure.Figure(figsize=(6.4, 6.4), layout="constrained")
+    axes = picture.subplots(2, 1, sharex=True)
+    steps, width = [line["step"] for line in lines], 1 + len(lines) // SMOOTHED
+    for axis, key, title in zip(axes, ("loss", "gradient_norm"), ("loss per supervised token", "gradient norm")):
+        values = [line[key] for line in lines]
+        axis.plot(steps, values, "C0.-", markersize=2, linewidth=1, alpha=0.35, label="each step")
+        means = np.convolve(values, np.full(width, 1 / width), "valid")
+        axis.plot(steps[width // 2 :][: len(means)], means, "C0", label="smoothed")
+        axis.set(title=title, yscale="log")  # otherwise the first steps are all that one sees
+        axis.grid(alpha=0.3, which="both")
+    if validated:
+        axes[0].plot(validated.keys(), validated.values(), "oC1", label="held-out speakers, after an epoch")
+    axes[0].legend()
+    axes[1].set_xlabel("step")
     return picture
 
 
@@ -427,37 +371,24 @@ def adapters(run: Path, epochs: str | None) -> list[tuple[Path, TrainingSettings
     found = sorted((f for f in found if re.fullmatch(r"epoch-\d+", f.name)), key=lambda f: int(f.name[6:]))
     if not found:
         raise cli.InputError(f"{run} holds no adapter (no epoch-*/{MARK}): give train.py's --output")
+    settings = {folder: _settings(folder) for folder in found}
     if epochs == "best":
-        path = run / "validation.jsonl"
-        best = (
-            [str(line.epoch) for line in files.read_lines(path, ValidationLine) if line.best] if path.exists() else []
-        )
-        if len(best) != 1:
-            raise cli.InputError(f"--epochs best: {path} marks {len(best)} epochs; train.py --validation 0.1 writes it")
-        (epochs,) = best
+        if any(saved.validation_loss is None for saved in settings.values()):
+            raise cli.InputError(f"--epochs best: epochs of {run} were not validated; add --validation 0.1 to train.py")
+        return [min(settings.items(), key=lambda item: item[1].validation_loss)]
     chosen = {None: found[-1:], "last": found[-1:], "all": found}
     folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
     if not folders:
         raise cli.InputError(f"{run} has no epoch {epochs!r}: there are {', '.join(f.name for f in found)}")
-    return [(folder, _settings(folder)) for folder in folders]
+    return [(folder, settings[folder]) for folder in folders]
 
 
 def _settings(folder):
     """The settings of an adapter's training. Raises InputError where it was trained with other prompts."""
     settings = files.read_json(folder / MARK, TrainingSettings)
-    if settings.prompts is None:
-        raise cli.InputError(f"{folder} is of an older version of this project: evaluate it with that, or train again")
     if settings.prompts != prompts.digest():
-        trained = files.read_json(folder / "prompts.json", dict[str, str])
-        lines = [
-            f"line {number} of the {task} prompt was {then!r}, and is {now!r}"
-            for task in prompts.TASKS
-            for number, (then, now) in enumerate(
-                zip_longest(trained.get(task, "").split("\n"), prompts.build_prompt(task).split("\n")), 1
-            )
-            if then != now
-        ]
         raise cli.InputError(
-            f"{folder} was trained with other prompts: {'; '.join(lines[:1])}: use those of its training"
+            f"{folder} was trained with other prompts, or by an older version of this project: prompts.json in it has "
+            f"those of its training; prompts.py must have the same"
         )
     return settings

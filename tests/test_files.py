@@ -19,6 +19,7 @@ from support import cli, files
         (cli.InputError("no such corpus"), 2, "x.py: error: no such corpus"),
         (cli.RunError("step 3: loss nan"), 1, "x.py: error: step 3: loss nan"),
         (OSError(28, "No space left on device"), 1, "x.py: error: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "x.py: stopped"),
     ],
 )
 def test_an_error_for_the_user_is_one_line_and_an_exit_code(capsys, error, code, line):
@@ -62,8 +63,8 @@ def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path):
 # Ownership
 
 
-def own(folder, command="train.py"):
-    return files.own(folder, command, "settings.json", ["log.jsonl", "epoch-*"])
+def own(folder):
+    return files.own(folder, "train.py", "settings.json", ["log.jsonl", "epoch-*"])
 
 
 def test_what_the_folders_mark_does_not_say_is_ours_is_refused(tmp_path):
@@ -89,16 +90,16 @@ def test_a_running_command_keeps_another_out_and_a_killed_one_does_not(tmp_path)
 
     holder = multiprocessing.get_context("fork").Process(target=hold)
     holder.start()
-    half = tmp_path / f".pronunciation-{files.HOST}-{holder.pid}-epoch-1"
+    half = tmp_path / f"{files.NEW}epoch-1"
     while not half.exists():
         time.sleep(0.01)
     with pytest.raises(cli.InputError, match="in use by another train.py.*another --output"), own(tmp_path):
         raise AssertionError("owned twice")
-    with own(tmp_path, "evaluate.py"):
-        assert half.exists()  # what a living process writes stays
+    with files.own(tmp_path, "evaluate.py", "metrics.json", ["metrics.json"]):
+        assert half.exists()  # what another command writes stays
     holder.kill()
     holder.join()
-    others = [tmp_path / name for name in (".pronunciation-elsewhere-1-epoch-1", "theirs.unfinished")]
+    others = [tmp_path / name for name in (f"{files.NEW}predictions.jsonl", "theirs.unfinished")]
     for path in others:
         path.touch()
     with own(tmp_path):

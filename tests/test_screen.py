@@ -47,6 +47,17 @@ def test_no_line_is_wider_than_the_screen_and_every_number_is_whole(columns, mon
     assert any(f"±{(high - low) / 2:.3f}" in line for line in printed)
 
 
+def test_without_a_terminal_progress_is_a_line_for_every_twentieth(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "MOMENT", 1e-9)
+    with cli.Progress(total=200, desc="reading") as bar:
+        for _ in range(200):
+            cli.say("a note")
+            bar.update()
+    lines = capsys.readouterr().err.split("\n")
+    assert [int(line.removeprefix("reading:").split("%")[0]) for line in lines[:-1]] == [*range(5, 101, 5)]
+    assert lines[-1] == "" and max(map(len, lines)) <= cli.WIDEST
+
+
 def test_what_goes_to_a_file_has_no_colours_and_a_width_of_its_own(tmp_path):
     table = {"columns": ["t" * 9] * 9, "rows": [("name " * 9, ["0.123\n±0.045"] * 9)], "own": 1}
     code = f"from support import cli; cli.run_script('x', lambda: cli.show_table('c', **{table}))"

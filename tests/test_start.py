@@ -26,6 +26,11 @@ def test_help_waits_for_no_heavy_library(command, tmp_path):
     assert not imported(result) & HEAVY
 
 
+def test_every_command_says_the_version_that_pyproject_declares(tmp_path):
+    result = script(ROOT / "train.py", "--version", cwd=tmp_path)
+    assert f'version = "{result.stdout.split()[-1]}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_an_import_waits_until_it_is_used_and_sees_what_is_put_into_the_module_later(monkeypatch):
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with later.when_used():

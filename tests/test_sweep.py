@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT, read_lines
+from conftest import ROOT
 import pytest
 
+from support import run as runs
 import tiny
 
 READINGS = ("default", "faster", "continue")
@@ -33,7 +34,7 @@ def test_a_sweep_ends_at_a_failure_goes_on_from_there_and_ranks_by_validation_lo
     done = sweep()
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "default" / "log.jsonl").stat().st_mtime_ns == written
-    losses = {name: min(line["loss"] for line in read_lines(tmp_path / name / "validation.jsonl")) for name in READINGS}
+    losses = {name: runs.adapters(tmp_path / name, "best")[0][1].validation_loss for name in READINGS}
     ranked = done.stdout.splitlines()[-3:]
     assert [line.split("/")[0] for line in ranked] == sorted(READINGS, key=losses.get)
     assert f"Trust {min(READINGS, key=losses.get)}," in done.stdout and done.stdout.count("detection_f1") == 2
