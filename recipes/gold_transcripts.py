@@ -163,11 +163,11 @@ class Recogniser:
         classes = transformers.Wav2Vec2ForCTC, transformers.Wav2Vec2Processor
         self.network, self.processor = common.load(*classes, name, torch.float32, mask_time_prob=time_mask)
         tokenizer, rate = self.processor.tokenizer, self.processor.feature_extractor.sampling_rate
-        self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
-        with pretrained.loading(name):
+        with pretrained.loading(name):  # a vocabulary may lack space or blank
+            self.letters = {symbol: id for symbol, id in tokenizer.get_vocab().items() if len(symbol) == 1}
             self.letters[" "] = self.letters.pop(tokenizer.word_delimiter_token)
-        self.blank, self.capitals = tokenizer.pad_token_id, "E" in self.letters
-        common.check_ids([*self.letters.values(), self.blank], self.network.config.vocab_size, name)
+            self.blank, self.capitals = tokenizer.pad_token_id, "E" in self.letters
+            common.check_ids([*self.letters.values(), self.blank], self.network.config.vocab_size, name)
         if rate != data.SAMPLE_RATE:
             raise cli.InputError(f"--recogniser {name} hears {rate} Hz: give one for {data.SAMPLE_RATE} Hz")
         self.network.eval()

@@ -24,7 +24,7 @@ import json
 import math
 from pathlib import Path
 import time
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -514,17 +514,25 @@ def save(path, model, record):
 # Evaluation
 
 
+class Training(files.Shape):
+    """What of the record of a training is read again."""
+
+    glosses: Literal["filtered", "all"]
+    epoch: int
+    dev_wer: float
+
+
 class About(files.Shape):
     """What best.safetensors says beside its tensors."""
 
     vocabulary: list[str]
     features: Groups
     signers: list[str]
-    training: dict[str, Any]
+    training: Training
 
 
-def load(path: Path) -> tuple[Student, dict]:
-    """(Student, record of its training) of a best.safetensors. Raises InputError when it is none."""
+def load(path: Path) -> tuple[Student, Training]:
+    """(Student, its Training) of a best.safetensors. Raises InputError when it is none."""
     if not path.is_file():
         raise cli.InputError(f"--evaluate {path} is missing, or not a regular file")
     with pretrained.loading(path):
@@ -593,7 +601,7 @@ def evaluate(settings: Settings) -> None:
         groups = read_features_order(settings.data)
         if list(groups.items()) != list(model.groups.items()):
             raise cli.InputError(f"{settings.data} has the features {groups}; {settings.evaluate} needs {model.groups}")
-        samples = read_split(settings.data, settings.split, groups, training["glosses"])
+        samples = read_split(settings.data, settings.split, groups, training.glosses)
         results = {"written_by": files.signature(COMMAND), "checkpoint": str(settings.evaluate)}
         results |= {"data": str(settings.data), "split": settings.split}
         results |= {"sequences": len(samples), "beam_width": settings.beam_width}

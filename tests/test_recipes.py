@@ -23,10 +23,12 @@ def made(tmp_path_factory):
     gold_transcripts.write_tiny(root / "wav2vec2", seed=0)
     sign_language.write_synthetic(root / "glosses", 0, {"train": (2, 1), "dev": (1, 1)})
     student = sign_language.Student(sign_language.SYNTHETIC, [*sign_language.SPECIAL, "WIND"], [])
-    sign_language.save(root / "best.safetensors", student, {})
+    sign_language.save(root / "other.safetensors", student, {"glosses": "filtered"})
+    record = {"glosses": "filtered", "epoch": 1, "dev_wer": 1.0}
+    sign_language.save(root / "best.safetensors", student, record)
     with torch.no_grad():
         student.output.weight[2, 3] = math.nan
-    sign_language.save(root / "nan.safetensors", student, {})
+    sign_language.save(root / "nan.safetensors", student, record)
     (root / "sounds").mkdir()
     (root / "sounds" / "short.wav").write_bytes(sound(tone(0.5)))
     (root / "low.wav").write_bytes(sound(tone(0.5, 8000), 8000))
@@ -58,6 +60,7 @@ REFUSED = [  # what becomes of the folder, the command line, and what is said
     (lambda root: fifo(root / "wav2vec2" / "model.safetensors"), GOLD, "is not a regular file"),
     (None, f"{GOLD} --output .", "says that recipes.gold_transcripts wrote it"),
     (None, "gold_transcripts --audio-dir sounds --oracle", "--audio-dir has none"),
+    (None, f"{SCORED} other.safetensors", "training.epoch is missing"),
     (None, f"{SCORED} nan.safetensors", "output.weight holds values that are not finite"),
     (lambda root: fifo(root / "best.safetensors"), f"{SCORED} best.safetensors", "missing, or not a regular file"),
     (None, f"{SCORED} best.safetensors --beam-width 1000000000", "less than or equal to 100"),

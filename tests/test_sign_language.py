@@ -194,7 +194,7 @@ def test_a_run_writes_what_its_docstring_says(trained):
     assert "signers that training has too:" in result.stdout and "508,217 parameters, 1.94 MiB" in result.stdout
     student, training = sign.load(cwd / "sign/best.safetensors")
     best = min(epochs, key=lambda line: (line["wer"], line["loss"]))
-    assert (training["epoch"], training["dev_wer"]) == (best["epoch"], best["wer"])
+    assert (training.epoch, training.dev_wer) == (best["epoch"], best["wer"])
     assert student.vocabulary[:2] == list(sign.SPECIAL) and list(student.groups.items()) == list(GROUPS.items())
 
 
@@ -206,7 +206,7 @@ def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start)
         start(*arguments, "--batch-size", size, "--output", f"dev-{size}")
         results.append(json.loads(Path(f"dev-{size}/results.json").read_text()))
     _, training = sign.load(cwd / "sign/best.safetensors")
-    assert results[0]["greedy"]["wer"] == pytest.approx(training["dev_wer"])
+    assert results[0]["greedy"]["wer"] == pytest.approx(training.dev_wer)
     assert results[0]["predictions"] == results[1]["predictions"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)  # each row has its own glosses
     references, read = ([p[key] for p in results[0]["predictions"]] for key in ("reference", "beam"))
