@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 import shutil
-import sys
 
 from conftest import fifo, read_lines, script
 import numpy as np
@@ -55,17 +54,6 @@ def trained(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def samples(folder):
     return sign.read_split(folder, "train", GROUPS, "filtered")
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """Runs the script in this process; an error is raised."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sign_language.py", *map(str, arguments)])
-        sign.main()
-
-    return run
 
 
 def started(frames, dropout=0.3, spread=1.0):
@@ -198,14 +186,12 @@ def test_a_run_writes_what_its_docstring_says(trained):
     assert student.vocabulary[:2] == list(sign.SPECIAL) and list(student.groups.items()) == list(GROUPS.items())
 
 
-def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start):
-    cwd, _ = trained
-    arguments = ["--data", folder, "--evaluate", cwd / "sign/best.safetensors", "--split", "dev"]
-    results = []
+def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder):
+    best, results = trained[0] / "sign/best.safetensors", []
     for size in (1, 4):
-        start(*arguments, "--batch-size", size, "--output", f"dev-{size}")
-        results.append(json.loads(Path(f"dev-{size}/results.json").read_text()))
-    _, training = sign.load(cwd / "sign/best.safetensors")
+        sign.evaluate(sign.Settings(data=folder, evaluate=best, split="dev", batch_size=size, output=Path("dev")))
+        results.append(json.loads(Path("dev/results.json").read_text()))
+    _, training = sign.load(best)
     assert results[0]["greedy"]["wer"] == pytest.approx(training.dev_wer)
     assert results[0]["predictions"] == results[1]["predictions"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)  # each row has its own glosses
@@ -213,18 +199,18 @@ def test_a_checkpoint_scores_a_split_as_the_training_did(trained, folder, start)
     assert results[0]["beam"]["wer"] == pytest.approx(metrics.error_rate(references, read))
 
 
-def test_hands_and_face_in_each_others_columns_are_refused(own_copy, start):
+def test_hands_and_face_in_each_others_columns_are_refused(own_copy):
     (own_copy / "features.json").write_text(json.dumps({"pose": 9, "face": 12, "hands": 30, "temporal": 153}))
     with pytest.raises(cli.InputError, match="hands are missing in 0.0% of the frames"):
-        start("--data", own_copy, "--epochs", 1, "--warmup", 0)
+        sign.train(sign.Settings(data=own_copy))
 
 
-def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy, start):
+def test_unknown_and_impossible_are_counted_and_scored(trained, own_copy):
     glosses = ("GEWITTER\u2028REGEN", "REGEN " * 200, "REGEN", "REGEN")
     lines = ["id|signer|annotation", *(f"test-{i:04d}|S|{text}" for i, text in enumerate(glosses))]
     (own_copy / "test.SI5.corpus.csv").write_text("\n".join(lines))
-    start("--data", own_copy, "--evaluate", trained[0] / "sign/best.safetensors", "--output", "out")
-    results = json.loads(Path("out/results.json").read_text())
+    sign.evaluate(sign.Settings(data=own_copy, evaluate=trained[0] / "sign/best.safetensors"))
+    results = json.loads(Path("out-sign/results.json").read_text())
     assert results["impossible"] == ["test-0001"] and results["unknown_glosses"] == 1
     assert sign.Student(GROUPS, VOCABULARY).encode(["GEWITTER", "", "REGEN"]) == [1, 1, VOCABULARY.index("REGEN")]
     assert results["predictions"][0]["reference"] == ["GEWITTER", "REGEN"] and math.isfinite(results["loss"])
