@@ -100,7 +100,7 @@ def _adapter(shape):
 # Writing
 
 OURS = "pronunciation"  # begins the name of a lock
-NEW = f".{OURS}-new-"  # and of what is being written
+NEW = f".{OURS}-new-"  # and of what is being written; the number of the process follows
 
 
 def signature(command: str) -> str:
@@ -135,7 +135,7 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
         print(visible(f"{folder} cannot be locked: see to it that no other run writes into it"), file=sys.stderr)
     try:
         _check_ours(folder, command, mark, writes, setting)
-        for left in [left for pattern in writes for left in folder.glob(NEW + pattern)]:
+        for left in [left for pattern in writes for left in folder.glob(f"{NEW}*-{pattern}")]:
             _remove(left)
         yield
     finally:
@@ -166,7 +166,7 @@ def whole(path: Path) -> Iterator[Path]:
     if process_rank():
         yield Path(os.devnull)
         return
-    temporary = path.with_name(NEW + path.name)
+    temporary = path.with_name(f"{NEW}{os.getpid()}-{path.name}")
     try:
         _remove(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def test_a_running_command_keeps_another_out_and_a_killed_one_does_not(tmp_path)
 
     holder = multiprocessing.get_context("fork").Process(target=hold)
     holder.start()
-    half = tmp_path / f"{files.NEW}epoch-1"
+    half = tmp_path / f"{files.NEW}{holder.pid}-epoch-1"
     while not half.exists():
         time.sleep(0.01)
     with pytest.raises(cli.InputError, match="in use by another train.py.*another --output"), own(tmp_path):
@@ -99,7 +99,7 @@ def test_a_running_command_keeps_another_out_and_a_killed_one_does_not(tmp_path)
         assert half.exists()  # what another command writes stays
     holder.kill()
     holder.join()
-    others = [tmp_path / name for name in (f"{files.NEW}predictions.jsonl", "theirs.unfinished")]
+    others = [tmp_path / name for name in (f"{files.NEW}1-predictions.jsonl", "theirs.unfinished")]
     for path in others:
         path.touch()
     with own(tmp_path):
