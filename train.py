@@ -108,11 +108,9 @@ def resumed(settings: Settings) -> Settings:
 
 def check(settings: Settings) -> None:
     """Raises InputError for settings that cannot work together, and for what is not installed."""
-    s, nf4 = settings, settings.quantize == "nf4"
+    s = settings
     if s.speech_adapter == "continue" and (lora := [cli.flag(n) for n in ("rank", "alpha", "dropout") if cli.given(n)]):
         raise cli.InputError(f"--speech-adapter continue trains the shipped adapter as it is: leave out {lora[0]}")
-    if nf4 and s.strategy != "lora":  # 4 bits hold no small step, and an encoder would learn their rounding
-        raise cli.InputError(f"--quantize nf4 does not go with --strategy {s.strategy}: use --strategy lora")
     for name, source in (("data_revision", s.data), ("revision", s.model)):
         if cli.given(name) and Path(source).is_dir():
             raise cli.InputError(f"{cli.flag(name)} {getattr(s, name)} is of a hub id, and {source} is a folder")

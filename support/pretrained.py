@@ -217,6 +217,10 @@ def load_network(checkpoint: Checkpoint, dtype: str, attention: str, four_bits: 
     kinds = ("missing", "unexpected", "mismatched")
     if wrong := [f"{key} is {kind}" for kind in kinds for key in sorted(map(str, loaded[f"{kind}_keys"]))]:
         raise cli.InputError(f"{checkpoint}: {len(wrong)} weights are not those of this model, such as: {wrong[0]}")
+    for layer in network.modules() if four_bits else ():
+        # on CPUs that have it bitsandbytes packs a layer's weights at the first evaluation, for good, and then gives no
+        # gradient to what is below: training would go on, and learn little, after the first validation
+        layer.support_avx512bf16_for_cpu = False
     return network if four_bits else network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

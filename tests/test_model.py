@@ -14,10 +14,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 import torch
 from torch import nn
-from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 import data
 import model as models
@@ -27,7 +26,8 @@ from support import run as runs
 from support.sound import read_audio
 
 SPEECH_ADAPTERS = get_args(runs.SpeechAdapter)
-ALL = [(strategy, way) for strategy in models.STRATEGIES for way in SPEECH_ADAPTERS]
+ALL = [(strategy, way, None) for strategy in models.STRATEGIES for way in SPEECH_ADAPTERS]
+ALL += [("lora", way, "nf4") for way in SPEECH_ADAPTERS]
 
 
 def load(folder, speech_adapter="none", quantize=None, attention="sdpa"):
@@ -354,14 +354,15 @@ def test_the_attention_setting_is_the_language_models_and_gives_the_same_logits(
 # What trains
 
 
-@pytest.mark.parametrize("strategy, speech_adapter", ALL)
+@pytest.mark.parametrize("strategy, speech_adapter, quantize", ALL)
 def test_a_step_changes_exactly_the_chosen_groups_and_they_come_back_as_they_were(
-    new_model, checkpoint, examples, tmp_path, strategy, speech_adapter
+    new_model, checkpoint, examples, tmp_path, strategy, speech_adapter, quantize
 ):
-    model, folder = new_model(strategy, speech_adapter), tmp_path / "epoch-1"
+    model, folder = new_model(strategy, speech_adapter, quantize=quantize), tmp_path / "epoch-1"
     before, untrained = {n: p.detach().clone() for n, p in model.named_parameters()}, logits(model.eval(), examples[:2])
-    train_one_step(model, examples[:8])
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    train_one_step(model.train(), examples[:8])
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}  # 4 bits are packed anew
+    changed = {name for name, p in weights.items() if not torch.equal(p, before[name])}
     patterns = [models.TRAINED[group] for group in models.STRATEGIES[strategy]]
     groups = [{name for name in changed if re.search(pattern, name)} for pattern in patterns]
     assert all(groups) and changed == set().union(*groups)
@@ -370,7 +371,7 @@ def test_a_step_changes_exactly_the_chosen_groups_and_they_come_back_as_they_wer
     models.save_trained(model, folder, TRAINED | {"strategy": strategy})
     outside = load_file(folder / models.TRAINED_FILE)
     assert torch.equal(outside["control"], model.control) and (len(outside) == 1) == (strategy == "lora")
-    again = load(checkpoint, speech_adapter)
+    again = load(checkpoint, speech_adapter, quantize)
     models.load_trained(again, folder, strategy)
     assert torch.equal(logits(again, examples[:2]), expected) and not torch.allclose(expected, untrained, atol=1e-3)
     assert json.loads((folder / "settings.json").read_text())["strategy"] == strategy
@@ -485,19 +486,6 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_line_and_not_executed(chec
     assert not Path("executed").exists()
 
 
-def test_text_is_split_as_tokenizer_json_says_whatever_class_the_checkpoint_names(checkpoint, tmp_path):
-    """Reported of the real one: it names GPT2TokenizerFast, a class that has its own way to split."""
-    folder = copy_of(checkpoint, tmp_path)
-    before = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"] | {"use_regex": False}
-    pattern = {"Regex": r"\p{N}|\p{L}+|\s+|[^\s\p{L}\p{N}]"}
-    digits = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    change_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, before]})
-    change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast")
-    text = prompts.mdd_target("WE SEE 10", ["W", "IY"])
-    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    assert load(folder).tokenizer.encode(text) == expected != AutoTokenizer.from_pretrained(folder).encode(text)
-
-
 def test_the_feature_extractor_may_share_its_file_with_an_image_processor(checkpoint, tmp_path, utterances):
     folder = copy_of(checkpoint, tmp_path)
     image = {"image_processor_type": "Phi4MultimodalImageProcessorFast", "crop_size": 448, "image_mean": [0.5] * 3}
@@ -510,9 +498,8 @@ def test_the_feature_extractor_may_share_its_file_with_an_image_processor(checkp
 # QLoRA
 
 
-@pytest.mark.parametrize("speech_adapter", SPEECH_ADAPTERS)
-def test_nf4_is_for_the_language_models_layers_alone(new_model, speech_adapter):
-    model = new_model(speech_adapter=speech_adapter, quantize="nf4")
+def test_nf4_is_for_the_language_models_layers_alone(new_model):
+    model = new_model(quantize="nf4")
     quantised = {name: module for name, module in model.core.named_modules() if isinstance(module, Linear4bit)}
     parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     layers = {name.removesuffix(".base_layer") for name in quantised}
@@ -522,25 +509,6 @@ def test_nf4_is_for_the_language_models_layers_alone(new_model, speech_adapter):
     layer = next(iter(quantised.values()))
     assert layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested and layer.weight.dtype == torch.uint8
     assert layer.compute_dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("speech_adapter", SPEECH_ADAPTERS)
-def test_qlora_trains_the_adapter_alone_and_comes_back_as_it_was(
-    new_model, checkpoint, examples, tmp_path, speech_adapter
-):
-    model = new_model(speech_adapter=speech_adapter, quantize="nf4")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_one_step(model, examples[:8])
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert len(changed) == 2 * 3 * 4 + 1 and changed == models.trained_parameters(model).keys()
-    assert all(".default" in name for name in changed - {"control"})
-    expected = logits(model.eval(), examples[:1])
-    models.save_trained(model, tmp_path / "epoch-1", TRAINED)
-    again = load(checkpoint, speech_adapter, "nf4")
-    models.load_trained(again, tmp_path / "epoch-1", "lora")
-    assert torch.equal(logits(again, examples[:1]), expected)
-    rank = json.loads((tmp_path / "epoch-1" / "adapter_config.json").read_text())["r"]
-    assert rank == (8 if speech_adapter == "continue" else 4)
 
 
 def test_beside_quantised_weights_the_shipped_adapter_stays_active_and_frozen(

@@ -34,19 +34,6 @@ def test_the_ids_of_the_prompts_lines_depend_on_no_order_of_a_set(tokenizer):
     assert len(lines) > 20 and lines == sorted(lines, key=lambda line: (-len(line), line))
 
 
-def test_every_phone_has_tones_of_its_own():
-    rng, heard = np.random.default_rng(0), set()
-    for phone in tiny.PHONES:
-        wave, _ = tiny.synthesise([tiny.Sound(phone, 1.0)], tiny.Voice(pitch=150, tract=1.0, rate=1.0, skill=1.0), rng)
-        power = np.abs(np.fft.rfft(wave))  # of every Hz
-        bands = [
-            [power[int(0.95 * tone) : int(1.05 * tone)].max() for tone in tones]
-            for tones in (tiny.LOW_TONES, tiny.HIGH_TONES)
-        ]
-        heard.add(tuple(map(int, map(np.argmax, bands))))
-    assert len(heard) == len(tiny.PHONES)
-
-
 def test_the_labels_of_a_clip_are_where_its_phones_sound():
     rng = np.random.default_rng(0)
     sounds = [tiny.Sound(None, 0.1), tiny.Sound("AA", 0.1), tiny.Sound("B", 0.05, breath=0.5)]

@@ -312,7 +312,7 @@ def test_a_run_prints_its_arithmetic_trained_groups_and_settings_and_logs_every_
         "",
         "--speech-adapter continue",
         pytest.param("--strategy unfreeze --gradient-checkpointing", marks=SLOW),
-        pytest.param("--quantize nf4", marks=SLOW),
+        pytest.param("--quantize nf4 --strategy unfreeze", marks=SLOW),
         pytest.param("--quantize nf4 --speech-adapter continue", marks=SLOW),
     ],
 )
@@ -343,7 +343,6 @@ TESTS = str(ROOT / "tests")
     [
         ("--speech-adapter continue --rank 64", ["--rank"]),
         ("--speech-adapter continue --dropout 0.05", ["--dropout"]),
-        ("--quantize nf4 --strategy unfreeze", ["--strategy unfreeze"]),
         ("--patience 2", ["--validation"]),
         (f"--data-revision x --data {TESTS}", [TESTS]),
         (f"--revision x --model {TESTS}", [TESTS]),
