@@ -30,7 +30,8 @@ demo: .venv/installed
 	.venv/bin/python -m analysis.pronunciations tiny/corpus --output tiny/pronunciations.txt
 	@command -v ffmpeg > /dev/null || { echo "ffmpeg is not installed: no recording of one's own is shown"; exit 0; }; \
 	.venv/bin/python -m analysis.listen tiny/corpus/$$(head -1 tiny/corpus/test/wav.scp | cut -f2) --adapter out/ \
-		--text "$$(head -1 tiny/corpus/test/text | cut -f2)" --pronunciations tiny/pronunciations.txt
+		--text "$$(.venv/bin/python -c 'from pathlib import Path; import data; \
+			print(data.read_corpus(Path("tiny/corpus"), "test", 1)[0].text)')" --pronunciations tiny/pronunciations.txt
 
 test: .venv/installed
 	$(PYTEST) -m "not slow"

@@ -122,11 +122,6 @@ class Evaluation:
     training: runs.TrainingSettings | answers.Writer | None = None
 
     @property
-    def speech_adapter(self) -> runs.SpeechAdapter:
-        """The unmodified model hears through the shipped one."""
-        return self.training.speech_adapter if self.adapter else "merge"
-
-    @property
     def paper_row(self) -> str | None:
         """Key of PAPER for the same strategy and epoch, or the best one (3) for later ones.
 
@@ -210,11 +205,11 @@ def read_corpus(folder: Path, settings: CorpusSettings, limit: int | None = None
 def load(evaluation: Evaluation, checkpoint: "pretrained.Checkpoint", settings: ModelSettings) -> "models.SpeechModel":
     """The model that an evaluation is of, with its adapter; checkpoint, settings: of `choose_model`."""
     gc.collect()  # the previous model leaves the GPU first
-    base = checkpoint, settings.dtype, settings.attention
-    if evaluation.adapter is None:
-        return models.load_base(*base, evaluation.speech_adapter).eval()  # never quantised
-    model = models.load_base(*base, evaluation.speech_adapter, evaluation.training.quantize)
-    models.load_trained(model, evaluation.adapter, evaluation.training.strategy)
+    base, training = (checkpoint, settings.dtype, settings.attention), evaluation.training
+    if evaluation.adapter is None:  # it hears through the adapter it is shipped with, and is never quantised
+        return models.load_base(*base, "merge").eval()
+    model = models.load_base(*base, training.speech_adapter, training.quantize)
+    models.load_trained(model, evaluation.adapter, training.strategy)
     return model.eval()
 
 

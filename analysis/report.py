@@ -84,11 +84,6 @@ PUBLISHED = {
     "Qwen2-Audio LoRA (2025)": (0.69, 0.74, 0.73, 0.72, math.nan, math.nan),
     "HMamba (2025) \u2020": (0.807, 0.848, 0.843, 0.829, 0.6385, 0.0272),
 }
-NONE = (math.nan, math.nan)  # no interval
-RANKS = {"pcc": "PCC", "spearman": "Spearman", "sd_ratio": "spread", "mae": "mean error"}
-SPREAD = (
-    "Spearman: correlation of ranks. spread: standard deviation of the predicted scores over that of the human ones."
-)
 BEST = "HMamba (2025) \u2020"  # in every number of the list
 VERDICTS = {
     "better": "better than the floor",
@@ -131,7 +126,7 @@ def standings(row: evaluate.Row, floor_rows: list[evaluate.Row], papers_corpus: 
     for key in NUMBERS:
         known = [(floor.numbers[key], floor.label) for floor in floor_rows if not math.isnan(floor.numbers[key])]
         floor = (min if key in LESS_IS_BETTER else max)(known, default=(math.nan, ""))
-        value, interval = row.numbers[key], row.intervals.get(key, NONE)
+        value, interval = row.numbers[key], row.intervals.get(key, (math.nan, math.nan))
         found.append(Standing(key, value, interval, *floor, row.near.get(key, math.nan), best.get(key, math.nan)))
     return found
 
@@ -355,21 +350,19 @@ def facts(settings: Settings, records: list[dict], label: str) -> tuple[dict[str
     return found, json.dumps(known, indent=2)
 
 
+SPREAD = {f"{name}_spearman": f"Spearman {name}" for name in prompts.SCORES}
+SPREAD |= {f"{name}_sd_ratio": f"spread {name}" for name in prompts.SCORES}
+NOTE = "Spearman: correlation of ranks. spread: standard deviation of the predicted scores over that of the human ones."
+
+
 def make_tables(
     rows: list[evaluate.Row], floor_rows: list[evaluate.Row], records: list[dict], papers_corpus: bool
 ) -> tuple[list[evaluate.Table], list[evaluate.Table]]:
     """The tables of the page: those that are shown, and those that are folded."""
-    first, others = rows[0], [row for row in floor_rows if not math.isnan(row.numbers["per"])]
-    ranks = []
-    for name in prompts.SCORES:
-        keys = {f"{name}_{key}": key for key in RANKS}
-        of_name = (
-            {keys[key]: value for key, value in of.items() if key in keys} for of in (first.numbers, first.intervals)
-        )
-        ranks.append(evaluate.Row(name, *of_name))
+    heard, scored = ([row for row in floor_rows if not math.isnan(row.numbers[key])] for key in ("per", "total_mae"))
     *shown, pvalues = evaluate.tables(rows, floor_rows)
-    shown.append(evaluate.make_table("Correlation, ranks and spread of the scores", RANKS, ranks))
-    shown.append(evaluate.make_table("Detection", phones.DETECTION, [first, *others]))
+    shown.append(evaluate.make_table("Ranks and spread of the scores", SPREAD, [*rows, *scored]))
+    shown.append(evaluate.make_table("Detection", phones.DETECTION, [*rows[:1], *heard]))
     folded = [pvalues, *phones.phone_tables(records)]
     if papers_corpus:
         published = [evaluate.Row(name, dict(zip(NUMBERS, values))) for name, values in PUBLISHED.items()]
@@ -406,7 +399,7 @@ def make_page(
         pictures={name.removesuffix(".png"): data_uri("image/png", content) for name, content in pictures.items()},
         papers_corpus=papers_corpus,
         best=BEST,
-        notes=[*notes, *evaluate.explain(rows), phones.NOTE, floors.NOTE, SPREAD],
+        notes=[*notes, *evaluate.explain(rows), phones.NOTE, floors.NOTE, NOTE],
         tables=shown,
         folded=folded,
         utterances=len(every),

@@ -92,7 +92,8 @@ def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_inte
     page = page_of(lines)
     assert page == page_of(lines) and "<dd>epoch-3, 1970-01-01 00:00 UTC</dd>" in page
     assert '<tr class="own"><th scope="row">this run, epoch-3</th>' in page
-    assert '<td title="total">1.000 <small>±0.000</small></td>' in page
+    for title in ("total", "Spearman total", "spread total"):
+        assert f'<td title="{title}">1.000 <small>±0.000</small></td>' in page
 
 
 def row(label="this run", intervals=(), **numbers):
@@ -217,7 +218,7 @@ def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus
     for _ in range(2):  # its own page is replaced
         make(monkeypatch, run)
     page = (run / "report.html").read_text(encoding="utf-8")
-    captions = ["Table 3", "Mean error", "Correlation, ranks", "Detection", "p-values", "Phones", "Phones heard"]
+    captions = ["Table 3", "Mean error", "Ranks and spread", "Detection", "p-values", "Phones", "Phones heard"]
     places = [re.search(f"<caption>{caption}", page).start() for caption in captions]
     assert places == sorted(places) and page.count("<audio ") == 6 and "&#34;rank&#34;: 16" in page
     for floor in ("canonical phones", "writes nothing", "pauses and energy"):
