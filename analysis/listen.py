@@ -14,6 +14,7 @@ A recording is checked before a model scores it, and the answer is shown word by
 """
 
 from dataclasses import asdict, dataclass
+import gc
 import json
 from pathlib import Path
 import sys
@@ -109,6 +110,7 @@ def _mark(phone):
 
 
 def main() -> None:
+    gc.set_threshold(100_000)  # what is loaded stays: looking for garbage in it took a tenth of the time
     settings = cli.parse(Settings, __doc__)
     try:
         assess = assessor.Assessor(settings, settings.pronunciations)
