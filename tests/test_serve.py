@@ -152,7 +152,6 @@ def test_the_description_for_programs_is_that_of_the_typed_result(running):
 @pytest.mark.parametrize(
     "arguments, headers, status, message",
     [
-        ((sound(tone(31.0)),), {}, 422, "longer than 30 s"),
         ((sound(tone(1.0)), "a" * 9_000), {}, 400, "Part exceeded"),
         ((bytes(3 * serve.LARGEST),), {}, 413, "more than 9,000,000"),
         (("text",), {}, 400, "the form's fields are"),
