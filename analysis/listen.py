@@ -86,13 +86,14 @@ def show(result: assessor.Result | assessor.Refusal, colour: bool) -> str:
         said = sum(word.ErrorType != "Omission" for word in result.words)
         lines += [f"completeness  {result.completeness:.0%}: {said} of {len(result.words)} words were said", ""]
         rows = [[_mark(phone) for phone in word.phones] for word in result.words]
-        longest = max(len(word.word) for word in result.words)
-        widest = max(len(" ".join(text for _, text, _ in row)) for row in rows)
-        for word, row in zip(result.words, rows):
-            texts, ipa = (" ".join(mark[i] for mark in row) for i in (1, 2))
-            marks = " ".join(f"\x1b[{ANSI[kind]}m{text}\x1b[0m" if colour else text for kind, text, _ in row)
-            space = " " * (widest - len(texts))
-            lines.append(f"{cli.visible(word.word):{longest}}  {word.accuracy:4.0%}  {marks}{space}   {ipa}")
+        arpabet, ipa = ([" ".join(mark[i] for mark in row) for row in rows] for i in (1, 2))
+        longest, *widest = (max(map(len, texts)) for texts in ([word.word for word in result.words], arpabet, ipa))
+        below = longest + 11 + sum(widest) > cli.width()
+        for word, row, text, phones in zip(result.words, rows, arpabet, ipa):
+            name = f"{cli.visible(word.word):{longest}}  {word.accuracy:4.0%}  "
+            marks = " ".join(f"\x1b[{ANSI[kind]}m{mark}\x1b[0m" if colour else mark for kind, mark, _ in row)
+            space = "\n" + " " * len(name) if below else " " * (widest[0] - len(text) + 3)
+            lines.append(f"{name}{marks}{space}{phones}")
         lines += ["", LEGEND]
     return "\n".join(lines)
 
