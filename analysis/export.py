@@ -253,7 +253,8 @@ def card(made: runs.TrainingSettings, said: str, measured: str, engines: bool) -
 
 def scores(evaluation: evaluate.Evaluation, run: Path) -> str:
     """What evaluate.py measured of the model that is exported, as Markdown."""
-    numbers = answers.read_metrics(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    path = run / answers.METRICS
+    numbers = files.read_json(path, dict[str, str | float | None]) if path.is_file() else {}
     if numbers.get("evaluated") != evaluation.label:
         return "How well it scores was not measured (evaluate.py had not been run on it)."
     rows = ["| metric | value | 95 % interval over speakers |", "|---|---|---|"]

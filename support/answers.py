@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 import prompts
 from support import cli, files
@@ -84,16 +84,6 @@ class DiagnosisLine(Prediction):
 Line = Annotated[AssessmentLine | DiagnosisLine, Field(discriminator="task")]
 
 
-class Metrics(files.Shape):
-    """metrics.json: what was evaluated, and numbers, null for those that do not exist."""
-
-    model_config = ConfigDict(extra="allow")
-    written_by: str = ""
-    evaluated: str
-    utterances: int
-    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-cli.LARGEST, le=cli.LARGEST)] | None]
-
-
 class Writer(files.Shape):
     """What of predictions.settings.json is read again: which model wrote the answers, and to which corpus."""
 
@@ -126,14 +116,6 @@ def read(path: Path, cut_off: bool = False) -> list[dict[str, Any]]:
                 f"line {number} of {path} answers {ascii(key[0])} ({key[1]}), which line {first[key]} does: remove one"
             )
     return records
-
-
-def read_metrics(path: Path) -> dict[str, str | float | None]:
-    """A metrics.json by key; None for a number that does not exist. Raises InputError."""
-    try:
-        return files.read_json(path, Metrics).model_dump()
-    except cli.InputError as error:
-        raise cli.InputError(f"{error}; evaluate the run first") from error
 
 
 def write_metrics(rows: list[Any], label: str, path: Path) -> None:

@@ -119,7 +119,7 @@ class Run:
         self.losses = {saved.epoch: saved.validation_loss for saved in earlier if saved.validation_loss is not None}
         self._began = self._saved = time.perf_counter()
         enter = self._opened.enter_context
-        self._stop = enter(StopRequest())
+        self._stops = enter(stop_requests())
         self._log = enter(_open_log(self.output / "log.jsonl", self.step))
         self._track = enter(_tracker(self.settings.track, self.output, record, self.step))
         self._bar = enter(cli.Progress(total=self.steps, initial=self.step, bar_format=PROGRESS))
@@ -155,7 +155,7 @@ class Run:
     def _save_when_due(self):
         """After an epoch, in time, or before a stop. The clock is rank 0's, and a signal to one process stops all."""
         late = cli.process_rank() == 0 and time.perf_counter() - self._saved > 60 * self.settings.save_minutes
-        stopping, due = processes.total(self._stop.name is not None, late)
+        stopping, due = processes.total(bool(self._stops), late)
         if stopping or due or self.step == self.epoch * self.per_epoch:
             save(self.output / "checkpoints", self.step, self.weights, self.optimiser, self.corpus)
             self._saved = time.perf_counter()
@@ -201,26 +201,22 @@ class Run:
         self.say(f"adapters in {self.output}/epoch-*; next: python evaluate.py --adapter {self.output}/")
 
 
-class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save and leave; a second signal ends the process at once."""
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Names of SIGTERM and Ctrl-C as they come, so that the loop can save and leave; a second one ends the process."""
+    names = []
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.name = None  # of the signal that came
-
-    def __enter__(self) -> "StopRequest":
-        self.before = [signal.signal(number, self._note) for number in self.signals]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in zip(self.signals, self.before):
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.name = signal.Signals(number).name
-        print(f"\n{self.name}: this step is finished and saved first; once more to stop at once", file=sys.stderr)
+    def note(number, frame):
+        names.append(signal.Signals(number).name)
+        print(f"\n{names[-1]}: this step is finished and saved first; once more to stop at once", file=sys.stderr)
         signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def peak_memory() -> float:

@@ -224,10 +224,7 @@ def test_resume_alone_reads_the_runs_own_settings_and_takes_what_is_no_part_of_t
     "arguments, message",
     [
         (["--learning-rate", 1e-3], "--learning-rate 0.001: the run in out has 0.003; leave it out"),
-        (["--epochs", 3], "--epochs 3: the run in out has 2"),
         (["--rank", 4, "--seed", 1], "--seed 1: the run in out has 0"),
-        (["--strategy", "unfreeze"], "--strategy unfreeze: the run in out has lora"),
-        (["--limit", 7], "--limit 7: the run in out has 24"),
     ],
 )
 def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypatch, arguments, message):
@@ -407,34 +404,17 @@ def assert_near(one, other, keys=("loss", "gradient_norm")):
         assert (one[key] - other[key]).norm() <= 1e-5 * one[key].norm(), key
 
 
-def count_messages():
-    """Write down how many tensors of a gradient's size this process sums with the others in each step."""
-    step, summed, calls = train.train_step, train.processes.dist.all_reduce, []
-
-    def counted(*arguments):
-        calls.clear()
-        numbers = step(*arguments)
-        with open(f"messages-{os.environ['RANK']}.txt", "a") as file:
-            print(sum(size > 100 for size in calls), file=file)
-        return numbers
-
-    train.processes.dist.all_reduce = lambda tensor: calls.append(tensor.numel()) or summed(tensor)
-    train.train_step = counted
-
-
 @SLOW
 @pytest.mark.parametrize("strategy", models.STRATEGIES)
-def test_two_processes_give_the_losses_and_weights_of_one_by_one_message_a_step(command, tmp_path, strategy):
+def test_two_processes_give_the_losses_and_weights_of_one(command, tmp_path, strategy):
     arguments = [*command, "--dropout", 0, "--strategy", strategy, "--epsilon", 1e-4, "--save-minutes", 60]
     finish(Process("train", [*arguments, "--output", "one"], tmp_path))
-    both = together("train", [*arguments, "--output", "two", "--micro-batch", 2], tmp_path, prepare=count_messages)
+    both = together("train", [*arguments, "--output", "two", "--micro-batch", 2], tmp_path)
     assert "computed 2 at a time in each of 2 processes" in finish(*both)
     assert "corpus:" not in both[1].text() and "step/s" not in both[1].text()
     assert_near(
         tmp_path / "one", tmp_path / "two", ("step", "loss", "gradient_norm", "supervised_tokens", "learning_rate")
     )
-    for rank in (0, 1):
-        assert (tmp_path / f"messages-{rank}.txt").read_text().split() == ["1"] * STEPS
 
 
 @SLOW
