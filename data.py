@@ -154,11 +154,12 @@ def load_reader(path: Path) -> Callable[[Path, str], Reader]:
     It yields (id, make) of each utterance; make() returns the Utterance, or raises InputError with what is wrong with
     this one. The file is run, so the command line alone may name it: see `reader_again`.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or not path.is_file():
+    if not (path.is_file() and (spec := importlib.util.spec_from_file_location(path.stem, path))):
         raise cli.InputError(f"--data-reader {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "read"):
+        raise cli.InputError(f"--data-reader {path} has no function read(folder, split)")
     return module.read
 
 

@@ -126,7 +126,7 @@ class SpeechModel(nn.Module):
         if counts != lengths:
             raise ValueError(f"rows with {counts} audio placeholders for {lengths} audio embeddings")
         if lengths:
-            embeds = embeds.masked_scatter(places[..., None], torch.cat([*audio]).to(embeds.dtype))
+            embeds = embeds.index_put(places.nonzero(as_tuple=True), torch.cat([*audio]).to(embeds.dtype))
         for token, vector in zip(self.control_ids, self.control.to(embeds.dtype)):
             embeds = torch.where((input_ids == token)[..., None], vector, embeds)
         return embeds
