@@ -139,6 +139,8 @@ def check(utterance: Utterance) -> None:
             raise cli.InputError(f"phones, {phone!r:.40}: each is one sign such as AH, without stress")
     if not all(word.canonical for word in utterance.words):
         raise cli.InputError("phones: a word has no canonical ones")
+    if utterance.scores and utterance.scores.keys() != {*prompts.SCORES}:
+        raise cli.InputError(f"scores {', '.join(utterance.scores)}: they must be {', '.join(prompts.SCORES)}")
     low, high = prompts.SCORE_RANGE
     for name, score in (utterance.scores or {}).items():
         if type(score) is not int or not low <= score <= high:
