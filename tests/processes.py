@@ -1,6 +1,5 @@
 """Scripts in processes of their own, that can be killed. They are forks of one that has imported torch already."""
 
-from contextlib import ExitStack
 import importlib
 import multiprocessing
 import os
@@ -64,16 +63,10 @@ def _run(script, arguments, cwd, output, environment, prepare):
 
 def together(script, arguments, cwd, count=2, prepare=None):
     """The same script in `count` processes, with the environment that torchrun gives; a list of Process."""
-    (port,) = free_ports(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         Process(script, arguments, cwd, world | {"RANK": str(r), "LOCAL_RANK": str(r)}, prepare) for r in range(count)
     ]
-
-
-def free_ports(count):
-    with ExitStack() as bound:
-        sockets = [bound.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [str(one.getsockname()[1]) for one in sockets]

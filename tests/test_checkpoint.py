@@ -120,14 +120,6 @@ def test_a_checkpoint_that_cannot_be_used_is_named_with_what_is_wrong(checkpoint
     assert "\n" not in str(error.value) and not os.path.exists("executed")
 
 
-def test_only_the_files_that_the_index_names_count_as_weights(checkpoint, tmp_path):
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert pretrained.weight_files(checkpoint) == ["model.safetensors"]
-    index = tmp_path / pretrained.WEIGHTS_INDEX
-    index.write_text(json.dumps({"weight_map": {"a": names[1], "b": names[0], "c": names[1]}}))
-    assert pretrained.weight_files(tmp_path) == names
-
-
 def test_more_tokens_than_the_usual_positions_stop_training_and_evaluation(where, monkeypatch):
     usual = tiny.POSITIONS - data.MAX_NEW_TOKENS
     assert pretrained.find(where[1], None, tiny.POSITIONS)
