@@ -99,7 +99,7 @@ class CorpusSettings:
 class Settings(CorpusSettings, ModelSettings):
     predictions: Path | None = None  # score this file instead of generating
     limit: cli.Count | None = None  # use only the first N utterances
-    # utterances answered together, one task after the other; 16 took 1.2 times as long as 32 on the demo's model
+    # utterances answered together, one task after the other; 16 took 1.4 times as long as 32 on the demo's model
     batch_size: cli.Count = 32
     # of APA: the written answer (the paper's), or the expectation of each score's distribution, or both
     scoring: Annotated[tuple[Literal["greedy", "expected"], ...], Field(min_length=1)] = ("greedy",)
