@@ -33,13 +33,13 @@ NAMES = dict(pair.split() for pair in NAMES.split(","))
 def train(new_model, checkpoint, corpus, tmp_path):
     """Makes the folder of an epoch whose trained weights were changed at random."""
 
-    def make(strategy="lora", way="merge", size=0.02, **changes):
+    def make(strategy="lora", way="merge", **changes):
         settings = TRAINED | {"strategy": strategy, "speech_adapter": way, "model": str(checkpoint)} | changes
         settings |= {"data": str(corpus), "prompts": prompts.digest()}
         model = new_model(strategy, way, dtype=settings["dtype"], quantize=settings["quantize"])
         torch.manual_seed(0)
         for parameter in models.trained_parameters(model).values():
-            parameter.data.add_(size * torch.randn_like(parameter))
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
         often = model.tokenizer.convert_tokens_to_ids(["accuracy", "TH"])
         # as rows of the head, which is tied to the embedding, they would be written in the place of these words
         model.control.data = 4 * model.core.get_input_embeddings().weight.data[often].float()
@@ -47,13 +47,6 @@ def train(new_model, checkpoint, corpus, tmp_path):
         return tmp_path / "epoch-1"
 
     return make
-
-
-def renamed(checkpoint, folder, prefix):
-    """A copy of the checkpoint with another prefix of the names in its speech adapter."""
-    shipped = load_file(path := shutil.copytree(checkpoint, folder) / "speech-lora/adapter_model.safetensors")
-    save_file({prefix + name.removeprefix("base_model.model."): weight for name, weight in shipped.items()}, path)
-    return str(folder)
 
 
 def exported(folder, adapter, **settings):
@@ -77,8 +70,10 @@ def answers(model, utterances):
 def test_an_exported_checkpoint_answers_as_the_adapter_did(train, checkpoint, corpus, tmp_path, strategy, way):
     adapter, utterances = train(strategy, way), data.read_corpus(corpus, "test", 8)
     texts, scores = answers(as_evaluated(adapter), utterances)
-    bare = renamed(checkpoint, tmp_path / "bare", "")  # as transformers' converter names them
-    own_texts, own_scores = answers(exported(tmp_path / "new", adapter, model=bare)[0], utterances)
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")  # with names as transformers' converter gives them
+    shipped = load_file(path := bare / "speech-lora/adapter_model.safetensors")
+    save_file({name.removeprefix("base_model.model."): weight for name, weight in shipped.items()}, path)
+    own_texts, own_scores = answers(exported(tmp_path / "new", adapter, model=str(bare))[0], utterances)
     assert own_texts == texts and len({*texts}) > 1
     torch.testing.assert_close(own_scores, scores, rtol=0, atol=1e-5)
 

