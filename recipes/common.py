@@ -23,7 +23,6 @@ from support.later import when_used
 
 with when_used():  # sign_language trains without them
     import peft
-    import transformers
 
     from support import pretrained
 
@@ -99,10 +98,7 @@ def load(network: type, reader: type, name: str | Path, dtype: torch.dtype, quan
     """
     folder = find(name)
     if quantize:
-        cli.need("bitsandbytes")
-        sizes = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        bits = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **sizes)
-        options["quantization_config"] = bits
+        options["quantization_config"] = pretrained.nf4(skipped, dtype)
     with pretrained.loading(folder):
         reader = reader.from_pretrained(folder)
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}

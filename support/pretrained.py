@@ -191,18 +191,22 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def nf4(skipped: list[str] | None, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's way to keep frozen weights: 4-bit normal floats, their scales quantised once more.
+
+    skipped: modules that stay as they are, each from the start of its name; dtype: of the arithmetic.
+    """
+    cli.need("bitsandbytes")
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped)
+
+
 def load_network(checkpoint: Checkpoint, dtype: str, attention: str, four_bits: bool) -> Phi4MultimodalForCausalLM:
     """The bare checkpoint, without its speech adapter, where it will compute.
 
-    four_bits: keep the language model's layers as QLoRA does, in 4-bit normal floats, their scales quantised once more.
+    four_bits: keep the language model's layers as QLoRA does.
     """
-    if four_bits:
-        cli.need("bitsandbytes")
-        skipped = ["model.embed_tokens_extend", "lm_head"]  # each counts from the start of a module's name
-        sizes = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped, **sizes
-        )
+    bits = nf4(["model.embed_tokens_extend", "lm_head"], torch.bfloat16) if four_bits else None
     quieten()
     with loading(checkpoint):
         network, loaded = Phi4MultimodalForCausalLM.from_pretrained(
@@ -210,7 +214,7 @@ def load_network(checkpoint: Checkpoint, dtype: str, attention: str, four_bits: 
             dtype=getattr(torch, dtype),
             # the encoders stay with sdpa: flash attention takes no bias, which the audio encoder's attention needs
             attn_implementation={"": attention, "audio_config": "sdpa", "vision_config": "sdpa"},
-            quantization_config=four_bits or None,
+            quantization_config=bits,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -213,7 +213,7 @@ def write_text(path, text):
     path.write_text(text)
 
 
-def test_resume_alone_reads_the_runs_own_settings_and_takes_what_is_no_part_of_the_method(begun, monkeypatch):
+def test_resume_alone_reads_the_runs_settings_and_takes_what_is_no_part_of_the_method(begun, monkeypatch):
     assert settings(monkeypatch, "--resume") == replace(begun, resume=True)
     changes = ["--rank", 4, "--micro-batch", 3, "--gradient-checkpointing", "--save-minutes", 5, "--data", "moved"]
     expected = {"micro_batch": 3, "gradient_checkpointing": True, "save_minutes": 5.0, "data": "moved"}
@@ -442,7 +442,7 @@ def note_steps():
 
 
 @SLOW
-def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_may_go_on_in_one(command, tmp_path):
+def test_a_signal_to_one_process_stops_both_at_one_step_and_one_alone_may_go_on(command, tmp_path):
     arguments = [*command, "--dropout", 0, "--epsilon", 1e-4]
     finish(Process("train", [*arguments, "--output", "one"], tmp_path))
     both = together("train", arguments, tmp_path, prepare=note_steps)
