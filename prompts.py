@@ -28,9 +28,8 @@ USER, ASSISTANT, END = TURN_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 SCORES = ("accuracy", "fluency", "prosodic", "total")  # paper 4.1; completeness is left out
 SCORE_RANGE = (0, 10)
 TRANSCRIPTS = ("word_transcript", "phoneme_transcript")
-LONGEST = (
-    16_000  # characters of an answer: 400 new tokens of about 4 make 1,600. The time to read it grows by the square
-)
+# Characters of an answer: 400 new tokens of about 4 make 1,600. The time to read it grows by the square
+LONGEST = 16_000
 
 # Paper, Appendix 7.1
 APA_PROMPT = """\

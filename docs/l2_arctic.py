@@ -26,6 +26,8 @@ INTERVAL = re.compile(r'xmin = ([\d.]+)\s+xmax = ([\d.]+)\s+text = "(.*?)"')
 
 def read(root: Path, split: str) -> data.Reader:
     """Yields (id, make) for each annotated sentence of the split's speakers."""
+    if split not in ("train", "test"):
+        raise cli.InputError(f"L2-ARCTIC is read as train and test, not as {split}")
     for path in sorted(root.glob("*/annotation/*.TextGrid")):
         if (path.parts[-3] in TEST) == (split == "test"):
             yield f"{path.parts[-3]}-{path.stem}", partial(utterance, path)
