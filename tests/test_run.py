@@ -213,7 +213,7 @@ def write_text(path, text):
     path.write_text(text)
 
 
-def test_resume_alone_reads_the_runs_settings_and_takes_what_is_no_part_of_the_method(begun, monkeypatch):
+def test_resume_alone_reads_the_runs_settings_and_takes_what_is_not_the_method(begun, monkeypatch):
     assert settings(monkeypatch, "--resume") == replace(begun, resume=True)
     changes = ["--rank", 4, "--micro-batch", 3, "--gradient-checkpointing", "--save-minutes", 5, "--data", "moved"]
     expected = {"micro_batch": 3, "gradient_checkpointing": True, "save_minutes": 5.0, "data": "moved"}
