@@ -344,7 +344,7 @@ def load_base(
                 if ".lora_" in key:
                     parameter.data = parameter.data.to(getattr(torch, dtype))
         else:
-            network = network.merge_and_unload()
+            network = pretrained.fold(network)
     network.requires_grad_(False)
     model = SpeechModel(network, tokenizer, extractor)
     model.checkpoint = checkpoint

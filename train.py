@@ -15,6 +15,7 @@ import importlib.metadata
 import math
 from pathlib import Path
 import random
+import shutil
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -117,6 +118,12 @@ def check(settings: Settings) -> None:
     if s.patience and not s.validation:
         raise cli.InputError(f"--patience {s.patience} needs held-out speakers: add --validation 0.1")
     flash = "flash_attn" if s.attention == "flash_attention_2" else None
+    if flash and (s.dtype or models.default_dtype()) == "float32":
+        raise cli.InputError(
+            "--attention flash_attention_2 works in 16 bits, not with --dtype float32 (a CPU's default)"
+        )
+    if s.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise cli.InputError("--compile needs a C++ compiler where there is no GPU, and finds none: install g++")
     for package in filter(None, (s.track, s.quantize and "bitsandbytes", flash)):
         cli.need(package)
 

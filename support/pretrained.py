@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 import re
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 import warnings
 
 import jiwer
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from safetensors.torch import load_file
 import torch
 from transformers import (
@@ -40,11 +42,30 @@ LARGEST_CPU_MODEL = 1e9  # weights, roughly; a checkpoint above this is of no us
 SENTENCE = f"{prompts.USER}0 10 DH EH S{prompts.END}{prompts.ASSISTANT}"
 SENTENCE_IDS = [200021, 15, 220, 702, 46797, 127805, 336, 200020, 200019]
 VOCABULARY = 100_000  # tokens; a smaller tokenizer is no pretrained model's: the demo's knows a few words
-SMALL = 0.1  # of the median norm; a spare row below this is next to nothing; our choice
+SMALL, LARGE = 0.1, 10  # of the median norm: a spare row next to nothing, and one that was used; our choice
+
+
+def _exactly(number):
+    return Annotated[float, Field(ge=number, le=number)]
 
 
 class AudioConfig(files.Shape):
-    chunk_size: Literal[-1] = -1  # attention to the whole recording, which model.py's mask counts on
+    """The values that data.py and model.py count on."""
+
+    chunk_size: Literal[-1] = -1  # attention to the whole recording
+    time_reduction: Literal[8] = 8
+    input_size: Literal[80] = 80
+    downsample_rate: Literal[1] = 1
+
+
+class ExtractorConfig(files.Shape):
+    """What of preprocessor_config.json would give other features without an error."""
+
+    win_length: Literal[400] = 400
+    n_fft: Literal[512] = 512
+    preemphasis: _exactly(0.97) = 0.97
+    mel_min_frequency: _exactly(0) = 0.0
+    mel_max_frequency: _exactly(7690) = 7690.0
 
 
 class ModelConfig(files.Shape):
@@ -95,11 +116,14 @@ def find(name: str | Path, revision: str | None = None, tokens: int = 0) -> Chec
         )
     weights = 12 * config.num_hidden_layers * config.hidden_size**2  # four projections of that size and the MLP's
     if weights > LARGEST_CPU_MODEL and not torch.cuda.is_available():
-        raise cli.InputError(
-            f"{name} needs a CUDA GPU and torch finds none (python -c 'import torch; torch.cuda.init()' says why): run "
-            f"where there is one (the paper used 80 GB), or use the tiny model: python tiny.py, then --model "
-            f"tiny/model --data tiny/corpus"
-        )
+        try:
+            torch.cuda.init()  # says of an old driver what it is; is_available is False without a word
+        except Exception as error:
+            raise cli.InputError(
+                f"{name} needs a CUDA GPU, and torch finds none: {cli.first_line(error).rstrip('.')}; run where there "
+                f"is one (the paper used 80 GB; torch 2.13 needs driver 580), or use the tiny model: python tiny.py, "
+                f"then --model tiny/model --data tiny/corpus"
+            ) from error
     return Checkpoint(str(name), folder, commit)
 
 
@@ -171,6 +195,7 @@ def is_real(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 def load_reading(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, Phi4MultimodalFeatureExtractor]:
     """Tokenizer and feature extractor."""
+    files.read_json(checkpoint.folder / "preprocessor_config.json", ExtractorConfig)
     with loading(checkpoint):
         # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
         # GPT-2's splitting into words in the place of tokenizer.json's, and text becomes other tokens than in
@@ -242,16 +267,32 @@ def load_exactly(network: PeftModel, weights: dict[str, torch.Tensor], adapter_n
     set_peft_model_state_dict(network, weights, adapter_name=adapter_name)
 
 
+@torch.no_grad()
+def fold(network: PeftModel) -> torch.nn.Module:
+    """The network with its adapter folded into the weights. Raises InputError where a layer stays as it was."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoraLayer):
+            before = layer.get_base_layer().weight.clone()
+            layer.merge()
+            if torch.equal(before, layer.get_base_layer().weight):
+                raise cli.InputError(f"the speech adapter changes nothing: {name} is the same with it and without it")
+    return network.unload()
+
+
 def spare_rows(matrix: torch.Tensor, tokens: dict[str, int]) -> tuple[list[str], str]:
     """Which control tokens have a spare row next to nothing, and a line with the norms of all.
 
-    matrix: the embedding, (V, D); tokens: {control token: its row}.
+    matrix: the embedding, (V, D); tokens: {control token: its row}. A row that is far above the others would rule the
+    norm of every step; InputError, since then the rows beyond the tokenizer's are not what they are taken for.
     """
     parts = matrix.split(4096)  # the whole matrix in float32 is 2.5 GB
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])  # (V,)
     usual, own = norms.median().item(), {token: norms[row].item() for token, row in tokens.items()}
     line = "norms of spare rows: " + ", ".join(f"{token} {norm:.3g}" for token, norm in own.items())
-    return [token for token, norm in own.items() if norm < SMALL * usual], f"{line}; median of all rows {usual:.3g}"
+    line += f"; median of all rows {usual:.3g}"
+    if not all(norm <= LARGE * usual for norm in own.values()):  # so that nan is refused, too
+        raise cli.InputError(f"{line}: a row that nothing used cannot be {LARGE} times the usual")
+    return [token for token, norm in own.items() if norm < SMALL * usual], line
 
 
 # ----------------------------------------------------------------------------------------------------------------------

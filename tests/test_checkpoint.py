@@ -98,14 +98,24 @@ def one_weight_more(folder):
     save_file(load_file(path) | {EXTRA: torch.ones(2, 2)}, path, {"format": "pt"})
 
 
+def silent_speech_adapter(folder):
+    path = folder / pretrained.SPEECH_ADAPTER / pretrained.ADAPTER_FILE
+    weights = {name: weight * ("lora_A" in name) for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
         (changed("config", model_type="llama"), "config.json: model_type 'llama'"),
         (changed("config", audio_config={"chunk_size": 18}), "config.json: audio_config.chunk_size 18"),
-        (changed("config", hidden_size=3072, num_hidden_layers=32), "needs a CUDA GPU .*python tiny.py"),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "model '.*copy' cannot be loaded"),
+        (changed("config", audio_config={"time_reduction": 4}), "config.json: audio_config.time_reduction 4"),
+        (changed("preprocessor_config", mel_max_frequency=8000.0), "preprocessor_config.json: mel_max_frequency 8000"),
+        (changed("preprocessor_config", preemphasis=0.0), "preprocessor_config.json: preemphasis 0"),
+        (silent_speech_adapter, "the speech adapter changes nothing: .*o_proj"),
+        (changed("config", hidden_size=3072, num_hidden_layers=32), "needs a CUDA GPU, .*python tiny.py"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),
         (one_weight_more, f"1 weights are not those of this model, such as: {EXTRA} is unexpected"),
         (pickled(""), "model '.*copy' cannot be loaded"),
         (lambda folder: shutil.rmtree(folder / pretrained.SPEECH_ADAPTER), "speech-lora/adapter_config.json cannot be"),
@@ -134,12 +144,25 @@ def test_more_tokens_than_the_usual_positions_stop_training_and_evaluation(where
 # Spare rows, tokens, and what the model can do
 
 
-def test_norms_of_the_spare_rows_are_told_and_those_next_to_nothing_found():
+def test_an_old_driver_is_named_where_torch_finds_no_gpu(checkpoint, tmp_path, monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nMore.")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    changed("config", hidden_size=3072, num_hidden_layers=32)(copy_of(checkpoint, tmp_path))
+    with pytest.raises(cli.InputError, match=r"^.*too old \(found version 12020\); run where there is one.*$"):
+        pretrained.find(tmp_path / "copy")
+
+
+def test_norms_of_the_spare_rows_are_told_small_ones_found_and_large_ones_refused():
     matrix, tokens = torch.eye(20), {"<|APA|>": 18, "<|MDD|>": 19}
     matrix[19] *= 0.01
     small, line = pretrained.spare_rows(matrix, tokens)
     assert small == ["<|MDD|>"]
     assert line == "norms of spare rows: <|APA|> 1, <|MDD|> 0.01; median of all rows 1"
+    matrix[18] *= 11
+    with pytest.raises(cli.InputError, match="APA.* 11, .*cannot be 10 times the usual"):
+        pretrained.spare_rows(matrix, tokens)
 
 
 def test_a_real_tokenizer_that_cuts_text_in_another_way_is_refused(checkpoint, monkeypatch):

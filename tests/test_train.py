@@ -344,6 +344,7 @@ TESTS = str(ROOT / "tests")
         ("--speech-adapter continue --rank 64", ["--rank"]),
         ("--speech-adapter continue --dropout 0.05", ["--dropout"]),
         ("--patience 2", ["--validation"]),
+        ("--attention flash_attention_2 --dtype float32", ["--dtype float32"]),
         (f"--data-revision x --data {TESTS}", [TESTS]),
         (f"--revision x --model {TESTS}", [TESTS]),
         ("--learning-rate 1e300", ["1e+300"]),
@@ -363,6 +364,9 @@ def test_what_only_this_machine_lacks_is_said_before_anything_slow(monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(cli.InputError, match="pip install bitsandbytes"):
         settings(monkeypatch, "--quantize", "nf4")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(cli.InputError, match="--compile needs a C"):
+        settings(monkeypatch, "--compile")
     monkeypatch.setattr(train.processes, "count", lambda: 65)
     with pytest.raises(cli.InputError, match="--batch-size 8 x --accumulation 8.* 65 processes"):
         train.batch_arithmetic(5000, settings(monkeypatch, "--speech-adapter", "continue"))
