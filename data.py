@@ -159,7 +159,10 @@ def load_reader(path: Path) -> Callable[[Path, str], Reader]:
     if not (path.is_file() and (spec := importlib.util.spec_from_file_location(path.stem, path))):
         raise cli.InputError(f"--data-reader {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise cli.InputError(f"--data-reader {path} cannot be run: {type(error).__name__}: {error}") from error
     if not hasattr(module, "read"):
         raise cli.InputError(f"--data-reader {path} has no function read(folder, split)")
     return module.read

@@ -355,13 +355,13 @@ def load_base(
 def _add_lora(network, config, folder=None, name="default"):
     """The network with a LoRA, fresh or with the weights in `folder`; a frozen speech adapter stays active."""
     config.target_modules = LORA_TARGETS  # the shipped list of suffixes would also hit the audio encoder
-    if isinstance(network, PeftModel):
-        network.add_adapter(name, config)
-        network.base_model.set_adapter([FROZEN_SPEECH, name])
-    else:
-        network = get_peft_model(network, config, adapter_name=name)
-    if folder:
-        with pretrained.loading(f"adapter {folder}"):
+    with pretrained.loading(f"adapter {folder}"):
+        if isinstance(network, PeftModel):
+            network.add_adapter(name, config)
+            network.base_model.set_adapter([FROZEN_SPEECH, name])
+        else:
+            network = get_peft_model(network, config, adapter_name=name)
+        if folder:
             pretrained.load_exactly(network, pretrained.read_adapter(folder), name)
     return network
 

@@ -81,7 +81,7 @@ def export(settings: Settings) -> str:
     held = training.dtype or models.default_dtype()
     dtype = settings.dtype or held
     with files.own(folder, "analysis.export", "README.md", ["[!.]*"], "folder"):
-        checkpoint = pretrained.find(name, revision)
+        checkpoint = pretrained.find(name, revision, computes=False)
         pretrained.fetch(checkpoint, BESIDE)
         base = checkpoint.folder
         if base.resolve() == folder.resolve():

@@ -71,6 +71,8 @@ def parse(settings: type[Settings], description: str) -> Settings:
     for before, text in zip(sys.argv, sys.argv[1:]):
         if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
             raise InputError(f"{(text or before).rstrip('=')} is empty: give it a value, or leave it out")
+        if re.search("[\ud800-\udfff]", text):  # so Python writes bytes that are not UTF-8; no model card could name it
+            raise InputError(f"{ascii(text)} is not UTF-8: rename it")
     main = sys.modules["__main__"].__spec__  # of `python -m`
     program = f"python -m {main.name}" if main else f"python {os.path.basename(sys.argv[0])}"
     lines = textwrap.indent(description, " ", lambda line: True)  # tyro joins those that begin with none

@@ -100,11 +100,12 @@ class Checkpoint:
         return f"model {self.name!r}" + (f" (commit {self.commit})" if self.commit else "")
 
 
-def find(name: str | Path, revision: str | None = None, tokens: int = 0) -> Checkpoint:
+def find(name: str | Path, revision: str | None = None, tokens: int = 0, computes: bool = True) -> Checkpoint:
     """Look a checkpoint up, once a run: nothing large is fetched, and the commit that `revision` names is fixed.
 
-    tokens: of the longest prompt with its answer. Raises InputError, before anything slow has started, where there is
-    no checkpoint, where it has no usual positions for so many tokens, or for 5.6 billion parameters without a GPU.
+    tokens: of the longest prompt with its answer; computes: not merely folds weights. Raises InputError, before
+    anything slow has started, where there is no checkpoint, where it has no usual positions for so many tokens, or to
+    compute with 5.6 billion parameters without a GPU.
     """
     folder, commit = files.fetch(name, revision, "model", [CONFIG, WEIGHTS_INDEX])
     config = files.read_json(folder / CONFIG, ModelConfig)
@@ -115,7 +116,7 @@ def find(name: str | Path, revision: str | None = None, tokens: int = 0) -> Chec
             f"has its usual positions: lower --max-tokens or --max-new-tokens"
         )
     weights = 12 * config.num_hidden_layers * config.hidden_size**2  # four projections of that size and the MLP's
-    if weights > LARGEST_CPU_MODEL and not torch.cuda.is_available():
+    if computes and weights > LARGEST_CPU_MODEL and not torch.cuda.is_available():
         try:
             torch.cuda.init()  # says of an old driver what it is; is_available is False without a word
         except Exception as error:

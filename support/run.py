@@ -5,6 +5,7 @@ The training loop asks it in one line for each of these, so that nothing stands 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 import json
 import math
 import os
@@ -192,7 +193,7 @@ class Run:
         """Draw the curves, and say what there is."""
         self._bar.close()
         if cli.process_rank() == 0:
-            lines = [json.loads(line) for line in files.read_text(self.output / "log.jsonl").splitlines()]
+            lines = files.read_lines(self.output / "log.jsonl", dict[str, float])
             drawn = curves(lines, {epoch * self.per_epoch: loss for epoch, loss in self.losses.items()})
             with files.whole(self.output / "curves.png") as temporary:
                 drawn.savefig(temporary, format="png", dpi=150)
@@ -304,9 +305,10 @@ def _open_log(path, step):
     if cli.process_rank():
         yield open(os.devnull, "w")
         return
-    lines = files.read_text(path).split("\n")[:-1] if path.exists() else []  # the last one may have been cut off
+    lines = files.read_lines(path, dict[str, float], cut_off=True) if path.exists() else []
+    texts = files.read_text(path).split("\n") if lines else []
     with files.whole(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(text + "\n" for text, line in zip(texts, lines) if line["step"] <= step))
     with open(path, "a") as file:
         yield file
 
@@ -383,8 +385,12 @@ def _settings(folder):
     """The settings of an adapter's training. Raises InputError where it was trained with other prompts."""
     settings = files.read_json(folder / MARK, TrainingSettings)
     if settings.prompts != prompts.digest():
-        raise cli.InputError(
-            f"{folder} was trained with other prompts, or by an older version of this project: prompts.json in it has "
-            f"those of its training; prompts.py must have the same"
+        path, asked = folder / "prompts.json", {task: prompts.build_prompt(task) for task in prompts.TASKS}
+        trained = files.read_json(path, dict[str, str]) if path.exists() else {}
+        then, now = (
+            [f"{task}: {line}" for task in texts for line in texts[task].split("\n")] for texts in (trained, asked)
         )
+        differ = [f"{was!r} is now {new!r}" for was, new in zip_longest(then, now) if was != new]
+        older = f"other prompts: {differ[0]}" if trained and differ else "an older version of this project"
+        raise cli.InputError(f"{folder} was trained with {older}; use the prompts of its training, or train again")
     return settings

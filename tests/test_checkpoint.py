@@ -152,6 +152,7 @@ def test_an_old_driver_is_named_where_torch_finds_no_gpu(checkpoint, tmp_path, m
     changed("config", hidden_size=3072, num_hidden_layers=32)(copy_of(checkpoint, tmp_path))
     with pytest.raises(cli.InputError, match=r"^.*too old \(found version 12020\); run where there is one.*$"):
         pretrained.find(tmp_path / "copy")
+    assert pretrained.find(tmp_path / "copy", computes=False)  # as analysis.export does
 
 
 def test_norms_of_the_spare_rows_are_told_small_ones_found_and_large_ones_refused():

@@ -104,8 +104,13 @@ def test_a_named_reader_trains_evaluates_and_is_never_run_unnamed(l2_arctic, che
             command(monkeypatch, *arguments) if command is settings else call(monkeypatch, command, *arguments)
     call(monkeypatch, report, "out")
     assert f"give --data-reader {reader}" in Path("out/report.html").read_text() and not ran.exists()
-    Path("empty.py").touch()
-    for name, fault in (("none.py", "is no Python file"), ("empty.py", "has no function read")):
+    Path("empty.py").touch(), Path("cut.py").write_text("def read(")
+    faults = {
+        "none.py": "is no Python file",
+        "empty.py": "has no function read",
+        "cut.py": "cannot be run: SyntaxError",
+    }
+    for name, fault in faults.items():
         with pytest.raises(cli.InputError, match=f"--data-reader {name} {fault}"):
             data.read_corpus(l2_arctic, "train", reader=Path(name))
 

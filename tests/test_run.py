@@ -261,6 +261,12 @@ def test_a_file_that_a_run_would_overwrite_is_named_and_left(short_run, monkeypa
 STEP = {"step": 1, "loss": 1.0, "gradient_norm": 5.0}
 
 
+def test_a_log_with_a_broken_line_is_named(tmp_path):
+    write_text(tmp_path / "log.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(cli.InputError, match="^line 2 of .*log.jsonl: "), runs._open_log(tmp_path / "log.jsonl", 3):
+        pass
+
+
 @pytest.mark.parametrize("content, message", [({"strategy": 1}, "strategy 1: "), ([], "")])
 def test_broken_settings_of_a_run_are_named_with_field_and_value(begun, monkeypatch, content, message):
     write_text(Path("out/settings.json"), json.dumps(content))
@@ -379,10 +385,16 @@ def test_a_moved_corpus_is_the_same_corpus_and_another_label_another(utterances)
 # Adapters of a run
 
 
-@pytest.mark.parametrize("digest, message", [(None, "other prompts, or by an older"), ("other", "other prompts, or")])
-def test_an_adapter_of_other_prompts_or_an_older_version_is_refused(tmp_path, digest, message):
-    write_text(tmp_path / "epoch-1" / "settings.json", json.dumps(TRAINED | {"prompts": digest}))
-    with pytest.raises(cli.InputError, match=f"epoch-1 was trained with {message}"):
+@pytest.mark.parametrize(
+    "line, message", [("Before", "other prompts: 'MDD: Before' is now 'MDD: .*'"), (None, "an older version")]
+)
+def test_an_adapter_of_other_prompts_or_an_older_version_is_refused(tmp_path, line, message):
+    asked = {task: prompts.build_prompt(task) for task in prompts.TASKS}
+    if line:
+        asked["MDD"] = "\n".join([line, *asked["MDD"].split("\n")[1:]])
+        write_text(tmp_path / "epoch-1" / "prompts.json", json.dumps(asked))
+    write_text(tmp_path / "epoch-1" / "settings.json", json.dumps(TRAINED | {"prompts": line}))
+    with pytest.raises(cli.InputError, match=f"^[^\n]*epoch-1 was trained with {message}[^\n]*$"):
         runs.adapters(tmp_path, None)
 
 

@@ -351,12 +351,13 @@ TESTS = str(ROOT / "tests")
         ("--weight-decay nan", ["nan"]),
         ("--quantize int8", ["int8"]),
         ("--output=", ["empty"]),
+        ("--data a\udcff", ["'a\\udcff' is not UTF-8"]),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_their_names_and_values(monkeypatch, arguments, names):
     with pytest.raises(cli.InputError, match="^[^\n]*$") as error:
         settings(monkeypatch, *arguments.split(" "))
-    flag = arguments.split(" ")[0].rstrip("=")
+    flag = "" if "\udcff" in arguments else arguments.split(" ")[0].rstrip("=")
     assert all(name in str(error.value) for name in (flag, *names))
 
 
