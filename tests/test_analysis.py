@@ -25,20 +25,25 @@ def run(monkeypatch, command, *arguments):
     command.main()
 
 
-def test_no_command_on_evaluated_folders_loads_a_model(copied, corpus, tmp_path):
-    for name in ("a", "b"):
+def test_no_command_on_evaluated_folders_loads_a_model_and_scores_alone_are_enough(copied, corpus, tmp_path):
+    for name in ("a", "b", "scores"):
         (tmp_path / name).mkdir()
         shutil.copy(copied, tmp_path / name)
-    commands = {
-        "evaluate": ["--predictions", "a/predictions.jsonl"],
-        "analysis.compare": ["a", "--against", "b/predictions.jsonl"],
-        "analysis.floors": ["a/predictions.jsonl", "--data", str(corpus)],
-        "analysis.phones": ["a/predictions.jsonl"],
-        "analysis.report": ["a", "--data", str(corpus)],
-    }
+    scores = [line for line in answers.read(copied) if line["task"] == "APA"]
+    write(tmp_path / "scores" / "predictions.jsonl", scores)
+    commands = [
+        ("evaluate", ["--predictions", "a/predictions.jsonl"]),
+        ("analysis.compare", ["a", "--against", "b/predictions.jsonl"]),
+        ("analysis.floors", ["a/predictions.jsonl", "--data", str(corpus)]),
+        ("analysis.phones", ["a/predictions.jsonl"]),
+        ("analysis.report", ["a", "--data", str(corpus)]),
+        ("evaluate", ["--predictions", "scores/predictions.jsonl"]),
+        ("analysis.floors", ["scores/predictions.jsonl", "--data", str(corpus)]),
+        ("analysis.report", ["scores", "--data", str(corpus)]),
+    ]
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"for name, arguments in {commands}.items():\n"
+        f"for name, arguments in {commands}:\n"
         "    sys.argv = [name, *arguments]; runpy.run_module(name, run_name='__main__')\n"
         "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
     )
