@@ -118,7 +118,7 @@ def utterance(id, audio, scores):
     return SimpleNamespace(id=id, recording=lambda: content, scores=scores)
 
 
-def test_two_pauses_are_counted_and_measured_not_a_short_gap_or_silence_around_speech():
+def test_two_pauses_are_measured_but_no_short_gap_or_silence_around_speech():
     short = floors.SHORTEST_PAUSE - 2 * FRAME_LENGTH
     speech = tone(1), silence(short), tone(1), silence(0.6), tone(0.5), silence(1.2), tone(0.8)
     found = features(silence(1), *speech, silence(0.4))

@@ -53,7 +53,7 @@ def test_a_run_is_compared_with_the_papers_row_of_its_epoch(label, strategy, epo
     assert evaluate.Evaluation(label, Path("out"), None, training).paper_row == row
 
 
-def test_the_table_has_the_papers_rows_of_the_strategy_the_floor_and_ours_with_intervals():
+def test_the_table_has_our_rows_with_intervals_the_floor_and_the_papers():
     named, unnamed = (evaluate.rows_of(lines, "x", "unfreeze, epoch 3") for lines in (records(12, 4), records(12)))
     assert named[0].intervals and not unnamed[0].intervals
     table_3, *_ = evaluate.tables(named, [evaluate.copying_floor(records(12))])

@@ -212,7 +212,7 @@ def test_a_batch_with_the_wrong_number_of_placeholders_is_refused(new_model, exa
         model.loss(data.collate([examples[0]], model.pad_id), [audio[1:]])
 
 
-def test_a_control_vector_starts_at_its_spare_row_or_where_that_is_nothing_at_the_users(checkpoint, tmp_path):
+def test_a_control_vector_starts_at_its_spare_row_or_if_that_is_nothing_the_users(checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
     weights = load_file(folder / "model.safetensors")
     (matrix,) = (weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))

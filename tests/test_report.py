@@ -87,7 +87,7 @@ def test_text_of_models_and_corpus_is_text_and_nothing_is_loaded_or_run(page_of)
     assert policy.startswith("default-src 'none'; img-src data:; media-src data:;") and "script" not in policy
 
 
-def test_the_same_files_give_the_same_page_with_the_date_of_the_answers_and_intervals(page_of):
+def test_the_same_files_give_the_same_page_with_intervals_and_the_answers_date(page_of):
     lines = [line for i in range(6) for line in (apa(f"{i}", i, i, speaker=f"{i}"), mdd(f"{i}", speaker=f"{i}"))]
     page = page_of(lines)
     assert page == page_of(lines) and "<dd>epoch-3, 1970-01-01 00:00 UTC</dd>" in page
@@ -144,7 +144,7 @@ def test_the_scores_are_dots_at_human_and_predicted_score():
     assert dots(axis) == {(8, 7): 144, (0, 0): 72, (9, 10): 72}
 
 
-def test_the_confusion_picture_has_a_row_for_each_heard_phone_and_columns_for_others_and_nothing():
+def test_the_confusion_picture_has_a_row_a_heard_phone_and_columns_for_others():
     heard, written = [["IY", "S", "T"], ["IY", "S"]], [["IH", "S"], ["IY", "XX", "Q"]]
     axis = report.draw_confusion(heard, written).axes[0]
     rows = [label.get_text() for label in axis.get_yticklabels()]

@@ -76,7 +76,7 @@ def test_the_same_seed_writes_the_same_corpus_and_another_seed_another(corpus, t
         assert (tmp_path / "same" / file.relative_to(corpus)).read_bytes() == file.read_bytes()
 
 
-def test_pretraining_changes_the_encoder_first_and_then_leaves_it_as_each_clip_was_heard(tokenizer):
+def test_pretraining_changes_the_encoder_first_and_then_keeps_what_was_heard(tokenizer):
     torch.manual_seed(0)
     model = models.SpeechModel(tiny.new_network(tokenizer), tokenizer, Phi4MultimodalFeatureExtractor())
     initial = copy.deepcopy(model.core.state_dict())

@@ -150,9 +150,7 @@ def test_a_gradient_above_the_limit_is_clipped_to_it(monkeypatch, short_run):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_the_run_before_the_update_and_names_utterances(
-    monkeypatch, short_run, corpus, what
-):
+def test_what_is_not_finite_stops_the_run_before_the_update_and_names_utterances(monkeypatch, short_run, corpus, what):
     guilty, seen = data.read_corpus(corpus, "train", limit=8)[3].id, []
     loss_of = models.SpeechModel.loss
 
