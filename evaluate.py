@@ -396,6 +396,7 @@ def show(rows: list[Row], floors: list[Row]) -> None:
 
 
 def main() -> None:
+    """Check what the command line asks for, and evaluate."""
     settings = cli.parse(Settings, __doc__)
     saved = answers.read(settings.predictions) if settings.predictions else None
     if saved:

@@ -170,8 +170,9 @@ class Run:
 
     def record_validation(self, loss: float) -> None:
         """Note and show this epoch's loss on held-out speakers; the lowest is the best, as training lowers it."""
-        if not math.isfinite(loss):
-            raise cli.RunError(f"loss {loss} on held-out speakers after epoch {self.epoch}")
+        if not math.isfinite(loss):  # the epoch's adapter is worth keeping, but no choice can rest on this
+            self.say(f"epoch {self.epoch}: loss {loss} on held-out speakers, which is left out")
+            return
         self.losses[self.epoch] = loss
         best = self._best_epoch()
         verdict = "the best so far" if self.epoch == best else f"epoch {best} is the best so far"
@@ -179,7 +180,7 @@ class Run:
         self._track(self.step, {"validation_loss": loss})
 
     def _best_epoch(self):
-        return min(self.losses, key=self.losses.get)
+        return min(self.losses, key=self.losses.get, default=0)
 
     def out_of_patience(self) -> bool:
         """Whether --patience epochs have gone by without a lower validation loss; says so."""
@@ -371,9 +372,10 @@ def adapters(run: Path, epochs: str | None) -> list[tuple[Path, TrainingSettings
         raise cli.InputError(f"{run} holds no adapter (no epoch-*/{MARK}): give train.py's --output")
     settings = {folder: _settings(folder) for folder in found}
     if epochs == "best":
-        if any(saved.validation_loss is None for saved in settings.values()):
+        validated = [item for item in settings.items() if item[1].validation_loss is not None]
+        if not validated:
             raise cli.InputError(f"--epochs best: epochs of {run} were not validated; add --validation 0.1 to train.py")
-        return [min(settings.items(), key=lambda item: item[1].validation_loss)]
+        return [min(validated, key=lambda item: item[1].validation_loss)]
     chosen = {None: found[-1:], "last": found[-1:], "all": found}
     folders = chosen.get(epochs, [folder for folder in found if folder.name == f"epoch-{epochs}"])
     if not folders:
