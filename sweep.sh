@@ -22,7 +22,7 @@ try default "${@:2}"
 try faster --learning-rate 2e-4 "${@:2}"
 try continue --speech-adapter continue "${@:2}"
 
-ranked=$(cd "$folder" && grep -H '"validation_loss"' {default,faster,continue}/epoch-*/settings.json | LC_ALL=C sort -k3g)
+ranked=$(cd "$folder" && grep -H '"validation_loss": [0-9]' {default,faster,continue}/epoch-*/settings.json | LC_ALL=C sort -k3g)
 best=${ranked%%/*}
 for name in default faster continue; do
     [ "$name" = "$best" ] || python -m analysis.compare "$folder/$best" --against "$folder/$name"
