@@ -5,10 +5,10 @@
     python -m bench.train_step --full             # on a CUDA GPU: the full-size model in bfloat16, and variants of ours
 
 All train the same model on the same 64 utterances a step, half of them for each task, with the same LoRA, optimiser,
-rate and clipping, and without dropout, so that their losses have to agree. The plain Trainer leaves the control tokens
-as they are. Each run is a process of its own, and the contestants take turns. A process does one step to warm up, on
-other utterances, and then the same step twice: "new" recordings have not been embedded before, "known" ones have, which
-makes a difference to this project alone. Over the paper's three epochs an example's recording is new once in six times.
+rate and clipping, and without dropout, so that their losses have to agree. Each run is a process of its own, and the
+contestants take turns. A process does one step to warm up, on other utterances, and then the same step twice: "new"
+recordings have not been embedded before, "known" ones have, which makes a difference to this project alone. Over the
+paper's three epochs an example's recording is new once in six times.
 """
 
 from dataclasses import dataclass
@@ -62,20 +62,27 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
     return measured
 
 
-class Unpadded(nn.Module):
-    """The model's own forward and loss behind audio embeddings that do not depend on the other recordings."""
+class Whole(nn.Module):
+    """The model's own forward and loss, with the control tokens' vectors: what Trainer trains is what ours does.
 
-    def __init__(self, model):
+    unpadded: behind audio embeddings that do not depend on the other recordings.
+    """
+
+    def __init__(self, model, unpadded):
         super().__init__()
-        self.model, self.config = model, model.core.config
+        self.model, self.unpadded, self.config = model, unpadded, model.core.config
 
     def forward(self, input_ids, audio_input_features, audio_attention_mask, audio_embed_sizes, **rest):
-        frames = audio_attention_mask.sum(dim=1).tolist()
-        with torch.no_grad():
-            audio = models.encode_audio(
-                self.model.audio, [f[:length] for f, length in zip(audio_input_features, frames)]
-            )
-        return self.model.core(inputs_embeds=self.model.embed(input_ids, audio), **rest)
+        model = self.model
+        if self.unpadded:
+            frames = audio_attention_mask.sum(dim=1).tolist()
+            with torch.no_grad():
+                audio = models.encode_audio(model.audio, [f[:n] for f, n in zip(audio_input_features, frames)])
+            embeds = model.embed(input_ids, audio)
+        else:
+            embeds = model.embed(input_ids.masked_fill(input_ids == model.audio_id, model.pad_id), [])
+            embeds = model.audio(input_ids, embeds, audio_input_features, audio_embed_sizes, audio_attention_mask)
+        return model.core(inputs_embeds=embeds, **rest)
 
 
 def trainer(model, steps, folder, unpadded=False, checkpointing=False):
@@ -116,7 +123,7 @@ def trainer(model, steps, folder, unpadded=False, checkpointing=False):
         gradient_checkpointing=checkpointing,
     )
     run = Trainer(
-        Unpadded(model) if unpadded else model.network,
+        Whole(model, unpadded),
         arguments,
         data_collator=collate,
         train_dataset=[{"index": i} for i in range(len(examples))],
