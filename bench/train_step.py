@@ -76,8 +76,7 @@ class Whole(nn.Module):
         model = self.model
         if self.unpadded:
             frames = audio_attention_mask.sum(dim=1).tolist()
-            with torch.no_grad():
-                audio = models.encode_audio(model.audio, [f[:n] for f, n in zip(audio_input_features, frames)])
+            audio = models.encode_audio(model.audio, [f[:n] for f, n in zip(audio_input_features, frames)])
             embeds = model.embed(input_ids, audio)
         else:
             embeds = model.embed(input_ids.masked_fill(input_ids == model.audio_id, model.pad_id), [])
