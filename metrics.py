@@ -272,9 +272,9 @@ def assessment(rows: np.ndarray) -> dict[str, float]:
 
 
 def phones_of(records: list[dict]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Phones of each MDD line, three lists: what should be said, what raters heard, what the model wrote."""
+    """Phones of each MDD line as they are compared: what should be said, what raters heard, what the model wrote."""
     mdd = [(line["reference"], answer_of(line)) for line in records if line["task"] == "MDD"]
-    canonical, heard = ([reference[key] for reference, _ in mdd] for key in ("canonical", "heard"))
+    canonical, heard = ([normalise_phones(" ".join(said[key])) for said, _ in mdd] for key in ("canonical", "heard"))
     return canonical, heard, [normalise_phones(said["phoneme_transcript"]) if said else [] for _, said in mdd]
 
 

@@ -310,10 +310,10 @@ def read_answers(records: list[dict], texts: dict[str, str]) -> list[Answers]:
             entry.error += abs(said["total"] - human["total"]) if said else HIGH - LOW
             continue
         entry.title, entry.words = human["word_transcript"], said["word_transcript"] if said else ""
-        written = metrics.normalise_phones(said["phoneme_transcript"]) if said else []
-        entry.columns = metrics.phone_columns(human["canonical"], human["heard"], written)
-        if human["heard"]:
-            entry.per = sum(a != b for a, b in metrics.align(human["heard"], written)) / len(human["heard"])
+        (canonical,), (heard,), (written,) = metrics.phones_of([record])
+        entry.columns = metrics.phone_columns(canonical, heard, written)
+        if heard:
+            entry.per = sum(a != b for a, b in metrics.align(heard, written)) / len(heard)
             entry.error += entry.per
     return sorted(found.values(), key=lambda entry: entry.error, reverse=True)
 

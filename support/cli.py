@@ -69,7 +69,7 @@ def parse(settings: type[Settings], description: str) -> Settings:
         print("pronunciation", version())
         sys.exit()
     for before, text in zip(sys.argv, sys.argv[1:]):
-        if not text or re.fullmatch("--[a-z-]+=", text):  # an empty path would be the folder that one is in
+        if not text or re.fullmatch("--[a-z_-]+=", text):  # an empty path would be the folder that one is in
             raise InputError(f"{(text or before).rstrip('=')} is empty: give it a value, or leave it out")
         if re.search("[\ud800-\udfff]", text):  # so Python writes bytes that are not UTF-8; no model card could name it
             raise InputError(f"{ascii(text)} is not UTF-8: rename it")
@@ -101,8 +101,8 @@ def _one_line(panel):
 
 
 def given(name: str) -> bool:
-    """Whether the user wrote the flag of this setting."""
-    return any(part.split("=")[0] == flag(name) for part in sys.argv[1:])
+    """Whether the user wrote the flag of this setting; tyro takes --batch_size for --batch-size."""
+    return any(part.split("=")[0].replace("_", "-") == flag(name) for part in sys.argv[1:])
 
 
 def flag(name: str) -> str:

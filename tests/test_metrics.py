@@ -100,6 +100,10 @@ def test_words_are_compared_in_upper_case_without_punctuation():
 
 def test_phones_are_compared_without_case_and_stress_but_keep_their_marks():
     assert metrics.normalise_phones("dh AH0 <unk> <UNK> r* EY2 1") == ["DH", "AH", "<unk>", "<unk>", "R*", "EY"]
+    answers = records()
+    for answer in answers[1::2]:
+        answer["reference"] |= {"canonical": ["w", "iy1", "S", "IY0"], "heard": ["W", "IH2", "s", "iy"]}
+    assert metrics.phones_of(answers) == metrics.phones_of(records())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ def test_resume_alone_reads_the_runs_settings_and_takes_what_is_not_the_method(b
     [
         (["--learning-rate", 1e-3], "--learning-rate 0.001: the run in out has 0.003; leave it out"),
         (["--rank", 4, "--seed", 1], "--seed 1: the run in out has 0"),
+        (["--learning_rate=1e-3"], "--learning-rate 0.001: the run in out has 0.003"),  # tyro takes it
     ],
 )
 def test_a_setting_of_the_method_that_differs_is_refused_by_name(begun, monkeypatch, arguments, message):
