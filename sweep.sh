@@ -10,13 +10,22 @@ set -euo pipefail
 cd "$(dirname "$0")"
 folder=${1:?"give a folder for the runs, such as ./sweep.sh out"}
 
+reader= before=
+for flag; do  # evaluate.py runs a reader only where it is named again
+    case "$before $flag" in
+        "--data-reader "* | *" --data-reader="*) reader=${flag#--data-reader=} ;;
+    esac
+    before=$flag
+done
+
 try() {  # name of the reading, flags of train.py
     out=$folder/$1
     if [ ! -e "$out/curves.png" ]; then  # which train.py draws last
         ${RUN:-python} train.py --output "$out" --resume --validation 0.1 "${@:2}"
         [ -e "$out/curves.png" ]  # asked to stop, it has saved and ended without an error
     fi
-    [ -e "$out/metrics.json" ] || ${RUN:-python} evaluate.py --adapter "$out" --epochs best --resume
+    [ -e "$out/metrics.json" ] || ${RUN:-python} evaluate.py --adapter "$out" --epochs best --resume \
+        ${reader:+--data-reader "$reader"}
 }
 try default "${@:2}"
 try faster --learning-rate 2e-4 "${@:2}"

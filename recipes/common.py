@@ -84,9 +84,7 @@ def every(items: Sequence[tuple[str, Any]], check: Callable, whose: str) -> list
 def find(name: str | Path) -> Path:
     """The folder of a checkpoint, of a hub id after a download. Raises InputError where it is none that can be read."""
     folder, _ = files.fetch(name, "main", "model", CHECKPOINT)
-    for path in folder.iterdir():
-        if not (path.is_file() or path.is_dir()):  # a FIFO would be waited for
-            raise cli.InputError(f"{path} is not a regular file: give a whole checkpoint")
+    files.check_regular(folder)
     return folder
 
 

@@ -51,6 +51,13 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def check_regular(folder: Path) -> None:
+    """Raises InputError for a FIFO or a device in a folder: a library that opens files itself would wait for it."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is not a regular file")
+
+
 def read_text(path: str | os.PathLike) -> str:
     """Content of a regular file of UTF-8 text without its byte-order mark. Raises InputError."""
     try:

@@ -59,8 +59,11 @@ class AudioConfig(files.Shape):
 
 
 class ExtractorConfig(files.Shape):
-    """What of preprocessor_config.json would give other features without an error."""
+    """The features that data.py and model.py count on, and that the audio encoder was trained with."""
 
+    sampling_rate: Literal[16_000] = 16_000
+    feature_size: Literal[80] = 80
+    hop_length: Literal[160] = 160
     win_length: Literal[400] = 400
     n_fft: Literal[512] = 512
     preemphasis: _exactly(0.97) = 0.97
@@ -196,6 +199,7 @@ def is_real(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 def load_reading(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerFast, Phi4MultimodalFeatureExtractor]:
     """Tokenizer and feature extractor."""
+    files.check_regular(checkpoint.folder)
     files.read_json(checkpoint.folder / "preprocessor_config.json", ExtractorConfig)
     with loading(checkpoint):
         # Not AutoTokenizer: where a checkpoint names GPT-2's tokenizer class, as this one is reported to, it puts
@@ -257,7 +261,10 @@ def load_network(checkpoint: Checkpoint, dtype: str, attention: str, four_bits: 
 def read_config(folder: Path) -> LoraConfig:
     """PEFT's configuration in a folder; absolute, because PEFT would ask the hub for one that is not there."""
     with loading(f"{folder}/adapter_config.json"):
+        files.check_regular(folder)
         config = LoraConfig.from_pretrained(folder.absolute())
+        if not config.r > 0 < config.lora_alpha:
+            raise ValueError(f"r {config.r}, lora_alpha {config.lora_alpha}: both must be above 0")
     config.base_model_name_or_path = None  # PEFT puts in the model's name, and warns where another one stands there
     return config
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 
-from conftest import copy_of, settings
+from conftest import copy_of, fifo, settings
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
@@ -113,6 +113,8 @@ def silent_speech_adapter(folder):
         (changed("config", audio_config={"time_reduction": 4}), "config.json: audio_config.time_reduction 4"),
         (changed("preprocessor_config", mel_max_frequency=8000.0), "preprocessor_config.json: mel_max_frequency 8000"),
         (changed("preprocessor_config", preemphasis=0.0), "preprocessor_config.json: preemphasis 0"),
+        (changed("preprocessor_config", hop_length=80), "preprocessor_config.json: hop_length 80"),
+        (lambda folder: fifo(folder / "model.safetensors"), "model.safetensors is not a regular file"),
         (silent_speech_adapter, "the speech adapter changes nothing: .*o_proj"),
         (changed("config", hidden_size=3072, num_hidden_layers=32), "needs a CUDA GPU, .*python tiny.py"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),

@@ -7,7 +7,7 @@ import re
 from typing import get_args
 
 from bitsandbytes.nn import Linear4bit
-from conftest import TRAINED, copy_of, greedy, sound
+from conftest import TRAINED, copy_of, fifo, greedy, sound
 import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -477,7 +477,11 @@ ADAPTER, OUTSIDE, CONFIG = pretrained.ADAPTER_FILE, models.TRAINED_FILE, "adapte
         (ADAPTER, lambda file: file.write_bytes(pickle.dumps({"weights": Payload()})), "cannot be loaded"),
         (OUTSIDE, lambda file: change_weights(file, without_control), "2 keys differ"),
         (CONFIG, lambda file: change_json(file, r=2), "does not fit the model: .* is .*, not "),
-        (CONFIG, lambda file: change_json(file, lora_alpha="many"), "cannot be loaded: unsupported"),
+        (CONFIG, lambda file: change_json(file, lora_alpha="many"), "cannot be loaded: "),
+        (CONFIG, lambda file: change_json(file, lora_alpha=0), "r 4, lora_alpha 0: both must be above 0"),
+        (CONFIG, lambda file: change_json(file, r=0), "r 0, lora_alpha 8: both must be above 0"),
+        (ADAPTER, fifo, "is not a regular file"),
+        (OUTSIDE, fifo, "is not a regular file"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_a_line_and_not_executed(checkpoint, saved, name, damage, message):

@@ -16,8 +16,9 @@ READINGS = ("default", "faster", "continue")
 @pytest.mark.slow
 def test_a_sweep_ends_at_a_failure_goes_on_from_there_and_ranks_by_validation_loss(checkpoint, tmp_path):
     tiny.write_corpus(tmp_path / "corpus", {"train": 3, "test": 2}, per_speaker=2, seed=0)
-    how = f"--model {checkpoint} --data {tmp_path}/corpus --epochs 1 --batch-size 4 --accumulation 1"
-    line = [ROOT / "sweep.sh", tmp_path, *how.split()]
+    (tmp_path / "my reader.py").write_text("from data import read_folder as read")
+    how = f"--model {checkpoint} --data {tmp_path}/corpus --epochs 1 --batch-size 4 --accumulation 1 --data-reader"
+    line = [ROOT / "sweep.sh", tmp_path, *how.split(), tmp_path / "my reader.py"]
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     (tmp_path / "faster").mkdir()
     (tmp_path / "faster" / "log.jsonl").write_text("somebody's")
