@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import heappop, heappush
 import importlib.util
-from itertools import product
+from itertools import count
 import os
 from pathlib import Path
 
@@ -131,28 +132,39 @@ def ipa(phone: str | None) -> str | None:
 def meant(words: Words, heard: Sequence[str]) -> list[list[Pair]]:
     """What became of the phones of each word, in the pronunciations that are closest to what was heard.
 
-    words: of `of_text`; heard: list of phones. All words and variants are aligned at once. An edit costs 1; a consonant
-    for a vowel, or the other way round, costs 2, as much as leaving one out and adding the other. Of equal costs the
-    way with fewer wrong words wins, then the one without a vowel for a consonant, then earlier pronunciations.
+    words: of `of_text`; heard: list of phones. All words and variants are aligned at once, by Dijkstra's shortest path.
+    An edit costs 1; a consonant for a vowel, or the other way round, costs 2, as much as leaving one out and adding the
+    other. Of equal costs the way with fewer wrong words wins, then the one without a vowel for a consonant, then
+    earlier pronunciations.
     Returns pairs (canonical, heard) per word, as metrics.align has them; an added phone belongs to the word before it,
     or to the first.
     """
-    best = {0: (0, None)}  # to every position in `heard`: what the best way costs, its pairs as a chain from the last
-    for index, (_, variants) in enumerate(words):
-        ended = {}
-        for rank, phones in enumerate(variants):
-            # (position, whether the word has an error) -> way; None in a chain: here a word begins
-            ways = {(j, False): (cost + rank, (chain, None)) for j, (cost, chain) in best.items()}
-            if index == 0:
-                _add_heard(ways, heard)
-            for phone in phones:
-                ways = _read(ways, phone, heard)
-                _add_heard(ways, heard)
-            for j, wrong in product(range(len(heard) + 1), (False, True)):
-                if (j, wrong) in ways:
-                    _take(ended, j, *ways[j, wrong])
-        best = ended
-    (_, chain), found = best[len(heard)], [[]]
+    # A place is (word, its pronunciation, phones of it and of `heard` that are done, whether it has an error). Of equal
+    # costs the way on by leaving out comes first, then by reading. Pairs are a chain from the last; None: a word begins
+    queue, numbers, done = [(0, (-1, 0, 0, 0, False), 0, 0, None)], count(1), set()
+    while queue:
+        cost, place, *_, chain = heappop(queue)
+        if place in done:
+            continue
+        done.add(place)
+        word, rank, i, j, wrong = place
+        phones = words[word][1][rank] if word >= 0 else ()
+        error, on = EDIT + WORD * (not wrong), []
+        if i < len(phones):
+            on.append((error, (word, rank, i + 1, j, True), 0, (phones[i], None)))
+            if j < len(heard):
+                same = phones[i] == heard[j]
+                costs = 0 if same else error + (EDIT + CROSSED) * _crosses(phones[i], heard[j])
+                on.append((costs, (word, rank, i + 1, j + 1, wrong or not same), 1, (phones[i], heard[j])))
+        elif word + 1 < len(words):
+            on += [(rank, (word + 1, rank, 0, j, False), 0, None) for rank in range(len(words[word + 1][1]))]
+        elif j == len(heard):
+            break
+        if j < len(heard) and (i or word == 0):
+            on.append((error, (word, rank, i, j + 1, True), 2, (None, heard[j])))
+        for costs, place, kind, pair in on:
+            heappush(queue, (cost + costs, place, kind, next(numbers), (chain, pair)))
+    found = [[]]
     while chain:
         chain, pair = chain
         found.insert(0, []) if pair is None else found[0].insert(0, pair)
@@ -160,35 +172,6 @@ def meant(words: Words, heard: Sequence[str]) -> list[list[Pair]]:
 
 
 EDIT, WORD, CROSSED = 2**48, 2**36, 2**24  # what they cost, the first counting most; then the pronunciation's rank
-
-
-def _take(ways, place, cost, chain):
-    if place not in ways or cost < ways[place][0]:  # of equal costs the first stays
-        ways[place] = cost, chain
-
-
-def _read(ways, phone, heard):
-    """The ways on after one more canonical phone."""
-    on = {}
-    for j, wrong in product(range(len(heard), -1, -1), (False, True)):
-        if (j, wrong) in ways:
-            cost, chain = ways[j, wrong]
-            error = cost + EDIT + WORD * (not wrong)
-            _take(on, (j, True), error, (chain, (phone, None)))
-            if heard[j : j + 1] == [phone]:
-                _take(on, (j + 1, wrong), cost, (chain, (phone, phone)))
-            elif j < len(heard):
-                error += (EDIT + CROSSED) * _crosses(phone, heard[j])
-                _take(on, (j + 1, True), error, (chain, (phone, heard[j])))
-    return on
-
-
-def _add_heard(ways, heard):
-    """Let each way also skip phones that were heard beside the canonical ones."""
-    for j, wrong in product(range(len(heard)), (False, True)):
-        if (j, wrong) in ways:
-            cost, chain = ways[j, wrong]
-            _take(ways, (j + 1, True), cost + EDIT + WORD * (not wrong), (chain, (None, heard[j])))
 
 
 @cache
