@@ -31,6 +31,9 @@ from support import run as runs
 from support.later import when_used
 
 with when_used():
+    import silero_vad
+    import torch
+
     import model as models
 
 VERSION = 2  # of the result; another one means that a field has another name or meaning
@@ -213,10 +216,7 @@ def _name(recording):
 
 @cache
 def _detector():
-    import silero_vad  # sets torch's threads
-    import torch
-
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads()  # the package, which is imported below, sets it to 1
     model = silero_vad.load_silero_vad()
     torch.set_num_threads(threads)
     return model
@@ -231,11 +231,9 @@ def find_speech(audio: np.ndarray) -> list[tuple[int, int]]:
     3 s of white or pink noise, a tone or a chord have none, of mains hum 0.7 s; of 500 utterances of the test part each
     has 1.08 s or more. webrtcvad takes white noise for speech. The weights are in the package, which needs torch alone.
     """
-    import silero_vad
-    import torch
-
     with _detecting:
-        found = silero_vad.get_speech_timestamps(torch.as_tensor(audio), _detector(), sampling_rate=sound.SAMPLE_RATE)
+        detector = _detector()
+        found = silero_vad.get_speech_timestamps(torch.as_tensor(audio), detector, sampling_rate=sound.SAMPLE_RATE)
     return [(part["start"], part["end"]) for part in found]
 
 

@@ -24,10 +24,11 @@ import data
 import metrics
 from support import cli, files
 
-# What a canonical phone may be: ARPAbet without stress digits, in IPA. AH is also the schwa, ER also the unstressed ɚ
-VOWELS = """AA ɑ, AE æ, AH ʌ, AO ɔ, AW aʊ, AY aɪ, EH ɛ, ER ɝ, EY eɪ, IH ɪ, IY i, OW oʊ, OY ɔɪ, UH ʊ, UW u"""
-CONSONANTS = """B b, CH tʃ, D d, DH ð, F f, G ɡ, HH h, JH dʒ, K k, L l, M m, N n, NG ŋ, P p, R ɹ, S s, SH ʃ, T t, TH θ,
-V v, W w, Y j, Z z, ZH ʒ"""
+# What a canonical phone may be: ARPAbet without stress digits, in IPA. AH is also the schwa, ER also the unstressed ɚ.
+# Phones that resemble each other stand together
+VOWELS = """IY i, IH ɪ, EY eɪ, EH ɛ, AE æ, AA ɑ, AO ɔ, OW oʊ, UH ʊ, UW u, AH ʌ, ER ɝ, AY aɪ, AW aʊ, OY ɔɪ"""
+CONSONANTS = """W w, Y j, R ɹ, L l, M m, N n, NG ŋ, P p, B b, T t, D d, K k, G ɡ, CH tʃ, JH dʒ, F f, V v, TH θ, DH ð,
+S s, Z z, SH ʃ, ZH ʒ, HH h"""
 VOWELS, CONSONANTS = (dict(pair.split() for pair in table.split(",")) for table in (VOWELS, CONSONANTS))
 PHONES = VOWELS | CONSONANTS
 DIGITS = str.maketrans("", "", "0123456789")  # of stress

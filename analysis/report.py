@@ -22,7 +22,7 @@ import jinja2
 import numpy as np
 from tyro.conf import Positional
 
-from analysis import floors, phones
+from analysis import floors, phones, pronunciations
 import data
 import evaluate
 import metrics
@@ -161,8 +161,6 @@ MARKERS = {  # of a number by its verdict: a good one is filled
     "": {"color": GREY, "markerfacecolor": GREY},
 }
 LARGEST = 12  # points, of the largest dot of a score panel: about what a score point has
-# Phones that resemble each other stand together, so that common confusions lie near the diagonal; others come last
-ORDER = "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY W Y R L M N NG P B T D K G CH JH F V TH DH S Z SH ZH HH".split()
 OTHER, NOTHING = "another", "nothing"
 
 
@@ -218,7 +216,7 @@ def draw_confusion(heard: list[list[str]], written: list[list[str]]) -> "figures
     phones that nobody was heard to say, and nothing. What was added has no such share and is not shown.
     """
     report = [entry for entry in phones.phone_report(heard, written) if entry["phone"]]
-    place = {phone: i for i, phone in enumerate(ORDER)}
+    place = {phone: i for i, phone in enumerate(pronunciations.PHONES)}  # so common confusions lie near the diagonal
     rows = sorted((e["phone"] for e in report), key=lambda phone: (place.get(phone, len(place)), phone))
     columns = [*rows, OTHER, NOTHING]
     shares = Counter()
@@ -234,17 +232,13 @@ def draw_confusion(heard: list[list[str]], written: list[list[str]]) -> "figures
     axis.scatter(x, y, s=[side**2 * share / largest for share in shares.values()], color=ORANGE, linewidths=0)
     axis.plot(range(len(rows)), range(len(rows)), ".", markersize=3, color=GREY)  # where what is right would be
     axis.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel="written", ylabel="heard")
-    axis.set_xticklabels(map(_printable, columns), rotation=90, fontsize=min(9, side * 0.8))
-    axis.set_yticklabels(map(_printable, rows), fontsize=min(9, side * 0.8))
+    axis.set_xticklabels(map(cli.visible, columns), rotation=90, fontsize=min(9, side * 0.8))
+    axis.set_yticklabels(map(cli.visible, rows), fontsize=min(9, side * 0.8))
     axis.set(xlim=(-0.7, len(columns) - 0.3), ylim=(len(rows) - 0.3, -0.7))
     axis.grid(alpha=0.2)
     title = f"the largest dot: {largest:.0%} of a phone's occurrences" if shares else "no phone taken for another"
     axis.set_title(title)
     return figure
-
-
-def _printable(name):
-    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def draw(records: list[dict], found: list[Standing]) -> dict[str, bytes]:

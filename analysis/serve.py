@@ -24,10 +24,10 @@ from queue import SimpleQueue
 import re
 import socket
 import sys
-from threading import BoundedSemaphore, Thread
+from threading import Thread
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from tyro.conf import UseAppendAction
 
 from analysis import assessor
@@ -54,7 +54,7 @@ except ImportError as error:
 LARGEST = 9_000_000  # bytes of a request; 30 s of 48 kHz stereo with 24 bits are 8.6 MB
 TEXT = 2_000  # bytes; three words a second are 90 words in 30 s
 WAITING = 2 * assessor.BATCH  # requests between their first byte and their answer
-DECODERS = 4  # FFmpeg's processes; one that needs its full time leaves three
+DECODERS = 4  # threads, each with a process of FFmpeg; one that needs its full time leaves three
 CONNECTIONS, BACKLOG = 100, 32  # accepted and kept, accepted at once; with the model's files below 256
 HEAD = 10  # s until a connection has sent the head of its next request
 ARRIVING = 30  # s that a request may take to arrive
@@ -63,7 +63,12 @@ AGAIN = {"Retry-After": "5"}  # s
 STATUS = {cli.InputError: 422, ClientDisconnect: 400, Exception: 500}
 
 PAGE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("LONGEST", str(assessor.LONGEST))
-OPENAPI = Path(__file__).with_name("openapi.json").read_text(encoding="utf-8")
+OPENAPI = json.loads(Path(__file__).with_name("openapi.json").read_text(encoding="utf-8"))
+_, KINDS = TypeAdapter.json_schemas(
+    [(kind, "validation", TypeAdapter(kind)) for kind in (assessor.Result, assessor.Refusal)],
+    ref_template="#/components/schemas/{model}",
+)
+OPENAPI["components"] = {"schemas": KINDS["$defs"]}
 POLICY = "default-src 'none'; connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'"
 for tag in ("style", "script"):  # the page's own, no other
     digest = hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", PAGE, re.DOTALL)[1].encode()).digest()
@@ -112,15 +117,15 @@ class Service:
 
     def __init__(self, assess: assessor.Assessor) -> None:
         self.assess, self.requests, self.asked = assess, 0, SimpleQueue()
-        self.threads, self.decoding = ThreadPoolExecutor(WAITING), BoundedSemaphore(DECODERS)
+        self.decoders = ThreadPoolExecutor(DECODERS)
         Thread(target=self._run, daemon=True).start()
 
-    def result(self, content: bytes, text: str | None) -> assessor.Result:
-        """What the Assessor says of a sound file's bytes. Waits for it. Raises InputError."""
-        with self.decoding:
-            question = assessor.ask(content, text, self.assess.lexicons)
+    async def result(self, content: bytes, text: str | None) -> assessor.Result:
+        """What the Assessor says of a sound file's bytes. Raises InputError."""
+        read = asyncio.get_running_loop().run_in_executor
+        question = await read(self.decoders, assessor.ask, content, text, self.assess.lexicons)
         self.asked.put((question, answer := Future()))
-        return answer.result()
+        return await asyncio.shield(asyncio.wrap_future(answer))  # cancelled, it could not take its result
 
     def _run(self):
         while True:
@@ -199,9 +204,7 @@ def application(service: Service, origins: Sequence[str], knows: str, example: d
         room = service.requests < WAITING
         service.requests += room
         try:
-            form = await read_form(request, room)
-            result = await asyncio.get_running_loop().run_in_executor(service.threads, service.result, *form)
-            return reply(asdict(result))
+            return reply(asdict(await service.result(*await read_form(request, room))))
         finally:
             service.requests -= room
 
@@ -217,7 +220,7 @@ def application(service: Service, origins: Sequence[str], knows: str, example: d
         Route("/", lambda _: HTMLResponse(shown, headers=HEADERS)),
         Route("/assess", assess, methods=["POST"]),
         Route("/health", lambda _: reply({"version": assessor.VERSION, "requests": service.requests})),
-        Route("/openapi.json", lambda _: Response(OPENAPI, media_type="application/json")),
+        Route("/openapi.json", lambda _: reply(OPENAPI)),
     ]
     if example:
         routes.append(Route("/example", lambda _: Response(example.recording(), media_type="audio/wav")))
