@@ -41,6 +41,12 @@ def script(*arguments, cwd, environment=None):
     return subprocess.run(command, cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True)
 
 
+def call(monkeypatch, command, *arguments):
+    """A command's main function, called in this process."""
+    monkeypatch.setattr("sys.argv", [command.__name__, *map(str, arguments)])
+    command.main()
+
+
 def read_lines(path):
     """A file with a JSON object in every line, such as log.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]

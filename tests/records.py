@@ -2,6 +2,7 @@
 
 import json
 
+import data
 import prompts
 
 
@@ -21,6 +22,18 @@ def records(count=6, speakers=None):
         answer = {"id": f"u{i}", "task": "MDD", "output": output, "reference": reference, "truncated": i == 0}
         lines.append(answer | spoken)
     return lines
+
+
+def copying(utterances, scores=None):
+    """Predictions of a system that writes the canonical phones, and these scores, or else the human ones."""
+    return [
+        {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
+        for u in utterances
+        for task, output in (
+            ("APA", prompts.apa_target(scores or u.scores)),
+            ("MDD", prompts.mdd_target(u.text, u.canonical)),
+        )
+    ]
 
 
 def one_hot(value, low=None):

@@ -3,26 +3,21 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
-from conftest import ROOT, script, sound, tone
+from conftest import ROOT, call, script, tone
 import numpy as np
 import pytest
-from records import one_hot, records, write
+from records import copying, one_hot, records, write
+from sklearn.linear_model import LinearRegression
 
 from analysis import ablation, floors
 import data
 import prompts
 from support import answers, cli
+from support.sound import read_audio
 
 RATE = data.SAMPLE_RATE
 FRAME_LENGTH = data.FRAME / RATE  # seconds; a pause is known to within one frame
-
-
-def run(monkeypatch, command, *arguments):
-    """A command of analysis/, called in this process."""
-    monkeypatch.setattr("sys.argv", [command.__name__, *map(str, arguments)])
-    command.main()
 
 
 def test_no_command_on_evaluated_folders_loads_a_model_and_scores_alone_are_enough(copied, corpus, tmp_path):
@@ -112,12 +107,6 @@ def features(*parts):
     return dict(zip(floors.FEATURES, floors.waveform_features(np.concatenate(parts)), strict=True))
 
 
-def utterance(id, audio, scores):
-    """As much of a data.Utterance as the fit asks for."""
-    content = sound(audio)
-    return SimpleNamespace(id=id, recording=lambda: content, scores=scores)
-
-
 def test_two_pauses_are_measured_but_no_short_gap_or_silence_around_speech():
     short = floors.SHORTEST_PAUSE - 2 * FRAME_LENGTH
     speech = tone(1), silence(short), tone(1), silence(0.6), tone(0.5), silence(1.2), tone(0.8)
@@ -146,51 +135,27 @@ def test_silent_and_very_short_audio_has_finite_features(audio):
     assert (found["pauses"], found["silence_share"]) == (0, 0)
 
 
-def spoken(seed):
-    """A recording with some pauses between tones, all of random lengths and levels."""
-    draw = np.random.default_rng(seed)
-    parts = [tone(draw.uniform(0.3, 1), amplitude=draw.uniform(0.1, 0.5))]
-    for _ in range(draw.integers(0, 4)):
-        parts += [silence(draw.uniform(0.1, 1)), tone(draw.uniform(0.3, 1), amplitude=draw.uniform(0.1, 0.5))]
-    return np.concatenate(parts)
-
-
-def planted(audio):
-    found = features(audio)
-    return {
-        "accuracy": 8 - found["pause_sum"],
-        "fluency": 9 - 1.5 * found["pauses"],
-        "prosodic": 2 + found["duration"] / 2,
-        "total": 7 + found["level_50"] / 10 - found["silence_share"],
-    }
-
-
-def test_a_linear_relation_is_recovered_on_utterances_whose_scores_are_not_seen():
-    train = [utterance(f"a{i}", audio := spoken(i), planted(audio)) for i in range(40)]
-    test = [utterance(f"b{i}", spoken(100 + i), {}) for i in range(15)]
+def test_the_fit_is_sklearns_linear_regression_kept_to_the_scale_of_the_scores(corpus):
+    train, test = (data.read_corpus(corpus, split) for split in ("train", "test"))
+    inputs, tested = ([floors.waveform_features(read_audio(u.recording)) for u in split] for split in (train, test))
+    human = [[u.scores[name] for name in prompts.SCORES] for u in train]
+    expected = LinearRegression().fit(inputs, human).predict(tested)
     fitted = floors.pauses_and_energy(train, test)
-    assert list(fitted) == [u.id for u in test]
-    for i, u in enumerate(test):
-        assert fitted[u.id] == pytest.approx(planted(spoken(100 + i)), abs=1e-4)
+    assert [*fitted] == [u.id for u in test] and expected.max() > 10
+    assert np.allclose([[scores[name] for name in prompts.SCORES] for scores in fitted.values()], expected.clip(0, 10))
 
 
 @pytest.fixture(scope="module")
 def copied(corpus, tmp_path_factory):
     """Predictions file of a system that gives everybody the same scores and writes the canonical phones."""
-    lines = []
-    for u in data.read_corpus(corpus, "test")[:12]:
-        answers = prompts.apa_target(dict.fromkeys(prompts.SCORES, 5)), prompts.mdd_target(u.text, u.canonical)
-        for task, output in zip(prompts.TASKS, answers):
-            lines.append(
-                {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
-            )
+    lines = copying(data.read_corpus(corpus, "test", 12), dict.fromkeys(prompts.SCORES, 5))
     return write(tmp_path_factory.mktemp("predictions") / "predictions.jsonl", lines)
 
 
 def test_the_floors_of_a_run_are_those_of_the_corpus_it_was_asked_about(monkeypatch, copied, corpus, tmp_path, capsys):
     shutil.copy(copied, tmp_path)
     (tmp_path / answers.SETTINGS).write_text(json.dumps({"evaluated": "base", "data": str(corpus)}))
-    run(monkeypatch, floors, tmp_path / "predictions.jsonl")
+    call(monkeypatch, floors, tmp_path / "predictions.jsonl")
     printed = capsys.readouterr().out.splitlines()
     wanted = ["this run, base", "canonical phones", "writes nothing", "pauses and energy"]
     assert [name for line in printed if (name := line[2:].split("  ")[0]) in wanted][:4] == wanted
@@ -210,7 +175,7 @@ def test_flagging_everything_is_a_floor_of_detection():
 def test_predictions_of_another_corpus_are_refused(monkeypatch, copied, corpus, tmp_path, change):
     first, *rest = answers.read(copied)
     with pytest.raises(cli.InputError, match="is not in .*--data"):
-        run(monkeypatch, floors, write(tmp_path / "p.jsonl", [first | change, *rest]), "--data", corpus)
+        call(monkeypatch, floors, write(tmp_path / "p.jsonl", [first | change, *rest]), "--data", corpus)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,8 +185,8 @@ def test_predictions_of_another_corpus_are_refused(monkeypatch, copied, corpus, 
 def test_silence_has_the_length_and_swapped_audio_another_speaker(corpus):
     utterances = data.read_corpus(corpus, "test")
     silent, swapped = (ablation.other_audio(utterances, how) for how in ("silence", "swap"))
-    assert [len(floors.sound.read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
-    assert not any(floors.sound.read_audio(u.recording).any() for u in silent)
+    assert [len(read_audio(u.recording)) for u in silent] == [u.samples for u in utterances]
+    assert not any(read_audio(u.recording).any() for u in silent)
     with pytest.raises(cli.InputError, match="two speakers: use more utterances, or silence"):
         ablation.other_audio(utterances[:3], "swap")
     by_bytes = {u.recording(): u.speaker for u in utterances}

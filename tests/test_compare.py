@@ -4,6 +4,7 @@ import csv
 import io
 import statistics
 
+from conftest import call
 import numpy as np
 import pytest
 from records import one_hot, records, write
@@ -19,8 +20,7 @@ from support import cli
 
 def run(monkeypatch, capsys, command, *arguments):
     """What a command of analysis/ prints, called in this process."""
-    monkeypatch.setattr("sys.argv", [command.__name__, *map(str, arguments)])
-    command.main()
+    call(monkeypatch, command, *arguments)
     return capsys.readouterr().out
 
 

@@ -5,10 +5,12 @@ import json
 import os
 from pathlib import Path
 import shutil
+import sys
 
-from conftest import ROOT, sound
+from conftest import ROOT, call, sound
 import numpy as np
 import pytest
+import torch
 
 from analysis import assessor, listen, pronunciations
 import data
@@ -103,10 +105,16 @@ def test_the_terminal_shows_scores_transcript_and_marks():
 # Speech in a recording
 
 
-def test_noise_and_tones_are_no_speech():
+def test_noise_and_tones_are_no_speech_and_the_detector_leaves_torchs_threads(monkeypatch):
+    monkeypatch.delitem(sys.modules, "silero_vad.model", raising=False)  # which sets them when it is imported
+    monkeypatch.delitem(sys.modules, "silero_vad", raising=False)
+    assessor._detector.cache_clear()
+    torch.set_num_threads(2)
     noise = 0.1 * np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
     swelling = np.sin(np.arange(32_000) / 11) * np.sin(np.arange(32_000) / 1_700) ** 2
     assert assessor.find_speech(noise) == assessor.find_speech(swelling.astype(np.float32)) == []
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("before, after", [(0.5, 0.5), (0.5, 3.0), (2.0, 2.0)])
@@ -138,11 +146,6 @@ def test_real_speech_is_speech_and_stays_whole():
 # The command
 
 
-def main(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["analysis.listen", *map(str, arguments)])
-    listen.main()
-
-
 @pytest.fixture(scope="module")
 def folder(corpus, tmp_path_factory):
     """Three recordings, and a file that is none."""
@@ -171,7 +174,7 @@ def test_without_an_adapter_the_runs_that_are_here_are_named(monkeypatch, tmp_pa
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "settings.json").touch()
     with pytest.raises(cli.InputError, match="here are --adapter out, --adapter seeds/seed-0; --base takes"):
-        main(monkeypatch, "a.wav")
+        call(monkeypatch, listen, "a.wav")
 
 
 def test_recordings_with_a_text_each_are_json_and_a_bad_one_ends_with_1(monkeypatch, run, folder, capsys):
@@ -179,8 +182,8 @@ def test_recordings_with_a_text_each_are_json_and_a_bad_one_ends_with_1(monkeypa
     (folder / "texts.tsv").write_text(f"\ufeff0.wav\t{text}\nbad.wav\twe\n1.wav\n")
     arguments = ["--adapter", run[0] / "out", "--max-new-tokens", 20]
     with pytest.raises(cli.RunError, match=r"1 of 3 recordings cannot be used: .*bad.wav"):
-        main(monkeypatch, "--texts", folder / "texts.tsv", "--json", *arguments)
+        call(monkeypatch, listen, "--texts", folder / "texts.tsv", "--json", *arguments)
     first, bad, last = json.loads(capsys.readouterr().out)
     assert first["text"] == text and last["text"] is None and set(bad) == {"file", "error", "version"}
-    main(monkeypatch, folder / "0.wav", *arguments)
+    call(monkeypatch, listen, folder / "0.wav", *arguments)
     assert str(folder / "0.wav") in (printed := capsys.readouterr().out) and "\x1b[" not in printed

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 import re
 import shutil
-import sys
 
-from conftest import ROOT, read_lines, script, settings
+from conftest import ROOT, call, read_lines, script, settings
 import pytest
 
 from analysis import ablation, floors, report
@@ -77,11 +76,6 @@ def test_l2_arctics_annotation_gives_the_phones_that_were_annotated(l2_arctic, u
     path.write_text("TextGrid")
     with pytest.raises(cli.InputError, match=f"NJS-{utterances[7].id}: .*has no tier of words"):
         data.read_corpus(l2_arctic, "test", reader=L2_ARCTIC)
-
-
-def call(monkeypatch, command, *arguments):
-    monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
-    command.main()
 
 
 def test_a_named_reader_trains_evaluates_and_is_never_run_unnamed(l2_arctic, checkpoint, monkeypatch, tmp_path):

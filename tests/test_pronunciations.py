@@ -3,6 +3,7 @@
 from itertools import product
 import random
 
+from conftest import call
 import pytest
 
 from analysis import assessor, listen, pronunciations
@@ -85,12 +86,11 @@ def test_a_text_that_cannot_be_marked_says_what_to_write(text, message):
 
 
 def test_a_corpus_gives_its_phones_the_most_frequent_first_and_they_are_read_back(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", str(corpus), "--output", str(tmp_path / "p.txt")])
-    pronunciations.main()
+    call(monkeypatch, pronunciations, corpus, "--output", "p.txt")
     utterances = data.read_corpus(corpus, "train")
     assert pronunciations.of_file(tmp_path / "p.txt") == pronunciations.of_corpus(utterances)
     with pytest.raises(cli.InputError, match="p.txt exists already"):
-        pronunciations.main()
+        call(monkeypatch, pronunciations, corpus, "--output", "p.txt")
     said = [data.Word("The", phones, phones, 0) for phones in (("DH", "AH"), ("DH", "IY"), ("DH", "IY"))]
     utterance = data.Utterance("a", None, 400, "the the the", None, tuple(said), "s")
     assert pronunciations.of_corpus([utterance]) == {"THE": [("DH", "IY"), ("DH", "AH")]}

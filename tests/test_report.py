@@ -9,9 +9,9 @@ import re
 import shutil
 from types import SimpleNamespace
 
-from conftest import sound, tone
+from conftest import call, sound, tone
 import pytest
-from records import one_hot, write
+from records import copying, one_hot, write
 
 from analysis import report
 import data
@@ -39,11 +39,10 @@ def mdd(id, phones="W IH S IY", text="WE SEE", **more):
     return {"id": id, "task": "MDD", "output": prompts.mdd_target(text, phones.split()), "reference": reference} | more
 
 
-def evaluated(folder, lines, label="epoch-3", **corpus):
+def evaluated(folder, lines, **corpus):
     """A folder as evaluate.py leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
-    epoch = int(label[6:]) if label.startswith("epoch-") else None
-    how = {"evaluated": label, "strategy": "lora" if epoch else None, "epoch": epoch, "model": "given/model"} | corpus
+    how = {"evaluated": "epoch-3", "strategy": "lora", "epoch": 3, "model": "given/model"} | corpus
     (folder / "predictions.settings.json").write_text(json.dumps(how))
     write(folder / "predictions.jsonl", lines)
     return folder
@@ -158,16 +157,13 @@ def test_the_confusion_picture_has_a_row_a_heard_phone_and_columns_for_others():
 # Utterances
 
 
-def test_the_largest_errors_come_first(page_of):
+def test_the_largest_errors_come_first_with_what_became_of_their_phones(page_of):
     # error: a |5 - 5| + 0/4, b |8 - 5| + 1/4, c unparsed 10 + 4/4, d missing 0 + 2/4
     lines = [apa("a"), mdd("a"), apa("b", 8), mdd("b", "W IH S"), apa("c", output="no"), mdd("c", output="{")]
-    lines.append(mdd("d", "W IY S IY T"))
-    shown = re.findall(r"<span>(\w), error ([\d.]+), PER ([\d.-]+)</span>", page_of(lines))
+    lines.append(mdd("d", "W IY S T"))
+    page = page_of(lines)
+    shown = re.findall(r"<span>(\w), error ([\d.]+), PER ([\d.-]+)</span>", page)
     assert shown == [("c", "11.00", "1.000"), ("b", "3.25", "0.250"), ("d", "0.50", "0.500"), ("a", "0.00", "0.000")]
-
-
-def test_the_phones_stand_under_each_other_with_what_became_of_them(page_of):
-    page = page_of([mdd("a", "W IY S T")])
     marked = '<li class="false-alarm" title="false alarm"><b>IY</b><b>IY</b><b>T</b><i>!</i></li>'
     assert marked in page and '<li class="miss" title="miss"><b>IY</b><b>IH</b><b>IY</b><i>?</i></li>' in page
 
@@ -196,27 +192,23 @@ def test_a_page_of_one_kind_of_answers_or_of_unreadable_ones_is_made(page_of, li
 # The command
 
 
-def make(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
-    report.main()
-
-
 @pytest.fixture
 def lines(corpus):
     """What a system that writes the canonical phones answers to the test part of the corpus."""
-    return [
-        {"id": u.id, "task": task, "speaker": u.speaker, "output": output, "reference": data.reference(u, task)}
-        for u in data.read_corpus(corpus, "test")[:6]
-        for task, output in zip(prompts.TASKS, (prompts.apa_target(u.scores), prompts.mdd_target(u.text, u.canonical)))
-    ]
+    return copying(data.read_corpus(corpus, "test", 6))
 
 
-def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus, lines, tmp_path):
+def test_a_runs_page_has_all_tables_and_its_recordings_and_replaces_nothing(monkeypatch, corpus, lines, tmp_path):
     """The corpus is the one that was evaluated."""
     run = evaluated(tmp_path, lines, data=str(corpus))
+    (run / "scores.png").touch()
+    with pytest.raises(cli.InputError, match="scores.png is there already"):
+        call(monkeypatch, report, run)
+    assert not (run / "report.html").exists()
+    (run / "scores.png").unlink()
     (tmp_path / "settings.json").write_text('{"rank": 16}')
     for _ in range(2):  # its own page is replaced
-        make(monkeypatch, run)
+        call(monkeypatch, report, run)
     page = (run / "report.html").read_text(encoding="utf-8")
     captions = ["Table 3", "Mean error", "Ranks and spread", "Detection", "p-values", "Phones", "Phones heard"]
     places = [re.search(f"<caption>{caption}", page).start() for caption in captions]
@@ -229,23 +221,15 @@ def test_the_page_of_a_run_has_all_tables_and_its_recordings(monkeypatch, corpus
 def test_a_page_without_its_corpus_has_no_recordings_unless_the_user_named_it(monkeypatch, corpus, lines, tmp_path):
     run = evaluated(tmp_path / "out", lines, data=str(tmp_path / "gone"))
     page = tmp_path / "page" / "report.html"
-    make(monkeypatch, run, "--output", page.parent)
+    call(monkeypatch, report, run, "--output", page.parent)
     assert "<audio " not in page.read_text() and "Without recordings" in page.read_text()
     with pytest.raises(cli.InputError, match="gone"):
-        make(monkeypatch, run, "--data", tmp_path / "gone")
+        call(monkeypatch, report, run, "--data", tmp_path / "gone")
     with pytest.raises(cli.InputError, match="--split"):
-        make(monkeypatch, run, "--data", corpus, "--split", "train")
+        call(monkeypatch, report, run, "--data", corpus, "--split", "train")
     shutil.copytree(corpus, tmp_path / "corpus", ignore=shutil.ignore_patterns("train"))
-    make(monkeypatch, run, "--output", page.parent, "--data", tmp_path / "corpus")
+    call(monkeypatch, report, run, "--output", page.parent, "--data", tmp_path / "corpus")
     assert page.read_text().count("<audio ") == 6 and "Without floors of the scores" in page.read_text()
-
-
-def test_a_report_replaces_nothing_else(monkeypatch, lines, tmp_path):
-    run = evaluated(tmp_path / "out", lines)
-    (run / "scores.png").touch()
-    with pytest.raises(cli.InputError, match="scores.png is there already"):
-        make(monkeypatch, run)
-    assert not (run / "report.html").exists()
 
 
 LONG = [
