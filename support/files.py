@@ -240,7 +240,7 @@ def fetch(name: str | Path, revision: str | None, kind: str, patterns: Iterable[
         )
     except Exception as error:  # the hub, HTTP, Xet and the disk each have their own
         raise InputError(
-            f"{kind} {name} is not a folder here, revision {revision} of it is not whole in the cache "
+            f"{kind} {name} is not a folder here, revision {revision or 'main'} of it is not whole in the cache "
             f"{constants.HF_HUB_CACHE}, and the hub does not give it: {type(error).__name__}: {first_line(error)}; "
             f"give a folder or another id, log in (hf auth login), or start once where there is a network"
         ) from error
