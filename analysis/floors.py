@@ -38,15 +38,6 @@ NOTE = (
     "pauses and energy: a linear fit that knows no phones; a model that is not above it has learnt nothing about "
     "pronunciation."
 )
-FEATURES = (
-    "duration",  # seconds
-    "speech_span",  # seconds from the start of the first speech frame to the end of the last
-    "silence_share",  # of all frames, those before and after speech included
-    "pauses",  # count, between speech only
-    "longest_pause",  # seconds
-    "pause_sum",  # seconds
-    *(f"level_{percentile}" for percentile in LEVELS),  # dBFS
-)
 
 
 @dataclass(kw_only=True)
@@ -58,27 +49,22 @@ class Settings(evaluate.CorpusSettings):
 # The fit
 
 
-def waveform_features(audio: np.ndarray) -> np.ndarray:
-    """Duration, silence, pauses and levels of one recording.
-
-    audio: (S,) float32 at 16 kHz, at least one frame. Returns (F,) float64, finite, in the order of FEATURES.
-    """
+def waveform_features(audio: np.ndarray) -> dict[str, float]:
+    """Duration, silence, pauses and levels of one recording, finite. audio: (S,) at 16 kHz, at least one frame."""
     levels = frame_levels(audio)  # (frames,)
     speech = np.flatnonzero(levels >= np.percentile(levels, LOUD) - SILENCE)  # indices, never empty
     gaps = np.diff(speech) - 1  # silent frames between neighbouring speech frames
     pauses = _seconds(gaps[gaps > 0])
     pauses = pauses[pauses >= SHORTEST_PAUSE]
-    return np.array(
-        [
-            len(audio) / data.SAMPLE_RATE,
-            _seconds(speech[-1] - speech[0] + 1),
-            1 - len(speech) / len(levels),
-            len(pauses),
-            pauses.max(initial=0.0),
-            pauses.sum(),
-            *np.percentile(levels, LEVELS),
-        ]
-    )
+    return {
+        "duration": len(audio) / data.SAMPLE_RATE,  # seconds, as all that is no share, count or level
+        "speech_span": _seconds(speech[-1] - speech[0] + 1),  # from its first frame to the end of its last
+        "silence_share": 1 - len(speech) / len(levels),  # of all frames, those before and after speech included
+        "pauses": len(pauses),  # between speech only
+        "longest_pause": pauses.max(initial=0.0),
+        "pause_sum": pauses.sum(),
+        **{f"level_{part}": level for part, level in zip(LEVELS, np.percentile(levels, LEVELS))},  # dBFS
+    }
 
 
 def frame_levels(audio: np.ndarray) -> np.ndarray:
@@ -106,7 +92,8 @@ def pauses_and_energy(train: Sequence[data.Utterance], test: Sequence[data.Utter
 
 def _design(utterances):
     """The features of every utterance and a 1 for the intercept: (U, F + 1)."""
-    return np.array([[*waveform_features(sound.read_audio(utterance.recording)), 1.0] for utterance in utterances])
+    found = [waveform_features(sound.read_audio(utterance.recording)) for utterance in utterances]
+    return np.array([[*features.values(), 1.0] for features in found])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,24 +113,21 @@ def find_utterances(records: list[dict], folder: Path, settings: evaluate.Corpus
     return [known[id] for id in dict.fromkeys(record["id"] for record in records)]
 
 
-def phone_floors(records: list[dict]) -> list[evaluate.Row]:
-    """The rows of two "models" that do not listen; none where nobody was asked for phones."""
-    asked = [record for record in records if record["task"] == "MDD"]
-    silent = [record | {"output": prompts.mdd_target("", [])} for record in asked]
-    if not asked:
-        return []
-    return [evaluate.copying_floor(asked), evaluate.make_row("writes nothing", silent)]
+def floor_rows(records: list[dict], train: list[data.Utterance], test: list[data.Utterance]) -> list[evaluate.Row]:
+    """The rows of three "models" that know no phones, each where it was asked for what it answers.
 
-
-def score_floors(records: list[dict], train: list, test: list) -> list[evaluate.Row]:
-    """The row of `pauses_and_energy`; none where nobody was asked for scores, or the train part has none."""
-    asked = [record for record in records if record["task"] == "APA"]
-    scored = [utterance for utterance in train if utterance.scores]
-    if not (asked and scored):
-        return []
-    fitted = pauses_and_energy(scored, test)
-    answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in asked]
-    return [evaluate.make_row("pauses and energy", answered)]
+    train, test: of the corpus; without a train part there is no fit.
+    """
+    transcribed, asked = ([record for record in records if record["task"] == task] for task in ("MDD", "APA"))
+    scored, rows = [utterance for utterance in train if utterance.scores], []
+    if transcribed:
+        silent = [record | {"output": prompts.mdd_target("", [])} for record in transcribed]
+        rows += [evaluate.copying_floor(transcribed), evaluate.make_row("writes nothing", silent)]
+    if asked and scored:
+        fitted = pauses_and_energy(scored, test)
+        answered = [record | {"output": prompts.apa_target(fitted[record["id"]])} for record in asked]
+        rows.append(evaluate.make_row("pauses and energy", answered))
+    return rows
 
 
 def main() -> None:
@@ -154,7 +138,7 @@ def main() -> None:
     test = find_utterances(records, folder, settings)
     train = evaluate.read_corpus(folder, replace(settings, split="train"))
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    evaluate.show(rows, phone_floors(records) + score_floors(records, train, test))
+    evaluate.show(rows, floor_rows(records, train, test))
     cli.say(NOTE)
 
 

@@ -8,7 +8,6 @@ beside what copying the sentence gives. --format csv or latex prints the phones 
 
 from collections import Counter
 from dataclasses import dataclass
-import math
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -44,45 +43,31 @@ class Settings:
     format: compare.Format = "table"
 
 
-def phone_report(heard: list[list[str]], written: list[list[str]]) -> list[dict]:
-    """For each phone, by the alignment of `metrics.align`: how often it was heard, precision, recall, its confusions.
+def count_pairs(heard: list[list[str]], written: list[list[str]]) -> Counter:
+    """How often each (heard phone, written phone) stands in the alignments of `metrics.align`; None stands for a gap.
 
-    heard, written: one list of phones per utterance. Returns a list of dicts with phone, support, precision, recall
-    and confusions [(written phone or None, count)], the most frequent phone first; phone None stands for what only the
-    model wrote.
+    heard, written: one list of phones per utterance.
     """
-    pairs = Counter(pair for utterance in zip(heard, written, strict=True) for pair in metrics.align(*utterance))
-    support, outputs = Counter(), Counter()
-    for (phone, output), count in pairs.items():
-        support[phone] += count
-        outputs[output] += count
-    return [
-        {
-            "phone": phone,
-            "support": count,
-            "precision": pairs[phone, phone] / outputs[phone] if outputs[phone] else math.nan,
-            "recall": pairs[phone, phone] / count,
-            "confusions": sorted(((b, n) for (a, b), n in pairs.items() if a == phone != b), key=lambda c: -c[1]),
-        }
-        for phone, count in support.most_common()
-    ]
+    return Counter(pair for utterance in zip(heard, written, strict=True) for pair in metrics.align(*utterance))
 
 
 def phone_tables(records: list[dict]) -> list[evaluate.Table]:
     """Each phone with how well it is recognised, and the most frequent confusions of all: two tables."""
     _, heard, written = metrics.phones_of(records)
-    report = phone_report(heard, written)
-    phones, pairs = [], []
-    for entry in report:
-        instead = " ".join(f"{written or '-'}:{count}" for written, count in entry["confusions"][:INSTEAD])
-        if entry["phone"]:
-            texts = [f"{entry[key]:.3f}".replace("nan", "-") for key in ("precision", "recall")]
-            phones.append((entry["phone"], [str(entry["support"]), *texts, instead]))
-        for written, count in entry["confusions"]:
-            share = f"{count / entry['support']:.3f}" if entry["phone"] else "-"
-            pairs.append((f"{entry['phone'] or 'nothing'} > {written or 'nothing'}", count, share))
-    often = sorted(pairs, key=lambda pair: -pair[1])[:CONFUSIONS]
-    often = [(name, [str(count), share]) for name, count, share in often]
+    pairs, phones, confusions = count_pairs(heard, written), [], []
+    support, outputs = (Counter(pair[side] for pair in pairs.elements()) for side in (0, 1))
+    for phone, count in support.most_common():  # phone None: what only the model wrote
+        wrong = [(other, times) for (said, other), times in pairs.most_common() if said == phone != other]
+        if phone:
+            right = pairs[phone, phone]
+            precision = f"{right / outputs[phone]:.3f}" if outputs[phone] else "-"
+            instead = " ".join(f"{other or '-'}:{times}" for other, times in wrong[:INSTEAD])
+            phones.append((phone, [str(count), precision, f"{right / count:.3f}", instead]))
+        for other, times in wrong:
+            share = f"{times / count:.3f}" if phone else "-"
+            confusions.append((times, f"{phone or 'nothing'} > {other or 'nothing'}", share))
+    confusions.sort(key=lambda row: -row[0])
+    often = [(name, [str(times), share]) for times, name, share in confusions[:CONFUSIONS]]
     return [("Phones", COLUMNS, phones), ("Phones heard > written most often", ["times", "share"], often)]
 
 

@@ -215,15 +215,15 @@ def draw_confusion(heard: list[list[str]], written: list[list[str]]) -> "figures
     A dot's area is the share of the heard phone's occurrences; what was written right is left out. The last columns are
     phones that nobody was heard to say, and nothing. What was added has no such share and is not shown.
     """
-    report = [entry for entry in phones.phone_report(heard, written) if entry["phone"]]
+    support = Counter(phone for said in heard for phone in said)
     place = {phone: i for i, phone in enumerate(pronunciations.PHONES)}  # so common confusions lie near the diagonal
-    rows = sorted((e["phone"] for e in report), key=lambda phone: (place.get(phone, len(place)), phone))
+    rows = sorted(support, key=lambda phone: (place.get(phone, len(place)), phone))
     columns = [*rows, OTHER, NOTHING]
     shares = Counter()
-    for entry in report:
-        for phone, count in entry["confusions"]:
-            column = NOTHING if phone is None else phone if phone in rows else OTHER
-            shares[columns.index(column), rows.index(entry["phone"])] += count / entry["support"]
+    for (phone, other), count in phones.count_pairs(heard, written).items():
+        if phone and phone != other:
+            column = NOTHING if other is None else other if other in rows else OTHER
+            shares[columns.index(column), rows.index(phone)] += count / support[phone]
     figure = figures.Figure(figsize=(6, 6), layout="constrained")
     axis = figure.subplots()
     side = 5.2 * 72 / len(columns)  # points of a row or column, about
@@ -374,7 +374,7 @@ def make_page(
     tested, train, notes = corpus
     papers_corpus = evaluate.is_papers_corpus(records)
     rows = evaluate.rows_of(records, evaluation.label, evaluation.paper_row)
-    floor_rows = floors.phone_floors(records) + floors.score_floors(records, train, tested)
+    floor_rows = floors.floor_rows(records, train, tested)
     found = standings(rows[0], floor_rows, papers_corpus)
     known = {utterance.id: utterance for utterance in tested}
     every = read_answers(records, {id: utterance.text for id, utterance in known.items()})
