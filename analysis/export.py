@@ -107,8 +107,7 @@ def export(settings: Settings) -> str:
         stops = [model.tokenizer.convert_tokens_to_ids(prompts.END), model.tokenizer.eos_token_id]  # as evaluated
         change_json(folder / "generation_config.json", eos_token_id=stops, suppress_tokens=model.control_ids)
         change_json(folder / "config.json", dtype=dtype, torch_dtype=dtype)
-        texts = {task: prompts.build_prompt(task) for task in prompts.TASKS}
-        (folder / "prompts.json").write_text(json.dumps(texts, indent=2) + "\n")
+        (folder / "prompts.json").write_bytes(files.read_bytes(evaluation.adapter / "prompts.json"))
         # last: what was killed is no model
         huggingface_hub.save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     return said

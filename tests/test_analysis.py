@@ -73,7 +73,6 @@ def distributed(total):
     "content, message",
     [
         (b"", "is empty"),
-        (b"\x89PNG\r\n", "is not UTF-8"),
         (changed(0)[:-20], "line 12 of"),
         (changed(0).replace(b"\n", b"\n\n", 1), "line 2 of"),
         (changed(2, id=3), "line 3 of .*id 3"),

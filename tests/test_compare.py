@@ -103,20 +103,15 @@ def test_scorings_that_all_have_are_compared_else_the_one_of_each():
         compare.scorings_of([[greedy, expected], [both]])
 
 
-def speakers_permuted(lines):
-    return [line | {"speaker": f"s{(int(line['speaker'][1:]) + 1) % 4}"} for line in lines]
-
-
-def relabelled(lines):
-    return [lines[0] | {"reference": dict.fromkeys(prompts.SCORES, 9)}, *lines[1:]]
+RELABELLED = {"reference": dict.fromkeys(prompts.SCORES, 9)}
 
 
 @pytest.mark.parametrize(
     "speakers, change, arguments, message",
     [
         (4, lambda lines: lines[:-2], "a b", "2 answers are in one alone, .*u11 APA: evaluate all on one corpus"),
-        (4, relabelled, "a --against b", "1 answers .*u0 APA"),
-        (4, speakers_permuted, "a --against b", "24 answers .*another speaker"),
+        (4, lambda lines: [lines[0] | RELABELLED, *lines[1:]], "a --against b", "1 answers .*u0 APA"),
+        (4, lambda lines: records(12, 3), "a --against b", "18 answers .*another speaker"),
         (1, list, "a --against b", "name no speakers, or one alone"),
         (4, list, "a --against b b", "b is named more than once"),
     ],

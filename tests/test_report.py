@@ -61,20 +61,14 @@ def page_of(tmp_path):
     return make
 
 
-def elements(page):
-    """All elements of a page, as (name, attributes)."""
-    found, parser = [], HTMLParser()
-    parser.handle_starttag = lambda name, attributes: found.append((name, dict(attributes)))
-    parser.feed(page)
-    return found
-
-
 def test_text_of_models_and_corpus_is_text_and_nothing_is_loaded_or_run(page_of):
     lines = [apa(ATTACK), mdd(ATTACK, phones=ATTACK, text=ATTACK), apa("b", output=ATTACK), mdd("b", output=ATTACK)]
     reference = {"word_transcript": ATTACK, "canonical": ["$"], "heard": ["$\\frac$", "\x00", "<b>"]}
     lines.append(mdd("d", phones="$_$ \x01", reference=reference))
     page = page_of(lines, [utterance(ATTACK)], label=ATTACK)
-    found = elements(page)
+    found, parser = [], HTMLParser()
+    parser.handle_starttag = lambda name, attributes: found.append((name, dict(attributes)))
+    parser.feed(page)
     assert page.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;") >= 10
     assert not {"script", "link", "b>"} & {name for name, _ in found} and "url(" not in page and "@import" not in page
     attributes = [pair for _, pairs in found for pair in pairs.items()]
