@@ -23,6 +23,7 @@ import io
 import json
 import math
 from pathlib import Path
+import re
 import time
 from typing import Annotated, Literal, NamedTuple
 
@@ -96,7 +97,7 @@ HIDDEN = 128  # channels after upsampling, and of the LSTM each way (document)
 BLANK, UNKNOWN = 0, 1  # of CTC (document); a gloss that training did not have (our choice)
 SPECIAL = ("<blank>", "<unk>")
 # Anywhere in a gloss (public code): markers, pointing, gestures. It takes words such as POSITIV along.
-DROPPED = ("__", "loc-", "cl-", "lh-", "rh-", "IX", "WG", "$GEST", "PLUSPLUS", "POS")
+DROPPED = re.compile(r"__|loc-|cl-|lh-|rh-|IX|WG|\$GEST|PLUSPLUS|POS")
 KEYS = ("features", "feature", "arr_0")  # of an .npz file; else its first array (public code)
 SHORTEST = 5  # frames; two after the reduction by 4, so that the batch statistics of one sequence exist
 
@@ -169,8 +170,8 @@ def read_split(folder, split, groups, which):
             raise cli.InputError("its id stands in several lines")
         if reserved := set(glosses) & set(SPECIAL):
             raise cli.InputError(f"{', '.join(sorted(reserved))} is no gloss, the name is taken: rename it")
-        kept = tuple(gloss for gloss in glosses if which == "all" or not is_dropped(gloss))
-        return Sample(id, signer, kept, path, len(read_features(path, sum(groups.values()))))
+        kept = [gloss for gloss in glosses if which == "all" or len(gloss) > 1 and not DROPPED.search(gloss)]
+        return Sample(id, signer, tuple(kept), path, len(read_features(path, sum(groups.values()))))
 
     named = [(f"line {row[0]}, {row[1]}", row) for row in rows]
     samples = common.every(named, read, f"sequences of {folder} ({split})")
@@ -190,10 +191,6 @@ def read_annotations(path):
     if bad := [str(line) for line, row in enumerate(rows, 2) if len(row) != len(columns) or not row[id]]:
         raise cli.InputError(f"{path} needs {len(columns)} fields and an id in line {', '.join(bad)}: repair it")
     return [(line, row[id], row[signer], row[annotation].split()) for line, row in enumerate(rows, 2)]
-
-
-def is_dropped(gloss):
-    return len(gloss) == 1 or any(part in gloss for part in DROPPED)
 
 
 def read_features(path, width):
@@ -323,24 +320,17 @@ def augment(frames, needed, rng):
 # mean: a sequence has the same output in every batch, and padding moves no running statistic.
 
 
-class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch norm of the frames that are there; the others become 0."""
-
-    def forward(self, x, mask):  # (B, C, T), (B, T)
-        x = x.transpose(1, 2)  # (B, T, C)
-        normalised = super().forward(x[mask])  # (frames, C)
-        return torch.zeros_like(x).masked_scatter(mask[..., None], normalised.to(x.dtype)).transpose(1, 2)
-
-
 class ConvNorm(nn.Module):
-    """Convolution over time, masked batch norm, activation: those used here keep 0 at 0. Output cut to the mask."""
+    """Convolution over time, batch norm, activation, of the frames that are there alone; the others become 0."""
 
     def __init__(self, conv, activation=nn.Identity):
         super().__init__()
-        self.conv, self.norm, self.activation = conv, MaskedBatchNorm(conv.out_channels), activation()
+        self.conv, self.norm, self.activation = conv, nn.BatchNorm1d(conv.out_channels), activation()
 
     def forward(self, x, mask):  # (B, C, T); mask (B, T') of the output's frames
-        return self.activation(self.norm(self.conv(x)[..., : mask.shape[1]], mask))
+        x = self.conv(x)[..., : mask.shape[1]].transpose(1, 2)  # (B, T', C)
+        y = self.activation(self.norm(x[mask]))  # (frames, C)
+        return torch.zeros_like(x).masked_scatter(mask[..., None], y.to(x.dtype)).transpose(1, 2)
 
 
 def same_conv(inputs, outputs, kernel, stride=1, groups=1, bias=False):

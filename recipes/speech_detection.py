@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import hashlib
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -87,7 +88,6 @@ B) NONSPEECH (music/noise/silence/animals)
 Answer with A or B ONLY."""
 LETTERS = {"SPEECH": "A", "NONSPEECH": "B"}
 END = "<|im_end|>"
-IGNORE = -100  # label of positions without loss, PyTorch's cross-entropy default
 LANGUAGE_MODEL = r"language_model\.layers\.\d+\."  # names alone, such as q_proj, would match the audio encoder too
 ATTENTION, MLP = LANGUAGE_MODEL + r"self_attn\.[qkvo]_proj", LANGUAGE_MODEL + r"mlp\.(gate|up|down)_proj"
 UNQUANTISED = ["model.audio_tower", "model.multi_modal_projector", "lm_head"]
@@ -97,6 +97,7 @@ DURATIONS = (200, 500, 1000)  # ms; 200 and 1,000 as there, 500 between
 SNRS = (0, 5, 10, 20)  # dB, as there
 PEAK = 0.9 * 10 ** (-3 / 20)  # of every clip, as there: a gain keeps the SNR, and no class is louder
 MASKING = ("white", "pink")  # noise that is added to both classes alike; our choice
+CELLS = [*product(SNRS, DURATIONS, LETTERS)]  # clips take turns, so all are as frequent
 SHORTEST = DURATIONS[-1] * data.SAMPLE_RATE // 1000  # samples that a source must have
 SPLITS = ("train", "test")
 
@@ -115,12 +116,11 @@ def check(settings):
         raise cli.InputError("--quantize nf4 freezes the weights that --train all would train")
     if settings.train == "lora" and settings.model == TINY:
         raise cli.InputError("--model tiny has random weights, and an adapter alone cannot teach it: add --train all")
-    cells = len(LETTERS) * len(DURATIONS) * len(SNRS)
     for name in ("train_clips", "test_clips"):
-        if (clips := getattr(settings, name)) % cells:
+        if (clips := getattr(settings, name)) % len(CELLS):
             raise cli.InputError(
                 f"{cli.flag(name)} {clips} cannot be shared equally by {len(LETTERS)} classes x {len(DURATIONS)} "
-                f"durations x {len(SNRS)} SNRs: use a multiple of {cells}"
+                f"durations x {len(SNRS)} SNRs: use a multiple of {len(CELLS)}"
             )
 
 
@@ -264,12 +264,10 @@ def one_clip(split, number, speakers, others, kinds, rng):
 
     A speech recording is used once; where a made-up kind needs one (scrambled), it is of a speaker of the same split.
     """
-    turn, label = divmod(number, len(LETTERS))
-    turn, duration = divmod(turn, len(DURATIONS))
-    turn, snr = divmod(turn, len(SNRS))
+    turn, cell = divmod(number, len(CELLS))
+    snr, duration, label = CELLS[cell]
     # Kinds begin elsewhere in each combination and each time, so that none is tied to a duration or an SNR.
-    turn = turn * (len(DURATIONS) * len(SNRS) + 1) + duration * len(SNRS) + snr
-    label, duration, snr = list(LETTERS)[label], DURATIONS[duration], SNRS[snr]
+    turn = turn * (len(DURATIONS) * len(SNRS) + 1) + DURATIONS.index(duration) * len(SNRS) + SNRS.index(snr)
     kinds = ["speech"] if label == "SPEECH" else [*kinds, *(["sound"] if others else [])]
     kind = kinds[turn % len(kinds)]
     masking = str(rng.choice(MASKING))
@@ -317,10 +315,10 @@ def normalise(wave, name):
 def check_leaks(clips):
     """Raises RunError when train and test share a source, a speaker or a sound: the test would measure memory."""
     for what in ("source", "group", "sound"):
-        seen = {split: {getattr(clip, what): clip.id for clip in clips if clip.split == split} for split in SPLITS}
+        seen = {split: {getattr(clip, what): clip for clip in clips if clip.split == split} for split in SPLITS}
         if shared := sorted(seen["train"].keys() & seen["test"].keys()):
-            named = {clip.id: f"{clip.id} ({clip.source})" for clip in clips}
-            pairs = ", ".join(f"{named[seen['train'][key]]} and {named[seen['test'][key]]}" for key in shared[:3])
+            both = ([seen[split][key] for split in SPLITS] for key in shared[:3])
+            pairs = ", ".join(" and ".join(f"{clip.id} ({clip.source})" for clip in pair) for pair in both)
             raise cli.RunError(
                 f"train and test clips share a {what}, {len(shared)} times: {pairs}; the test would measure memory"
             )
@@ -442,17 +440,6 @@ def read_clips(processor, waves, answers=None):
     return processor(text=texts, audio=waves, sampling_rate=data.SAMPLE_RATE, padding=True, return_tensors="pt")
 
 
-def mask_labels(batch, processor, answers):
-    """(B, T): the answer's tokens, the letter and <|im_end|>, and IGNORE on all before them."""
-    labels = torch.full_like(batch["input_ids"], IGNORE)
-    for row, answer in enumerate(answers):
-        ids = processor.tokenizer.encode(answer + END, add_special_tokens=False)
-        if batch["input_ids"][row, -len(ids) :].tolist() != ids:
-            raise cli.InputError(f"this checkpoint's tokenizer joins the answer {answer!r} with what stands before it")
-        labels[row, -len(ids) :] = torch.tensor(ids)
-    return labels
-
-
 def letter_ids(tokenizer):
     """{label: ids of the single tokens that write its letter}: plain, after a space, after a newline."""
     ids = {}
@@ -463,12 +450,16 @@ def letter_ids(tokenizer):
 
 
 def answer_loss(network, processor, waves, answers):
-    """Summed cross-entropy of the answers' tokens."""
+    """Summed cross-entropy of the answers' tokens, the letter and <|im_end|>: padded on the left, each row ends so."""
     batch = read_clips(processor, waves, answers).to(network.device)
-    labels = mask_labels(batch, processor, answers)
+    taught = [processor.tokenizer.encode(answer + END, add_special_tokens=False) for answer in answers]
+    labels = batch["input_ids"][:, -len(taught[0]) :]  # (B, 2)
+    if labels.tolist() != taught:
+        raise cli.InputError(f"this checkpoint's tokenizer joins the answers {answers} with what stands before them")
     with common.autocast():
         logits = network(**batch).logits  # (B, T, V)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    before = logits[:, -labels.shape[1] - 1 : -1]  # each token is written where the one before it is read
+    return F.cross_entropy(before.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def losses(network, processor, settings, waves, step):
@@ -590,9 +581,7 @@ def _range(interval):
 
 def compare(first, second):
     """Print the difference of two runs on the same clips: exact McNemar, and a paired bootstrap over groups."""
-    runs = []
-    for folder in (first, second):
-        runs.append(files.read_lines(folder / "predictions.jsonl", Prediction))
+    runs = [files.read_lines(folder / "predictions.jsonl", Prediction) for folder in (first, second)]
     described = [[line.model_dump(include=set(Clip.model_fields)) for line in run] for run in runs]
     if described[0] != described[1] or not described[0]:
         raise cli.InputError(

@@ -23,27 +23,18 @@ def noise(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def measured(noise):
-    """A step of 4 examples in micro-batches of 2, by each contestant."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step, "STEP", STEP)
-        patch.setattr(train_step, "MICRO_BATCH", 2)
-        names = ("Trainer", "Trainer, audio unpadded", "ours")
-        return {name: train_step.measure(name, noise, full=False)["steps"] for name in names}
-
-
 @pytest.mark.slow
-def test_contestants_train_on_the_same_tokens_to_the_same_losses(measured):
-    for ours, theirs in zip(measured["ours"], measured["Trainer, audio unpadded"], strict=True):
-        assert ours["tokens"] == theirs["tokens"] and ours["padding"] < theirs["padding"]
+def test_contestants_train_on_the_same_tokens_to_the_same_losses(noise, monkeypatch):
+    monkeypatch.setattr(train_step, "STEP", STEP)
+    monkeypatch.setattr(train_step, "MICRO_BATCH", 2)
+    contestants = "Trainer", "Trainer, audio unpadded", "ours"
+    padded, unpadded, own = (train_step.measure(name, noise, full=False)["steps"] for name in contestants)
+    for ours, theirs, wider in zip(own, unpadded, padded, strict=True):
+        assert ours["tokens"] == theirs["tokens"] == wider["tokens"] and ours["padding"] < theirs["padding"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
-    for padded, theirs in zip(measured["Trainer"], measured["Trainer, audio unpadded"], strict=True):
-        assert padded["tokens"] == theirs["tokens"]
-        assert padded["loss"] == pytest.approx(theirs["loss"], rel=1e-2)  # its embeddings depend on the batch
-    losses = [step["loss"] for step in measured["ours"]]
-    assert losses[2] < losses[1]  # the same step again
+        assert wider["loss"] == pytest.approx(theirs["loss"], rel=1e-2)  # its embeddings depend on the batch
+    assert own[2]["loss"] < own[1]["loss"]  # the same step again
 
 
 def test_the_scaled_models_proportions_are_the_real_models():

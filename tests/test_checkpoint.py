@@ -28,10 +28,6 @@ def load(folder, speech_adapter="merge"):
     return models.load_base(pretrained.find(folder), "float32", "sdpa", speech_adapter)
 
 
-def change_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 @pytest.fixture(scope="module")
 def bare(checkpoint, tmp_path_factory):
     """The checkpoint of conftest with the names that transformers' converter writes."""
@@ -87,7 +83,11 @@ def pickled(name):
 
 
 def changed(name, **values):
-    return lambda folder: change_json(folder / f"{name}.json", **values)
+    def damage(folder):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
 
 
 EXTRA = "model.layers.0.self_attn.q_proj.weight"
@@ -116,7 +116,6 @@ def silent_speech_adapter(folder):
         (changed("preprocessor_config", hop_length=80), "preprocessor_config.json: hop_length 80"),
         (lambda folder: fifo(folder / "model.safetensors"), "model.safetensors is not a regular file"),
         (silent_speech_adapter, "the speech adapter changes nothing: .*o_proj"),
-        (changed("config", hidden_size=3072, num_hidden_layers=32), "needs a CUDA GPU, .*python tiny.py"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),
         (one_weight_more, f"1 weights are not those of this model, such as: {EXTRA} is unexpected"),
         (pickled(""), "model '.*copy' cannot be loaded"),

@@ -4,6 +4,7 @@ from collections import Counter
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from conftest import read_lines
 import numpy as np
@@ -109,17 +110,6 @@ def test_a_clip_shorter_than_a_time_mask_or_transcribed_as_its_gold_is_left_out(
     assert recipe.choose_training(lines, samples, recogniser) == ([], ["b"])
 
 
-class FakeLlm:
-    """Answers from a table, and remembers what it was asked."""
-
-    def __init__(self, answers):
-        self.answers, self.asked = answers, []
-
-    def rewrite(self, transcripts):
-        self.asked += transcripts
-        return [self.answers[transcript] for transcript in transcripts]
-
-
 def test_gold_is_rejected_with_its_reason_and_nothing_empty_is_sent(recogniser, tmp_path):
     alphabet = "characters outside the alphabet"
     expected = {  # transcript: answer, gold, verdict
@@ -132,11 +122,12 @@ def test_gold_is_rejected_with_its_reason_and_nothing_empty_is_sent(recogniser, 
         "ROOM": ("Room 12", None, alphabet),
         "": (None, None, "empty transcript"),
     }
-    llm = FakeLlm({transcript: answer for transcript, (answer, _, _) in expected.items()})
+    asked = []
+    llm = SimpleNamespace(rewrite=lambda texts: asked.extend(texts) or [expected[text][0] for text in texts])
     given = recipe.Settings(llm_batch=3, max_distance=0.25, output=tmp_path)
     samples = [sample(str(i), human=None) for i in range(len(expected))]
     lines = recipe.write_gold(samples, list(expected), recogniser, llm, given)
-    assert sorted(llm.asked) == sorted(expected)[1:]
+    assert sorted(asked) == sorted(expected)[1:]
     assert {line["baseline"]: (line["answer"], line["gold"], line["verdict"]) for line in lines} == expected
     assert [line["distance"] for line in lines[:3]] == [0.5, 0.25, 2.5]
     assert read_lines(tmp_path / "gold.jsonl") == lines
@@ -228,11 +219,8 @@ def test_error_rates_are_pooled_and_a_line_without_reference_is_left_out():
     ],
 )
 def test_a_run_freezes_its_gold_and_says_what_it_is(how, references, said, corpus, folder, monkeypatch, capsys):
-    class Echo:
-        def __init__(self, *_):
-            self.rewrite = lambda transcripts: [f"{transcript} A" for transcript in transcripts]
-
-    monkeypatch.setattr(recipe, "Llm", Echo)
+    echo = SimpleNamespace(rewrite=lambda transcripts: [f"{transcript} A" for transcript in transcripts])
+    monkeypatch.setattr(recipe, "Llm", lambda *_: echo)
     recipe.run(recipe.Settings(data=str(corpus), recogniser=folder, limit=20, validation=0.5, epochs=1, **how))
     results = json.loads(Path("out-gold/evaluation_results.json").read_text())
     gold, held_out = (

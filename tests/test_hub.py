@@ -109,58 +109,35 @@ def server(checkpoint, corpus, tmp_path_factory):
         server.shutdown()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One life of a machine: online, then with a moved revision
-
-
-@pytest.fixture(scope="module")
-def life(server, tmp_path_factory):
-    """The machine's folder, and {what was run: (exit code, output, requests)} with the default ids."""
-    folder, happened = tmp_path_factory.mktemp("machine"), {}
-
-    def run(what, *arguments):
-        environment = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+@pytest.mark.slow
+def test_default_ids_are_fetched_once_recorded_and_not_asked_for_when_they_moved(server, tmp_path, monkeypatch):
+    def requests_of(*arguments):
+        environment = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
         environment |= {"HTTPS_PROXY": server.url, "NO_PROXY": "127.0.0.1"}  # so that the hub sees whatever is asked
         server.seen.clear()
-        result = script(*arguments, cwd=folder, environment=environment)
-        happened[what] = result.returncode, result.stdout + result.stderr, list(server.seen)
+        result = script(*arguments, cwd=tmp_path, environment=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return sorted(server.seen)
 
     size = "--limit 4 --rank 4 --batch-size 4 --accumulation 1 --epochs 1 --learning-rate 1e-2".split()
-    train = [ROOT / "train.py", *size, "--output"]
-    run("train", *train, "online")
-    server.revisions[MODEL, REVISION] = SECOND
-    shutil.rmtree(folder / "cache" / "datasets", ignore_errors=True)  # made of the Parquet files
-    run("evaluate, moved", ROOT / "evaluate.py", "--adapter", "online", "--limit", 4, "--max-new-tokens", 20)
-    server.revisions[MODEL, REVISION] = FIRST
-    return folder, happened
-
-
-@pytest.mark.slow
-def test_the_default_ids_are_fetched_once_and_only_what_is_needed(life):
-    code, text, requests = life[1]["train"]
-    assert code == 0, text
-    parts = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
     needed = [f"{MODEL}/resolve/{FIRST}/{name}" for name in NEEDED]
+    parts = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
     needed += [f"{CORPUS}/resolve/{data.HUB_CORPUS_REVISION}/{name}" for name in parts]
     asked = [f"GET api/models/{MODEL}/revision/{REVISION}", f"GET api/models/{MODEL}/tree/{FIRST}"]
     asked += [f"GET api/{CORPUS}/tree/{data.HUB_CORPUS_REVISION}"]
-    assert sorted(requests) == sorted(asked + [f"{way} {file}" for file in needed for way in ("HEAD", "GET")])
-
-
-@pytest.mark.slow
-def test_the_commit_is_recorded_and_the_name_stays_the_users(life):
-    epoch = life[0] / "online" / "epoch-1"
-    settings, adapter = (files.read_json(epoch / f"{name}.json", dict) for name in ("settings", "adapter_config"))
+    asked += [f"{way} {file}" for file in needed for way in ("HEAD", "GET")]
+    assert requests_of(ROOT / "train.py", *size, "--output", "online") == sorted(asked)
+    settings, adapter = (
+        files.read_json(tmp_path / "online" / "epoch-1" / f"{name}.json", dict)
+        for name in ("settings", "adapter_config")
+    )
     assert (settings["model"], settings["revision"]) == (MODEL, FIRST)
     assert (settings["data"], settings["data_revision"]) == (data.HUB_CORPUS, data.HUB_CORPUS_REVISION)
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (MODEL, FIRST)
-
-
-@pytest.mark.slow
-def test_an_evaluation_asks_nothing_though_the_revision_has_moved(life):
-    code, text, requests = life[1]["evaluate, moved"]
-    assert code == 0 and not requests, (text, requests)
+    monkeypatch.setitem(server.revisions, (MODEL, REVISION), SECOND)
+    shutil.rmtree(tmp_path / "cache" / "datasets", ignore_errors=True)  # made of the Parquet files
+    assert not requests_of(ROOT / "evaluate.py", "--adapter", "online", "--limit", 4, "--max-new-tokens", 20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -104,14 +104,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ctc_sums_over_all_alignments_in_the_loss_and_in_a_wide_beam(seed):
+def test_ctc_sums_over_all_alignments_in_loss_and_wide_beam_and_greedy_takes_one(seed):
     log_probs = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log_softmax(1)
-    totals = {}  # of each text, one alignment by one
+    totals, likeliest = {}, (0, ())  # of each text, one alignment by one; probability and text of the likeliest one
     for path in itertools.product(range(4), repeat=5):
         text = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol)
-        totals[text] = totals.get(text, 0) + math.exp(sum(log_probs[t, symbol] for t, symbol in enumerate(path)))
+        probability = math.exp(sum(log_probs[t, symbol] for t, symbol in enumerate(path)))
+        totals[text], likeliest = totals.get(text, 0) + probability, max(likeliest, (probability, text))
     for text, probability in totals.items():
         assert gold_transcripts.ctc_loss(log_probs, list(text), 0).item() == pytest.approx(-math.log(probability))
     texts = (text for length in range(6) for text in itertools.product(range(1, 4), repeat=length))
     assert totals.keys() == {text for text in texts if common.frames_needed(text) <= 5}
+    assert tuple(sign_language.greedy_search(log_probs)) == likeliest[1]
     assert tuple(sign_language.beam_search(log_probs, 10_000)) == max(totals, key=totals.get)

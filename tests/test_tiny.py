@@ -45,13 +45,10 @@ def test_the_labels_of_a_clip_are_where_its_phones_sound():
     assert np.abs(wave[:1600]).max() < 0.01 < np.abs(wave[1700:3100]).mean()
 
 
-def voice(skill):
-    return tiny.Voice(pitch=150, tract=1.0, rate=1.0, skill=skill)
-
-
 def test_scores_follow_from_what_was_done_to_the_audio():
     rng = np.random.default_rng(0)
-    good, bad = ([tiny.learner_speech(rng, voice(skill)) for _ in range(60)] for skill in (1.0, 0.0))
+    voices = (tiny.Voice(pitch=150, tract=1.0, rate=1.0, skill=skill) for skill in (1.0, 0.0))
+    good, bad = ([tiny.learner_speech(rng, voice) for _ in range(60)] for voice in voices)
     for record, wave in good + bad:
         labels = [len(word["mispronunciations"]) for word in record["words"]]
         phones = sum(len(word["phones"]) for word in record["words"])
