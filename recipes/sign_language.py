@@ -361,13 +361,13 @@ class Block(nn.Module):
         self.project = ConvNorm(same_conv(expanded, outputs, 1))
         self.stride, self.residual = stride, stride == 1 and inputs == outputs
 
-    def forward(self, x, mask):  # (B, C, T), (B, T) to (B, C', ceil(T / stride))
+    def forward(self, x, mask):  # (B, C, T), (B, T) to (B, C', ceil(T / stride)) and its mask
         after = mask[:, :: self.stride]
         y = self.expand(x, mask) if self.expand else x
         y = self.depthwise(y, after)
         y = self.squeeze(y, after) if self.squeeze else y
         y = self.project(y, after)
-        return x + y if self.residual else y
+        return x + y if self.residual else y, after
 
 
 def new_encoder(inputs, outputs, dropout):
@@ -411,8 +411,7 @@ class Student(nn.Module):
         reduced = mask[:, ::2]
         x = self.stem(x * mask[:, None], reduced)  # (B, C, T/2)
         for block in self.blocks:
-            x = block(x, reduced)  # (B, C, T/2), after block 2 (B, C, T/4)
-            reduced = reduced[:, :: block.stride]
+            x, reduced = block(x, reduced)  # (B, C, T/2), after block 2 (B, C, T/4)
         x = self.projection(self.upsample(x, mask), mask)  # (B, C, T)
         x = self.dropout(x).transpose(1, 2)  # (B, T, C)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)

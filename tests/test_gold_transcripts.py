@@ -12,14 +12,14 @@ from peft import PeftModel
 import pytest
 from safetensors.torch import load_file
 import soundfile
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM
 
 import data
 from recipes import common
 from recipes import gold_transcripts as recipe
+import tiny
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +148,12 @@ def test_an_answer_is_its_first_sentence_without_label_and_quotes(answer, senten
 
 def test_the_llm_answers_a_padded_row_as_it_answers_it_alone(tmp_path):
     """A tiny random Mistral with a chat template, as a checkpoint folder."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["</s>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    tokenizer = tiny.new_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    options = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "eos_token_id": 0, "initializer_range": 0.3}
+    options = {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "initializer_range": 0.3}
     MistralForCausalLM(MistralConfig(**sizes, **options)).save_pretrained(tmp_path)
     llm = recipe.Llm(str(tmp_path), None, 12)
     llm.ends = set(range(len(tokenizer)))  # whatever it writes is an answer

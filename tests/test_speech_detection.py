@@ -2,9 +2,8 @@
 
 from collections import Counter
 import json
-import sys
 
-from conftest import read_lines
+from conftest import call, read_lines
 import numpy as np
 import pytest
 import torch
@@ -180,8 +179,7 @@ def test_an_update_does_not_depend_on_how_its_clips_are_batched(base, clips, tmp
 @pytest.mark.slow
 def test_a_run_keeps_what_it_answered_and_its_model_answers_and_is_compared(speech, tmp_path, monkeypatch, capsys):
     def say(*arguments):
-        monkeypatch.setattr(sys, "argv", ["speech_detection", *map(str, arguments)])
-        recipe.main()
+        call(monkeypatch, recipe, *arguments)
         return capsys.readouterr().out
 
     output, sizes = tmp_path / "out", ["--train-clips", CELL, "--test-clips", CELL]

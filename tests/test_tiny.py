@@ -1,6 +1,7 @@
 import copy
 import re
 
+from conftest import call
 import numpy as np
 import pytest
 import torch
@@ -107,7 +108,6 @@ def test_base_and_speech_adapter_together_compute_what_was_pretrained(tokenizer)
 
 def test_what_is_there_already_is_not_replaced(monkeypatch, tmp_path):
     (tmp_path / "there" / "corpus").mkdir(parents=True)
-    monkeypatch.setattr("sys.argv", ["tiny.py", "--output", "there"])
     with pytest.raises(cli.InputError, match="there/corpus exists already"):
-        tiny.main()
+        call(monkeypatch, tiny, "--output", "there")
     assert len([*tmp_path.rglob("*")]) == 2
