@@ -16,7 +16,7 @@ results.json there.
 Shapes: B sequences, T frames, F features of a frame, C channels, V symbols of the vocabulary (blank and unknown too).
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
 from functools import partial
 import io
@@ -338,17 +338,6 @@ def same_conv(inputs, outputs, kernel, stride=1, groups=1, bias=False):
     return nn.Conv1d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
 
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.down = nn.Conv1d(channels, channels // SQUEEZE, 1)
-        self.up = nn.Conv1d(channels // SQUEEZE, channels, 1)
-
-    def forward(self, x, mask):
-        mean = x.sum(dim=2, keepdim=True) / mask.sum(dim=1)[:, None, None]  # (B, C, 1), over frames that are there
-        return x * torch.sigmoid(self.up(torch.relu(self.down(mean))))
-
-
 class Block(nn.Module):
     """MobileNetV3's inverted residual, over time."""
 
@@ -357,7 +346,10 @@ class Block(nn.Module):
         depthwise = same_conv(expanded, expanded, kernel, stride, groups=expanded)
         self.expand = ConvNorm(same_conv(inputs, expanded, 1), activation) if expanded != inputs else None
         self.depthwise = ConvNorm(depthwise, activation)
-        self.squeeze = SqueezeExcite(expanded) if squeeze else None
+        self.squeeze = None
+        if squeeze:
+            down, up = nn.Conv1d(expanded, expanded // SQUEEZE, 1), nn.Conv1d(expanded // SQUEEZE, expanded, 1)
+            self.squeeze = nn.Sequential(OrderedDict(down=down, relu=nn.ReLU(), up=up, sigmoid=nn.Sigmoid()))
         self.project = ConvNorm(same_conv(expanded, outputs, 1))
         self.stride, self.residual = stride, stride == 1 and inputs == outputs
 
@@ -365,7 +357,9 @@ class Block(nn.Module):
         after = mask[:, :: self.stride]
         y = self.expand(x, mask) if self.expand else x
         y = self.depthwise(y, after)
-        y = self.squeeze(y, after) if self.squeeze else y
+        if self.squeeze:
+            mean = y.sum(dim=2, keepdim=True) / after.sum(dim=1)[:, None, None]  # (B, C, 1), over frames that are there
+            y = y * self.squeeze(mean)
         y = self.project(y, after)
         return x + y if self.residual else y, after
 

@@ -217,7 +217,11 @@ def make_clips(settings):
     utterances = [u for split in SPLITS for u in data.read_corpus(folder, split, reader=settings.data_reader)]
     utterances = [utterance for utterance in utterances if utterance.samples >= SHORTEST]
     speech = split_sources([Source(u.id, u.speaker, u.recording) for u in utterances], settings, rng)
-    sounds = split_sources(sound_sources(settings.sounds), settings, rng) if settings.sounds else None
+    sounds = None
+    if settings.sounds:  # each file is a group of its own
+        names = {str(path.relative_to(settings.sounds)): path for path in sound.sound_files(settings.sounds)}
+        own = [Source(name, name, partial(files.read_bytes, path)) for name, path in names.items()]
+        sounds = split_sources(own, settings, rng)
     clips = []
     with files.whole(settings.output / "clips") as folder:
         for split, count in zip(SPLITS, (settings.train_clips, settings.test_clips)):
@@ -231,12 +235,6 @@ def make_clips(settings):
         check_leaks(clips)
     common.write_lines(settings.output / "clips.jsonl", [clip.model_dump() for clip in clips])
     return clips
-
-
-def sound_sources(folder):
-    """Sounds of one's own; each file is a group of its own."""
-    names = {str(path.relative_to(folder)): path for path in sound.sound_files(folder)}
-    return [Source(name, name, partial(files.read_bytes, path)) for name, path in names.items()]
 
 
 def split_sources(sources, settings, rng):
@@ -367,12 +365,6 @@ def new_model(settings, seed):
     if settings.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network, processor
-
-
-def save_trained(network, processor, folder, record):
-    """The adapter in PEFT's format, or the whole checkpoint; with settings.json, whose content record is."""
-    common.save(network, folder / "final", processor if record["train"] == "all" else None)
-    write_json(folder / "settings.json", record)
 
 
 class Trained(files.Shape):
@@ -632,7 +624,8 @@ def run(settings: Settings) -> None:
             folder.mkdir(exist_ok=True)
             network, processor = new_model(settings, seed)
             train(network, processor, train_clips, settings, seed, folder)
-            save_trained(network, processor, folder, record)
+            common.save(network, folder / "final", processor if settings.train == "all" else None)
+            write_json(folder / "settings.json", record)
             probabilities = classify(network, processor, waves, settings.batch_size)
             runs[seed] = list(map(describe, test_clips, probabilities, baseline))
             common.write_lines(folder / "predictions.jsonl", runs[seed])
