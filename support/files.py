@@ -26,6 +26,7 @@ from support.later import when_used
 with when_used():
     import huggingface_hub
     from huggingface_hub import constants
+    import psutil
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, some of a cluster's
 Value = TypeVar("Value")
@@ -142,11 +143,19 @@ def own(folder: Path, command: str, mark: str, writes: Iterable[str], setting: s
         print(visible(f"{folder} cannot be locked: see to it that no other run writes into it"), file=sys.stderr)
     try:
         _check_ours(folder, command, mark, writes, setting)
-        for left in [left for pattern in writes for left in folder.glob(f"{NEW}*-{pattern}")]:
-            _remove(left)
+        for pattern in writes:
+            remove_left(folder, pattern)
         yield
     finally:
         lock.release()
+
+
+def remove_left(folder: Path, pattern: str = "*") -> None:
+    """Remove what killed processes left half written of names like `pattern`; what a living one writes stays."""
+    for left in folder.glob(f"{NEW}*-{pattern}"):
+        process = left.name.removeprefix(NEW).split("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            _remove(left)
 
 
 def _check_ours(folder, command, mark, writes, setting):

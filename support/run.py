@@ -255,8 +255,8 @@ def save(folder: Path, step: int, weights: Weights, optimiser: "torch.optim.Opti
         except RuntimeError as error:
             # where the disk is full, torch speaks of positions in the file, and the system's reason is behind it
             raise error.__context__ or error from error
-    unfinished = folder.glob(f"{files.NEW}*")  # of a process that was killed
-    for old in [*unfinished, *sorted(folder.glob("step-*.pt"))[:-KEPT]]:
+    files.remove_left(folder)
+    for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
         old.unlink()
 
 

@@ -99,7 +99,8 @@ def test_a_running_command_keeps_another_out_and_a_killed_one_does_not(tmp_path)
         assert half.exists()  # what another command writes stays
     holder.kill()
     holder.join()
-    others = [tmp_path / name for name in (f"{files.NEW}1-predictions.jsonl", "theirs.unfinished")]
+    living = f"{files.NEW}{os.getpid()}-epoch-1"
+    others = [tmp_path / name for name in (living, f"{files.NEW}1-predictions.jsonl", "theirs.unfinished")]
     for path in others:
         path.touch()
     with own(tmp_path):
