@@ -116,7 +116,7 @@ def differences(groups: list) -> tuple[list[str], cli.Rows]:
             texts += [f"{low:+.3f}", f"{high:+.3f}", pvalue_text(difference[1:])]
             rows.append((key, texts + (welch(ours[:, 0], theirs[:, 0]) if several else [])))
     if not rows:
-        raise cli.InputError("the predictions name no speakers, or one alone: evaluate the runs again")
+        raise cli.InputError("the predictions name no speakers, or one alone: evaluate more utterances")
     names = ["A", "B", "A-B", "from", "to", "p"]
     return names + (["std A", "std B", "p, runs"] if several else []), rows
 

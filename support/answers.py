@@ -168,8 +168,12 @@ class Answers:
         new = {_key(answer): json.dumps(answer, ensure_ascii=False) for answer in new}
         self.lines |= new
         if cli.process_rank() == 0:
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in new.values()))
+            try:
+                with open(self.part, "a", encoding="utf-8") as file:
+                    file.write("".join(line + "\n" for line in new.values()))
+            except OSError as error:
+                said = f"{self.part} cannot be written: {error.strerror}; --resume goes on with what it holds"
+                raise cli.RunError(said) from error
 
     def finish(self) -> list[dict[str, Any]]:
         """Write predictions.jsonl, and return it."""

@@ -24,10 +24,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from tqdm import tqdm
 import tyro
 
 WIDEST = 100  # columns; a file or a pipe has as many
+NARROWEST = 80  # columns of a table; a narrower terminal breaks its lines, and rich would cut its numbers
 LONGEST = 6  # characters of a word above numbers, where less than the widest fits
 # C0 and C1, what turns the direction of text around, and what no encoding has: bytes of a name that is not UTF-8
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -133,6 +135,8 @@ def reason(error: ValidationError) -> str:
 def run_script(name: str, main: Callable[[], None]) -> None:
     """Call main(). InputError, RunError, the system's error and Ctrl-C become one line and an exit code: 2, 1, 1, 130.
 
+    safetensors has an error of its own for a full disk.
+
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
@@ -163,7 +167,7 @@ def _exit_code(name, main):
         if process_rank() == 0:
             print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (InputError, RunError, OSError) as error:
+    except (InputError, RunError, OSError, SafetensorError) as error:
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"
@@ -258,7 +262,7 @@ def show_table(caption: str, columns: Iterable[str], rows: Rows, own: int = 0, n
         cells = ("\n".join(map(visible, text.split("\n"))) for text in [visible(name), *texts])
         table.add_row(*mark, *map(Text, cells), style="bold" if number < own else "")
     say("", caption)
-    Console(width=width(), highlight=False).print(table)
+    Console(width=max(NARROWEST, width()), highlight=False).print(table)
 
 
 def _cut(word):
