@@ -72,6 +72,17 @@ def fifo(path):
     return path
 
 
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+class Payload:
+    """Unpickling this makes a file: what comes from elsewhere could as well do anything else."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed").absolute(),)
+
+
 def copy_of(folder, tmp_path):
     """A copy of a checkpoint or a corpus that a test may spoil."""
     return shutil.copytree(folder, tmp_path / "copy")

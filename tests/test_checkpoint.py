@@ -2,12 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 import pickle
 import re
 import shutil
 
-from conftest import call, copy_of, fifo, settings
+from conftest import Payload, call, copy_of, fifo, settings
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
@@ -63,13 +62,6 @@ def test_training_and_evaluation_are_the_same_from_both_forms_of_names(way, chec
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files and configurations
-
-
-class Payload:
-    """Unpickling this makes a file: what comes from elsewhere could as well do anything else."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("executed").absolute(),)
 
 
 def pickled(name):

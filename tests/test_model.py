@@ -7,7 +7,7 @@ import re
 from typing import get_args
 
 from bitsandbytes.nn import Linear4bit
-from conftest import TRAINED, copy_of, fifo, greedy, sound
+from conftest import TRAINED, Payload, change_json, copy_of, fifo, greedy, sound
 import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -446,20 +446,9 @@ def saved(new_model, tmp_path):
     return tmp_path / "adapter"
 
 
-def change_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def change_weights(path, change):
     weights = load_file(path)
     save_file(change(weights) or weights, path, {"format": "pt"})
-
-
-class Payload:
-    """Unpickling this makes a file: what comes from elsewhere could as well do anything else."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("executed").absolute(),)
 
 
 def without_control(weights):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, TRAINED, read_lines, script, settings
+from conftest import ROOT, TRAINED, Payload, read_lines, script, settings
 import numpy as np
 from processes import Process, together
 import psutil
@@ -342,13 +342,6 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(stat
         else:
             assert holds(weights, optimiser) == expected, place
     assert 200 < found < 300  # and random numbers, moments and weights did come back
-
-
-class Payload:
-    """Unpickling this makes a file: a checkpoint from elsewhere could as well do anything else."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("executed").absolute(),)
 
 
 def saved_again(**changes):
