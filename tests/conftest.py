@@ -72,10 +72,6 @@ def fifo(path):
     return path
 
 
-def change_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 class Payload:
     """Unpickling this makes a file: what comes from elsewhere could as well do anything else."""
 

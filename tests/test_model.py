@@ -7,7 +7,7 @@ import re
 from typing import get_args
 
 from bitsandbytes.nn import Linear4bit
-from conftest import TRAINED, Payload, change_json, copy_of, fifo, greedy, sound
+from conftest import TRAINED, Payload, copy_of, fifo, greedy, sound
 import numpy as np
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -444,6 +444,10 @@ def test_what_has_moved_is_measured_from_where_training_began(new_model, example
 def saved(new_model, tmp_path):
     models.save_trained(new_model(), tmp_path / "adapter", TRAINED)
     return tmp_path / "adapter"
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def change_weights(path, change):
