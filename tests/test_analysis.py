@@ -64,11 +64,6 @@ def relabelled(number, **changes):
     return changed(number, reference=records()[number]["reference"] | changes)
 
 
-def distributed(total):
-    """Some records with probabilities, those of the total score as given."""
-    return changed(0, scores=one_hot(10) | {"total": total})
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -82,8 +77,8 @@ def distributed(total):
         (relabelled(0, total=math.nan), "line 1 of .*total nan"),
         (relabelled(1, heard=["W IH"]), "line 2 of .*heard.0 'W IH'"),
         (relabelled(1, heard=["\udc00"]), "line 2 of"),
-        (distributed([-5.0, 6.0] + [0.0] * 9), "line 1 of .*total.0 -5.0"),
-        (distributed([0.5] * 11), "line 1 of .*sum to 5.5"),
+        (changed(0, scores=one_hot(10) | {"total": [-5.0, 6.0] + [0.0] * 9}), "line 1 of .*total.0 -5.0"),
+        (changed(0, scores=one_hot(10) | {"total": [0.5] * 11}), "line 1 of .*sum to 5.5"),
         (changed(2, id="u0"), "line 3 of .*'u0' .APA., which line 1 does: remove one"),
     ],
 )
