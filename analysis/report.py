@@ -200,7 +200,7 @@ def draw_scores(rows: np.ndarray) -> "figures.Figure":
     ticks, limits = range(LOW, HIGH + 1, 2), (LOW - 0.7, HIGH + 0.7)
     for axis, name, pair in zip(figure.subplots(2, 2).flat, prompts.SCORES, metrics.parsed(rows).T):
         numbers, (*_, reason) = metrics.score_numbers(*pair), metrics.correlation(*pair)
-        title = f"no PCC: {reason}" if reason else "PCC {pcc:.3f}, spread {sd_ratio:.2f}".format(**numbers)
+        title = f"no PCC:\n{reason}" if reason else "PCC {pcc:.3f}, spread {sd_ratio:.2f}".format(**numbers)
         cells, counts = np.unique(np.floor(pair[::-1].T + 0.5), axis=0, return_counts=True)
         axis.plot((LOW, HIGH), (LOW, HIGH), "--", color=GREY, linewidth=1)
         axis.scatter(*cells.T, s=LARGEST**2 * counts / max(counts, default=1), color=BLUE, linewidths=0)

@@ -191,7 +191,7 @@ def whole(path: Path) -> Iterator[Path]:
             _sync(file)
         if path.is_dir():
             if foreign := _names(path) - _names(temporary):
-                what = f"it holds {min(foreign)}, which was not written here; move it away"
+                what = f"it holds {min(foreign)}, which was not written here: move that folder away"
                 raise RunError(f"{path} cannot be written: {what}")
             shutil.rmtree(path)
         os.replace(temporary, path)
