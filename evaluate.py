@@ -250,6 +250,7 @@ def generate(
             data.encode_score_slots(model.tokenizer)  # raises here when the tokenizer cannot
         shift = f"; {models.describe_moved(model)}" if evaluation.adapter else ""
         cli.say(f"model: {evaluation.adapter or 'unmodified, prompts without control tokens'}{shift}")
+    written.start()  # not before the model is there
     rank, size = cli.process_rank(), settings.batch_size
     together = size * processes.count()
     done = len(utterances) - len(missing)

@@ -151,15 +151,18 @@ class Answers:
 
     asked: what is to be answered, in order; how: plain values that the answers depend on, the corpus' digest
     too: with others `resume` raises InputError, as for a broken file. Collective: every rank must make it, and call
-    `add` and `finish`. Rank 0 writes.
+    `start`, `add` and `finish`. Rank 0 writes.
     """
 
     def __init__(self, folder: Path, asked: Sequence[Key], how: dict[str, Any], resume: bool) -> None:
-        self.asked = asked
-        self.whole, self.part, settings = (folder / name for name in GENERATED)
+        self.asked, self.how = asked, how
+        self.whole, self.part, self.settings = (folder / name for name in GENERATED)
         lines = _resumed(folder, how) if resume else {}
         self.lines = processes.gather(lines)[0]  # {key: JSON text}; rank 0 decides, before it writes
-        files.write_json(settings, {"written_by": files.signature("evaluate.py")} | how)
+
+    def start(self) -> None:
+        """Write what is there; before it an older evaluation of the folder is whole."""
+        files.write_json(self.settings, {"written_by": files.signature("evaluate.py")} | self.how)
         self._write(self.part, self.lines.values())
 
     def add(self, answers: Iterable[dict[str, Any]]) -> None:

@@ -284,6 +284,16 @@ def test_outputs_of_other_settings_are_not_gone_on_with(evaluation, corpus):
             generate(evaluation, chosen, resume=True, **changes)
 
 
+def test_a_model_that_cannot_be_loaded_leaves_the_evaluation_before(evaluation, corpus, monkeypatch):
+    utterances = data.read_corpus(corpus, "test", limit=2)
+    generate(evaluation, utterances)
+    before = {path.name: path.read_bytes() for path in evaluation.output.iterdir()}
+    monkeypatch.setattr(evaluate, "load", lambda *_: (_ for _ in ()).throw(cli.InputError("no model")))
+    with pytest.raises(cli.InputError, match="no model"):
+        generate(evaluation, utterances, max_new_tokens=3)
+    assert {path.name: path.read_bytes() for path in evaluation.output.iterdir()} == before
+
+
 def test_expected_scores_are_a_second_row_of_distributions_without_unparsed_outputs(evaluation, corpus):
     lines = generate(evaluation, data.read_corpus(corpus, "test", limit=5), scoring=("greedy", "expected"))
     assert metrics.scorings(lines) == ["greedy", "expected"]
