@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
-import peft
 from pydantic import Field
 from scipy import signal
 import soundfile
@@ -383,7 +382,7 @@ def load_trained(folder):
     network, processor = load_base(settings.model, settings.train, settings.quantize)
     adapter = common.find(folder / "final")
     with pretrained.loading(adapter):
-        network = peft.PeftModel.from_pretrained(network, adapter)
+        network = common.peft.PeftModel.from_pretrained(network, adapter)
     common.check_finite(network, adapter)
     return network, processor
 
