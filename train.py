@@ -236,8 +236,7 @@ def train(settings: Settings) -> None:
 
         model.train()
         for epoch in run.epochs():
-            left = run.left(data.epoch_steps(len(examples), step_size, settings.seed, epoch))
-            for step in left:
+            for step in run.left(data.epoch_steps(len(examples), step_size, settings.seed, epoch)):
                 rate = learning_rate(run.step, steps, settings.learning_rate, warmup)
                 for group in optimiser.param_groups:
                     group["lr"] = rate
@@ -248,12 +247,8 @@ def train(settings: Settings) -> None:
             run.say(f"epoch {epoch}: {models.describe_moved(model)}")
             if held_out:
                 run.record_validation(validate(model, held_out, settings.micro_batch))
-            folder = settings.output / f"epoch-{epoch}"
-            if len(left) or not folder.exists():  # what was saved before a stop may hold an evaluation by now
-                saved = record | {"epoch": epoch, "validation_loss": run.losses.get(epoch)}
-                models.save_trained(model, folder, saved)
-            if run.out_of_patience():
-                break
+            saved = record | {"epoch": epoch, "validation_loss": run.losses.get(epoch)}
+            models.save_trained(model, settings.output / f"epoch-{epoch}", saved)
         run.finish()
 
 

@@ -62,7 +62,7 @@ def ours(model, steps, folder, compiled=False, checkpointing=False):
     return measured
 
 
-class Whole(nn.Module):
+class Plain(nn.Module):
     """The model's own forward and loss, with the control tokens' vectors: what Trainer trains is what ours does.
 
     unpadded: behind audio embeddings that do not depend on the other recordings.
@@ -122,7 +122,7 @@ def trainer(model, steps, folder, unpadded=False, checkpointing=False):
         gradient_checkpointing=checkpointing,
     )
     run = Trainer(
-        Whole(model, unpadded),
+        Plain(model, unpadded),
         arguments,
         data_collator=collate,
         train_dataset=[{"index": i} for i in range(len(examples))],

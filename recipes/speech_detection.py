@@ -36,6 +36,10 @@ import metrics
 from recipes import common
 from support import cli, files, pretrained, sound
 from support.files import write_json
+from support.later import when_used
+
+with when_used():  # it prints a line when it is imported
+    import peft
 
 COMMAND = "recipes.speech_detection"
 TINY = "tiny"
@@ -382,7 +386,7 @@ def load_trained(folder):
     network, processor = load_base(settings.model, settings.train, settings.quantize)
     adapter = common.find(folder / "final")
     with pretrained.loading(adapter):
-        network = common.peft.PeftModel.from_pretrained(network, adapter)
+        network = peft.PeftModel.from_pretrained(network, adapter)
     common.check_finite(network, adapter)
     return network, processor
 

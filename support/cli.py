@@ -135,8 +135,6 @@ def reason(error: ValidationError) -> str:
 def run_script(name: str, main: Callable[[], None]) -> None:
     """Call main(). InputError, RunError, the system's error and Ctrl-C become one line and an exit code: 2, 1, 1, 130.
 
-    safetensors has an error of its own for a full disk.
-
     A reader of the output that went away (`| head -1`) ends the script without a word. Where all processes of torchrun
     meet the same error, rank 0 says it for all: torchrun ends the others meanwhile.
     """
@@ -167,7 +165,7 @@ def _exit_code(name, main):
         if process_rank() == 0:
             print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (InputError, RunError, OSError, SafetensorError) as error:
+    except (InputError, RunError, OSError, SafetensorError) as error:  # the last one is of a full disk, too
         if process_rank():
             time.sleep(RANK_0_FIRST)
             name += f" (rank {process_rank()})"

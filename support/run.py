@@ -104,9 +104,12 @@ class Run:
         self.output, self.settings, self.corpus, self.per_epoch = settings.output, settings, corpus, per_epoch
         self.steps = per_epoch * settings.epochs
         found = sorted(self.output.glob("checkpoints/step-*.pt")) if settings.resume else []
-        (self._checkpoint, *_) = processes.gather(found[-1] if found else None)
-        self.step = int(self._checkpoint.stem[5:]) if self._checkpoint else 0  # the last one that is done
-        self.epoch = max(1, math.ceil(self.step / per_epoch))
+        step = int(found[-1].stem[5:]) if found else 0
+        epoch, more = divmod(step, per_epoch)
+        if step and not more and not (self.output / f"epoch-{epoch}").exists():
+            epoch -= 1  # its steps are done, and its adapter is not there
+        # the last ones that are done, as rank 0 sees the folder
+        ((self._checkpoint, self.step, self.epoch), *_) = processes.gather((found[-1] if found else None, step, epoch))
         self._opened = opened
 
     def start(self, weights: Weights, optimiser: "torch.optim.Optimizer", record: dict[str, Any]) -> None:
@@ -115,7 +118,7 @@ class Run:
         if self._checkpoint:
             restore(self._checkpoint, self.corpus, weights, optimiser)
             self.say(f"resumed after step {self.step}")
-        earlier = [self.output / f"epoch-{epoch}" / MARK for epoch in range(1, self.epoch)]
+        earlier = [self.output / f"epoch-{epoch}" / MARK for epoch in range(1, self.epoch + 1)]
         earlier = [files.read_json(path, TrainingSettings) for path in earlier if path.exists()]
         self.losses = {saved.epoch: saved.validation_loss for saved in earlier if saved.validation_loss is not None}
         self._began = self._saved = time.perf_counter()
@@ -126,10 +129,10 @@ class Run:
         self._bar = enter(cli.Progress(total=self.steps, initial=self.step, bar_format=PROGRESS))
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are not done; the one of a checkpoint at its end comes again, for what follows its steps."""
-        for epoch in range(self.epoch, self.settings.epochs + 1):
-            self.epoch = epoch
-            yield epoch
+        """The epochs that are not done, until --patience is over."""
+        while self.epoch < self.settings.epochs and not self._out_of_patience():
+            self.epoch += 1
+            yield self.epoch
 
     def left(self, order: np.ndarray) -> np.ndarray:
         """The steps of this epoch's order that are not done."""
@@ -182,7 +185,7 @@ class Run:
     def _best_epoch(self):
         return min(self.losses, key=self.losses.get, default=0)
 
-    def out_of_patience(self) -> bool:
+    def _out_of_patience(self):
         """Whether --patience epochs have gone by without a lower validation loss; says so."""
         patience = self.settings.patience
         if not patience or self.epoch - self._best_epoch() < patience:

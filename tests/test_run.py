@@ -105,7 +105,7 @@ def killed_in_save(count, moment):
 
 # Some moments anywhere, and three in the middle of a save
 MOMENTS = [("running", random.Random(i).randint(0, STEPS - 1)) for i in range(3)]
-MOMENTS += [("half written", 8), ("written", 3), ("renamed", 10)]
+MOMENTS += [("half written", 8), ("written", 3), ("renamed", STEPS)]  # the last before its epoch's adapter
 
 
 @SLOW

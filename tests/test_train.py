@@ -212,7 +212,7 @@ def test_every_epoch_is_validated_on_held_out_speakers_and_the_lowest_loss_is_be
 
 
 def test_patience_stops_early_also_when_resumed_and_the_best_epoch_stays(monkeypatch, short_run, capsys):
-    losses = iter([3.0, 2.0, float("nan"), 2.2, 2.2])  # nan ends no run; resumed, the last epoch is validated again
+    losses = iter([3.0, 2.0, float("nan"), 2.2])  # nan ends no run; resumed, no epoch is left to validate
     monkeypatch.setattr(train, "validate", lambda *_: next(losses))
     arguments = "--limit 14 --epochs 5 --validation 0.5 --patience 2".split()
     for more in ([], ["--resume"]):
